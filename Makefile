@@ -1,0 +1,44 @@
+# Two commands: `make demo` completes real code with the bundled checkpoint; `make test` runs the tests.
+# Both set up .venv and build the native kernels first; the second time that takes no time.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+
+# One rank per GPU where there are GPUs, else one per core; the demo takes two where it can.
+GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
+RANKS := $(shell n=$(GPUS); [ $$n -gt 0 ] || n=$$(nproc); [ $$n -ge 2 ] && echo 2 || echo 1)
+
+.PHONY: demo test lint types clean
+
+demo: $(VENV)/.built
+	@$(BIN)/torchrun --standalone --nproc_per_node $(RANKS) sess_megatron.py --quiet
+
+test: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+$(VENV)/.installed: requirements.txt constraints.txt
+	@echo "setting up $(VENV) (the first time takes a few minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) setuptools wheel -r requirements.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
+	@$(PIP) -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(NATIVE)
+	@$(PIP) --no-build-isolation --no-deps -e .
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info kernels/cpu/*.so

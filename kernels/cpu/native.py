@@ -1,0 +1,294 @@
+"""Launches the CPU kernels of libmegatron_infer_cpu.so through ctypes, which releases the GIL meanwhile.
+
+Owns the library's signatures and a thread pool's lifetime; contracts are in ops/__init__.py, arithmetic in the headers
+beside this file. A launch costs a few microseconds and copies nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from ctypes import c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_infer.ops import PackedLinear
+
+LIBRARY = Path(__file__).with_name("libmegatron_infer_cpu.so")
+_LANES = 16
+_VECTOR_BYTES = 64
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SIGNATURES: dict[str, list[type]] = {
+    "mi_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
+    "mi_pack_rows": [c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_void_p],
+    "mi_paged_attention": [*[c_void_p] * 8, c_int64, c_void_p, c_float],
+    "mi_rms_norm": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float],
+    "mi_rope_store_kv": [*[c_void_p] * 9, c_int64, c_void_p],
+    "mi_silu_mul": [c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    "mi_argmax": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    "mi_gather_rows": [c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int64, c_int64],
+}
+
+
+class Unavailable(Exception):
+    """The kernels cannot be used here; says why and what to do."""
+
+
+class LinearShape(ctypes.Structure):
+    """kernels.h: LinearShape."""
+
+    _fields_ = [
+        ("out_dim", c_int64),
+        ("in_dim", c_int64),
+        ("panel_bytes", c_int64),
+        ("dtype", c_int32),
+        ("num_chunks", c_int32),
+        ("bounds", c_int32 * 9),
+        ("chunk_bytes", c_int32 * 9),
+    ]
+
+
+class AttentionShape(ctypes.Structure):
+    """kernels.h: AttentionShape."""
+
+    _fields_ = [
+        ("num_heads", c_int32),
+        ("num_kv_heads", c_int32),
+        ("head_dim", c_int32),
+        ("block_size", c_int32),
+        ("dtype", c_int32),
+        ("max_blocks", c_int32),
+    ]
+
+
+def load_library() -> ctypes.CDLL:
+    """The kernels with their signatures set. Raises Unavailable."""
+    if not LIBRARY.exists():
+        raise Unavailable(f"{LIBRARY} is missing; with g++ or clang++ installed, run `pip install -e .` to build it")
+    try:
+        library = ctypes.CDLL(str(LIBRARY))
+        library.mi_pool_create.argtypes = [c_int, ctypes.c_char_p]
+        library.mi_pool_create.restype = c_void_p
+        library.mi_pool_destroy.argtypes = [c_void_p]
+        library.mi_pool_destroy.restype = None
+        library.mi_pool_variant.argtypes = [c_void_p]
+        library.mi_pool_variant.restype = ctypes.c_char_p
+        library.mi_advise_huge_pages.argtypes = [c_void_p, c_size_t]
+        library.mi_advise_huge_pages.restype = None
+        for name, argtypes in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = argtypes, c_int
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"{LIBRARY} does not load ({error}); run `pip install -e .` to build it again") from error
+    return library
+
+
+def _check(status: int) -> None:
+    if status:
+        raise MemoryError("no memory left for the scratch space of a CPU kernel; lower max_num_batched_tokens")
+
+
+class CpuKernels:
+    """The ops of megatron_infer.ops on one thread pool.
+
+    Args:
+        num_threads: the calling thread counts; 1 starts no threads.
+        variant: "avx512", "avx2" or "generic"; "" takes the best this CPU has. All give the same bits.
+
+    Raises:
+        Unavailable: no library, or the CPU lacks the variant.
+    """
+
+    def __init__(self, num_threads: int, variant: str = "") -> None:
+        library = load_library()
+        handle = library.mi_pool_create(num_threads, variant.encode())
+        if not handle:
+            raise Unavailable(f"this CPU lacks the {variant or 'generic'} variant, or {num_threads} threads are too many")
+        self._library, self._pool = library, handle
+        self.variant: str = library.mi_pool_variant(handle).decode()
+        self.num_threads = num_threads
+        self._attention_shapes: dict[tuple[object, ...], tuple[int, AttentionShape]] = {}
+        self._linear, self._pack_rows = library.mi_linear, library.mi_pack_rows
+        self._rms_norm, self._silu_mul = library.mi_rms_norm, library.mi_silu_mul
+        self._rope, self._attention = library.mi_rope_store_kv, library.mi_paged_attention
+        weakref.finalize(self, library.mi_pool_destroy, handle)
+
+    def allocate_linear(
+        self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> PackedLinear:
+        """See megatron_infer.ops; panels of 16 columns as kernels.h describes, on huge pages where they fit."""
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"the CPU kernels hold weights as bfloat16 or float32, not {dtype}; set dtype to one of them")
+        assert device.type == "cpu"
+        step = 1 if dtype == torch.float32 else 2
+        chunk_bytes = [0]
+        for begin, end in zip(chunk_bounds, chunk_bounds[1:], strict=False):
+            chunk_bytes.append(chunk_bytes[-1] + -(-(end - begin) // step) * _VECTOR_BYTES)
+        shape = LinearShape(out_dim, in_dim, chunk_bytes[-1], _DTYPES[dtype], len(chunk_bounds) - 1)
+        shape.bounds[: len(chunk_bounds)] = chunk_bounds
+        shape.chunk_bytes[: len(chunk_bytes)] = chunk_bytes
+        data = torch.empty(-(-out_dim // _LANES) * chunk_bytes[-1], dtype=torch.uint8)
+        self._library.mi_advise_huge_pages(data.data_ptr(), data.numel())
+        if out_dim % _LANES:
+            data[-chunk_bytes[-1] :] = 0  # columns that are multiplied, though never stored
+        return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=(ctypes.addressof(shape), shape))
+
+    def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+        """See megatron_infer.ops; reads the rows where they are."""
+        num_rows, in_dim = weight_NK.shape
+        assert in_dim == packed.in_dim and 0 <= row_start and row_start + num_rows <= packed.out_dim
+        if weight_NK.dtype not in _DTYPES:
+            weight_NK = weight_NK.float()
+        if weight_NK.stride(1) != 1:
+            weight_NK = weight_NK.contiguous()
+        status = self._pack_rows(
+            self._pool,
+            packed.data.data_ptr(),
+            weight_NK.data_ptr(),
+            weight_NK.stride(0),
+            _DTYPES[weight_NK.dtype],
+            row_start,
+            num_rows,
+            packed.layout[0],
+        )
+        _check(status)
+
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, in_dim = x_TK.shape
+        assert in_dim == packed.in_dim and x_TK.dtype is torch.float32 and x_TK.is_contiguous()
+        y_TN = torch.empty(num_tokens, packed.out_dim)
+        bias_N = packed.bias
+        bias = None if bias_N is None else bias_N.data_ptr()
+        data = packed.data.data_ptr()
+        if self._linear(self._pool, y_TN.data_ptr(), x_TK.data_ptr(), data, bias, num_tokens, packed.layout[0]):
+            _check(1)
+        return y_TN
+
+    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, dim = x_TD.shape
+        assert x_TD.dtype is torch.float32 is weight_D.dtype and x_TD.is_contiguous() and weight_D.shape[0] == dim
+        y_TD = torch.empty(num_tokens, dim)
+        y, x, weight = y_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr()
+        self._rms_norm(self._pool, y, x, None, weight, num_tokens, dim, eps)
+        return y_TD
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, dim = x_TD.shape
+        assert x_TD.dtype is torch.float32 is weight_D.dtype and weight_D.shape[0] == dim
+        assert residual_TD.shape == x_TD.shape and x_TD.is_contiguous() and residual_TD.is_contiguous()
+        y_TD = torch.empty(num_tokens, dim)
+        y, x, weight = y_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr()
+        self._rms_norm(self._pool, y, x, residual_TD.data_ptr(), weight, num_tokens, dim, eps)
+        return y_TD
+
+    def _attention_shape(self, num_heads: int, cache: Tensor, max_blocks: int) -> int:
+        """Address of the shape, which lives as long as this object."""
+        key = (num_heads, max_blocks, cache.shape, cache.dtype)
+        known = self._attention_shapes.get(key)
+        if known is None:
+            kv_heads, block_size, head_dim = cache.shape[1:]
+            if cache.dtype not in (torch.float32, torch.bfloat16):
+                raise ValueError(f"the CPU kernels keep the KV cache as bfloat16 or float32, not {cache.dtype}")
+            if head_dim % 2 or head_dim > 1024 or num_heads % kv_heads:
+                raise ValueError(f"{num_heads} heads over {kv_heads} KV heads of dim {head_dim}: not supported")
+            shape = AttentionShape(num_heads, kv_heads, head_dim, block_size, _DTYPES[cache.dtype], max_blocks)
+            known = self._attention_shapes[key] = (ctypes.addressof(shape), shape)
+        return known[0]
+
+    def rope_store_kv(
+        self,
+        qkv_TC: Tensor,
+        cos_PH: Tensor,
+        sin_PH: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, head_dim = qkv_TC.shape[0], k_cache.shape[3]
+        assert qkv_TC.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and qkv_TC.is_contiguous()
+        assert positions_T.dtype is torch.int32 and slots_T.dtype is torch.int64 and k_cache.is_contiguous()
+        assert qkv_TC.dtype is torch.float32 is cos_PH.dtype and cos_PH.is_contiguous() and sin_PH.is_contiguous()
+        shape = self._attention_shape(num_heads, k_cache, 0)
+        q_TNH = torch.empty(num_tokens, num_heads, head_dim)
+        self._rope(
+            self._pool,
+            q_TNH.data_ptr(),
+            qkv_TC.data_ptr(),
+            cos_PH.data_ptr(),
+            sin_PH.data_ptr(),
+            positions_T.data_ptr(),
+            slots_T.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            num_tokens,
+            shape,
+        )
+        return q_TNH
+
+    def paged_attention(
+        self,
+        q_TNH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables_SB: Tensor,
+        query_start_S1: Tensor,
+        context_lens_S: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """See megatron_infer.ops."""
+        num_sequences, max_blocks = block_tables_SB.shape
+        shape = self._attention_shape(q_TNH.shape[1], k_cache, max_blocks)
+        assert q_TNH.dtype is torch.float32 and q_TNH.is_contiguous() and k_cache.is_contiguous()
+        assert block_tables_SB.dtype is query_start_S1.dtype is context_lens_S.dtype is torch.int32
+        assert block_tables_SB.is_contiguous() and v_cache.is_contiguous()
+        o_TNH = torch.empty(q_TNH.shape)
+        status = self._attention(
+            self._pool,
+            o_TNH.data_ptr(),
+            q_TNH.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_tables_SB.data_ptr(),
+            query_start_S1.data_ptr(),
+            context_lens_S.data_ptr(),
+            num_sequences,
+            shape,
+            scale,
+        )
+        _check(status)
+        return o_TNH
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, width = gate_up_T2F.shape
+        assert gate_up_T2F.dtype is torch.float32 and gate_up_T2F.is_contiguous() and width % 2 == 0
+        y_TF = torch.empty(num_tokens, width // 2)
+        self._silu_mul(self._pool, y_TF.data_ptr(), gate_up_T2F.data_ptr(), num_tokens, width // 2)
+        return y_TF
+
+    def argmax(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+        """See megatron_infer.ops."""
+        num_rows, width = logits_SV.shape
+        assert logits_SV.dtype is torch.float32 and logits_SV.is_contiguous() and width < 1 << 24
+        values_S, indices_S = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+        values, indices = values_S.data_ptr(), indices_S.data_ptr()
+        self._library.mi_argmax(self._pool, values, indices, logits_SV.data_ptr(), num_rows, width)
+        return values_S, indices_S
+
+    def gather_rows(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+        """See megatron_infer.ops; ids are int32 or int64 and must be rows of the table."""
+        num_ids, dim = ids_T.shape[0], table_VD.shape[1]
+        assert table_VD.is_contiguous() and ids_T.is_contiguous() and ids_T.dtype in (torch.int32, torch.int64)
+        y_TD = torch.empty(num_ids, dim)
+        table, dtype, wide = table_VD.data_ptr(), _DTYPES[table_VD.dtype], ids_T.dtype is torch.int64
+        self._library.mi_gather_rows(self._pool, y_TD.data_ptr(), table, dtype, ids_T.data_ptr(), wide, num_ids, dim)
+        return y_TD

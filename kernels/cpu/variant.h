@@ -1,0 +1,10 @@
+// Everything a variant_*.cpp compiles for its own instruction set, and the table that leads to it.
+#pragma once
+
+#include "attention.h"
+#include "elementwise.h"
+#include "linear.h"
+
+constexpr Kernels table_named(const char* name) {
+  return {name, linear, pack_rows, paged_attention, rms_norm, rope_store_kv, silu_mul, argmax, gather_rows};
+}

@@ -1,0 +1,24 @@
+// The kernels for x86-64 with AVX-512 (F, BW, DQ, VL). Compiled with flags of its own; see setup.py.
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+
+namespace {
+#define MI_VARIANT_AVX512
+#include "variant.h"
+}  // namespace
+
+const Kernels* mi_kernels_avx512() {
+  static constexpr Kernels table = table_named("avx512");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") ? &table : nullptr;
+}
+
+#else
+
+const Kernels* mi_kernels_avx512() { return nullptr; }
+
+#endif

@@ -1,0 +1,173 @@
+"""What a finished completion is, and how it grows from engine events.
+
+The border between token ids and text: stop strings, held-back UTF-8 and timings live here, not in the engine.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from megatron_infer.engine.request import Event, Request
+from megatron_infer.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """Log probability of a generated token, and the most likely alternatives as (token id, logprob)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock seconds since the request was submitted."""
+
+    first_token_seconds: float
+    total_seconds: float
+    num_prompt_tokens: int
+    num_new_tokens: int
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Tokens per second after the first; 0 for a completion of one token."""
+        decoding = self.total_seconds - self.first_token_seconds
+        return (self.num_new_tokens - 1) / decoding if self.num_new_tokens > 1 and decoding > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One completion of one prompt.
+
+    text: what belongs between prefix and suffix; ends before a stop string or the model's end token.
+    token_ids: every generated id, an end token included. finish_reason: stop, length or error (then `error` says why).
+    prompt_index and sample_index: which prompt of a batch, which of its `n` samples.
+    num_dropped_tokens: prompt tokens cut because prompt and completion exceed the context.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str
+    timings: Timings
+    num_cached_tokens: int = 0
+    num_dropped_tokens: int = 0
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    prompt_index: int = 0
+    sample_index: int = 0
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A dictionary of plain JSON values; `from_json` is its inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Completion:
+        """The Completion that `to_json` wrote."""
+        logprobs = raw["logprobs"]
+        if logprobs is not None:
+            logprobs = tuple(
+                TokenLogprob(p["token_id"], p["logprob"], tuple((i, value) for i, value in p["top"])) for p in logprobs
+            )
+        return cls(
+            **{
+                **raw,
+                "token_ids": tuple(raw["token_ids"]),
+                "timings": Timings(**raw["timings"]),
+                "logprobs": logprobs,
+            }
+        )
+
+
+class GrowingCompletion:
+    """Collects one request's events into text pieces and, in the end, a Completion."""
+
+    def __init__(
+        self, request: Request, tokenizer: Tokenizer, *, prompt_index: int, sample_index: int, num_dropped_tokens: int
+    ) -> None:
+        self.request, self.prompt_index, self.sample_index = request, prompt_index, sample_index
+        self.num_dropped_tokens = num_dropped_tokens
+        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._pieces: list[str] = []
+        self._unread = 0
+        self._token_ids: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._num_cached_tokens = 0
+        self._submitted = time.perf_counter()
+        self._first_token_seconds = 0.0
+        self._finished_seconds = 0.0
+        self.finish_reason: str | None = None
+        self.error: str | None = None
+
+    def receive(self, event: Event) -> None:
+        """Take in one engine event; `finish_reason` is set when it was the last, or completed a stop string."""
+        now = time.perf_counter() - self._submitted
+        self._num_cached_tokens = event.num_cached_tokens
+        if event.token_id is not None and event.finish_reason != "error":
+            if not self._token_ids:
+                self._first_token_seconds = now
+            self._token_ids.append(event.token_id)
+            if event.logprob is not None:
+                self._logprobs.append(TokenLogprob(event.token_id, event.logprob, event.top_logprobs or ()))
+            if event.finish_reason != "stop":
+                self._add(self._text.feed(event.token_id))
+        if self._text.stopped is not None:
+            self._finish("stop", now)
+        elif event.finish_reason is not None:
+            self._add(self._text.finish())
+            self.error = event.error
+            self._finish("stop" if self._text.stopped is not None else event.finish_reason, now)
+
+    def _add(self, piece: str) -> None:
+        if piece:
+            self._pieces.append(piece)
+
+    def _finish(self, reason: str, now: float) -> None:
+        self.finish_reason, self._finished_seconds = reason, now
+
+    def take_new_text(self) -> str:
+        """Text that no earlier call returned."""
+        text = "".join(self._pieces[self._unread :])
+        self._unread = len(self._pieces)
+        return text
+
+    def result(self) -> Completion:
+        """The Completion; only after `finish_reason` is set."""
+        assert self.finish_reason is not None
+        return Completion(
+            text="".join(self._pieces),
+            token_ids=tuple(self._token_ids),
+            finish_reason=self.finish_reason,
+            timings=Timings(
+                self._first_token_seconds, self._finished_seconds, self.request.num_prompt, len(self._token_ids)
+            ),
+            num_cached_tokens=self._num_cached_tokens,
+            num_dropped_tokens=self.num_dropped_tokens,
+            logprobs=tuple(self._logprobs) if self.request.sampling.logprobs is not None else None,
+            prompt_index=self.prompt_index,
+            sample_index=self.sample_index,
+            error=self.error,
+        )
+
+
+class CompletionStream(Iterator[str]):
+    """Iterator of text pieces; afterwards `completion` is the whole result. Closing it early aborts the request."""
+
+    def __init__(self, items: Generator[Any, None, None]) -> None:
+        self._items = items
+        self.completion: Completion | None = None
+
+    def __next__(self) -> str:
+        item = next(self._items)
+        if isinstance(item, str):
+            return item
+        self.completion = Completion.from_json(item)
+        next(self._items, None)
+        raise StopIteration
+
+    def close(self) -> None:
+        """Stop early; the request is aborted on every rank."""
+        self._items.close()

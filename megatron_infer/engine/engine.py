@@ -1,0 +1,145 @@
+"""The loop: plan a step, have every rank execute it, hand out events. Lives on rank 0.
+
+Speaks token ids only. A failure in one request is an event; a failure of a rank ends the engine for good.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from megatron_infer.engine import worker
+from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.runner import ModelRunner
+from megatron_infer.engine.sampler import Draw
+from megatron_infer.engine.scheduler import Scheduler
+from megatron_infer.engine.worker import EngineDeadError
+from megatron_infer.tensor_parallel.group import RankFailure
+
+
+class Engine:
+    """Continuous batching over one model: add, abort, step."""
+
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+        self.runner, self.scheduler, self.group = runner, scheduler, runner.tp
+        self._requests: dict[int, tuple[Request, int, int]] = {}
+        self._failure: str | None = None
+        self._closed = False
+        self.num_steps = 0
+        self.num_requests = 0
+
+    def add(self, request: Request, *, seed: int = 0, choice: int = 0) -> int:
+        """Queue a request; returns its id.
+
+        Args:
+            request: ids and sampling parameters.
+            seed, choice: what its random draws depend on, beside the position.
+        Raises:
+            ValueError: it can never fit into the KV cache.
+            EngineDeadError: a rank has failed earlier.
+        """
+        self.ensure_alive()
+        self.scheduler.add(request)
+        self._requests[request.request_id] = (request, seed, choice)
+        self.num_requests += 1
+        return request.request_id
+
+    def abort(self, request_id: int) -> None:
+        """Drop a request in any state; unknown and finished ids are fine."""
+        if self._requests.pop(request_id, None) is not None:
+            self.scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.scheduler.has_work)
+
+    def step(self) -> list[Event]:
+        """Advance every scheduled request by one step; returns what happened.
+
+        Raises:
+            EngineDeadError: a rank died or raised, with rank and cause.
+        """
+        self.ensure_alive()
+        with _interrupt_deferred():
+            plan = self.scheduler.schedule()
+            if plan is None:
+                return []
+            draws = [self._draw(i) for i, wanted in zip(plan.request_ids, plan.sample_S, strict=True) if wanted]
+            try:
+                if self.group.size > 1:
+                    worker.send_step(self.group, plan)
+                sampled = worker.execute(self.runner, plan, draws)
+            except BaseException as error:
+                # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
+                self._fail(error)
+            events = self.scheduler.commit(plan, sampled)
+            self.num_steps += 1
+        for event in events:
+            if event.finish_reason is not None:
+                self._requests.pop(event.request_id, None)
+        return events
+
+    def _draw(self, request_id: int) -> Draw:
+        request, seed, choice = self._requests[request_id]
+        return Draw(request.sampling, seed, choice, request.num_output)
+
+    def _fail(self, error: BaseException) -> NoReturn:
+        cause = str(error) if isinstance(error, RankFailure) else f"rank 0: {type(error).__name__}: {error}"
+        self._failure = f"the engine stopped: {cause}. Create a new session to go on."
+        raise EngineDeadError(self._failure) from error
+
+    def ensure_alive(self) -> None:
+        """Raise EngineDeadError after a failure or close."""
+        if self._failure is not None:
+            raise EngineDeadError(self._failure)
+        if self._closed:
+            raise EngineDeadError("the session is closed; create a new one")
+
+    @property
+    def alive(self) -> bool:
+        """False after a failure or close."""
+        return self._failure is None and not self._closed
+
+    def close(self) -> None:
+        """Release the followers. Idempotent."""
+        if self.alive and self.group.size > 1:
+            try:
+                worker.send_json(self.group, worker.Kind.STOP)
+            except RankFailure as error:
+                self._failure = f"the engine stopped: {error}"
+        self._closed = True
+        self.group.close()
+
+
+@contextmanager
+def _interrupt_deferred() -> Iterator[None]:
+    """Hold Ctrl-C back until the step is complete: half a collective would leave the ranks out of step.
+
+    A second Ctrl-C is obeyed at once, for the case that a rank hangs.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed = False
+
+    def note(*_: Any) -> None:
+        nonlocal pressed
+        if pressed:
+            raise KeyboardInterrupt
+        pressed = True
+
+    previous = signal.getsignal(signal.SIGINT)
+    if previous is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if pressed:
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,345 @@
+"""Which tokens of which requests the next step computes, and in which cache blocks.
+
+Owns the queues, the token budget, admission, preemption and the block tables. There are no phases: a request has
+`num_computed < len(ids)`, whether it is prefilling, decoding or coming back from preemption. Knows nothing of tensors.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_infer.cache.block_pool import ROOT, BlockPool, Match, common_head
+from megatron_infer.engine.request import Event, Request, Sampled
+from megatron_infer.engine.step import Step
+
+
+@dataclass
+class _Plan:
+    """A step in the making, and what its commit has to settle."""
+
+    rows: list[tuple[Request, int]] = field(default_factory=list)
+    """(request, number of its tokens computed)"""
+    copies: list[tuple[int, int, int]] = field(default_factory=list)
+    step: Step | None = None
+
+    def has(self, request: Request) -> bool:
+        return any(row_request is request for row_request, _ in self.rows)
+
+
+class Scheduler:
+    """Continuous batching under a token budget, first come first served.
+
+    Both queues are ordered by arrival and every running request arrived before every waiting one. Preemption takes the
+    latest, admission the earliest, and `add` refuses what the whole pool cannot hold; so the oldest request always
+    progresses and nothing can starve.
+    """
+
+    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
+        self.pool = pool
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.max_num_seqs = max_num_seqs
+        self.num_preemptions = 0
+        self._requests: dict[int, Request] = {}
+        self._running: list[Request] = []
+        self._waiting: deque[Request] = deque()
+        self._plan: _Plan | None = None
+        self._refused: tuple[Request | None, int] = (None, 0)
+        """The request that last found too few blocks, and how many were to be had."""
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    def add(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises:
+            ValueError: empty or too long a prompt, an id in use, or a completion that the whole cache cannot hold.
+        """
+        if request.request_id in self._requests:
+            raise ValueError(f"request id {request.request_id} is in use")
+        if not request.ids:
+            raise ValueError("the prompt is empty; it needs at least one token")
+        request.max_len = min(request.max_len, self.max_model_len)
+        if request.num_prompt >= request.max_len:
+            raise ValueError(
+                f"the prompt's {request.num_prompt} tokens leave no room for a completion in a context of "
+                f"{request.max_len}; shorten it or raise max_model_len"
+            )
+        # The last token of a completion is never computed.
+        needed = self.pool.blocks_for(request.longest_len - 1)
+        if needed > self.pool.num_blocks:
+            raise ValueError(
+                f"a prompt of {request.num_prompt} tokens with max_new_tokens {request.sampling.max_new_tokens} can "
+                f"take {needed} KV-cache blocks of {self.pool.block_size} tokens, and there are "
+                f"{self.pool.num_blocks}; raise kv_cache_memory_bytes, or lower max_new_tokens or the prompt's length"
+            )
+        self._requests[request.request_id] = request
+        self._waiting.append(request)
+
+    def abort(self, request_id: int) -> Event | None:
+        """End a request in any state, its step in flight included; None when it is unknown or finished.
+
+        What it had computed stays in the prefix cache: the next keystroke's prompt begins like the aborted one.
+        """
+        request = self._requests.get(request_id)
+        if request is None or request.finish_reason is not None:
+            return None
+        event = request.finish("abort")
+        if self._plan is not None and self._plan.has(request):
+            self._running.remove(request)  # commit frees its blocks: the step still writes them
+        elif request in self._running:
+            self._running.remove(request)
+            self._retire(request)
+        else:
+            self._waiting.remove(request)
+            self._retire(request)
+        return event
+
+    def schedule(self) -> Step | None:
+        """Plan the next step, or None when there is nothing to do. Every step must be committed before the next."""
+        assert self._plan is None, "the last step is not committed"
+        plan = _Plan()
+        self._make_room_for_decoding()
+        budget = self.max_num_batched_tokens
+        # Admission ends when the budget does. So only the last one admitted can be short of its prompt's end: a long
+        # prefill takes what the decoding ones leave, never the reverse; and there is a token for each of them.
+        for request in self._running:
+            chunk = min(budget, request.num_remaining)
+            plan.rows.append((request, chunk))
+            budget -= chunk
+        self._admit(plan, budget)
+        if not plan.rows:
+            assert not self.has_work, "requests wait, and nothing runs that could make room for them"
+            return None
+        plan.step = self._build_step(plan)
+        self._plan = plan
+        return plan.step
+
+    def commit(self, step: Step, sampled: Sequence[Sampled]) -> list[Event]:
+        """Take in an executed step: one Sampled per row with `sample_S` 1, in order; returns an Event for each.
+
+        Only now do its full blocks become matchable. Aborted requests yield no event here.
+        """
+        plan = self._plan
+        assert plan is not None, "no step is in flight"
+        assert plan.step is step, "only the step planned last can be committed"
+        assert len(sampled) == int(step.sample_S.sum()), f"{len(sampled)} samples for {int(step.sample_S.sum())} rows"
+        self._plan = None
+        self.pool.release([source for source, _, _ in plan.copies])
+        events: list[Event] = []
+        samples = iter(sampled)
+        for (request, chunk), is_sampled in zip(plan.rows, step.sample_S.tolist(), strict=True):
+            request.num_computed += chunk
+            result = next(samples) if is_sampled else None
+            if result is not None and request.finish_reason is None:
+                events.append(request.accept(result))
+            if result is not None and result.error is not None:
+                # Nobody may inherit what gave no finite logits, be it a fault of the hardware or of the prompt.
+                self.pool.forget(request.block_table[0])
+                request.cacheable = False
+            self._seal_full_blocks(request)
+            if request.finish_reason is not None:
+                if request.finish_reason != "abort":
+                    self._running.remove(request)
+                self._retire(request)
+        return events
+
+    # ---- planning ---------------------------------------------------------------------------------------------------
+
+    def _make_room_for_decoding(self) -> None:
+        """Give each running request the block for its next token, preempting the latest where blocks run out.
+
+        Admission has reserved the whole prompt, so only decoding grows. What is preempted needs more blocks than that
+        set free, so the same step does not admit it again.
+        """
+        pool, index = self.pool, 0
+        while index < len(self._running):
+            request = self._running[index]
+            if len(request.block_table) >= pool.blocks_for(len(request.ids)):
+                index += 1
+            elif fresh := pool.take(1):
+                request.block_table.append(fresh[0])
+            else:
+                latest = self._running.pop()  # perhaps `request` itself
+                self._vacate(latest)
+                self._waiting.appendleft(latest)
+                self.num_preemptions += 1
+
+    def _admit(self, plan: _Plan, budget: int) -> None:
+        """Move waiting requests into the step, in order, while budget, sequences and blocks last."""
+        being_written = {key: row for row in plan.rows if (key := self._first_block_written(*row)) is not None}
+        while self._waiting and budget and len(self._running) < self.max_num_seqs:
+            request = self._waiting[0]
+            headroom = self.pool.num_free - len(self._running)
+            # Matching costs a hash per block of the prompt: try again only when more has become free.
+            refused, refused_headroom = self._refused
+            if refused is request and headroom <= refused_headroom:
+                return
+            match = self.pool.match(request.ids)
+            if self._worth_waiting(request, match, being_written, budget):
+                self.pool.release(match.held)
+                return
+            if not self._allocate(request, match, plan):
+                self._refused = (request, headroom)
+                return
+            self._running.append(self._waiting.popleft())
+            row = (request, min(budget, request.num_remaining))
+            plan.rows.append(row)
+            budget -= row[1]
+            key = self._first_block_written(*row)
+            if key is not None:
+                being_written.setdefault(key, row)
+
+    def _allocate(self, request: Request, match: Match, plan: _Plan) -> bool:
+        """Blocks for all of the request's tokens, or nothing: a prompt is never preempted between its own chunks.
+
+        One block per running request stays free, or their next tokens would evict the newcomer at once.
+        """
+        pool = self.pool
+        num_fresh = pool.blocks_for(len(request.ids)) - len(match.blocks)
+        wanted = num_fresh + len(self._running)
+        tail_block, tail_len = match.tail_block, match.tail_len
+        if tail_block is not None and pool.num_free < wanted:
+            pool.release([tail_block])
+            tail_block, tail_len = None, 0
+        fresh = pool.take(num_fresh) if pool.num_free >= wanted else None
+        if fresh is None:
+            pool.release(match.blocks)
+            return False
+        request.block_table = array("i", [*match.blocks, *fresh])
+        request.num_sealed = len(match.blocks)
+        request.num_computed = len(match.blocks) * pool.block_size + tail_len
+        if tail_block is not None:
+            plan.copies.append((tail_block, fresh[0], tail_len))
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = request.num_computed
+        return True
+
+    def _first_block_written(self, request: Request, chunk: int) -> tuple[int, tuple[int, ...]] | None:
+        """(parent, ids) of the first block that this chunk completes and its commit will seal."""
+        size = self.pool.block_size
+        index = request.num_computed // size
+        end = (index + 1) * size
+        if not self.pool.enable_prefix_caching or request.num_computed + chunk < end:
+            return None
+        return request.block_table[index - 1] if index else ROOT, tuple(request.ids[end - size : end])
+
+    def _worth_waiting(
+        self,
+        request: Request,
+        match: Match,
+        being_written: dict[tuple[int, tuple[int, ...]], tuple[Request, int]],
+        budget: int,
+    ) -> bool:
+        """Whether this very step computes, for another request, at least half of what this one would compute in it.
+
+        The samples of one prompt then prefill it once. The other request is in the step, so the wait is one step long.
+        """
+        size = self.pool.block_size
+        start = len(match.blocks) * size
+        parent = match.blocks[-1] if match.blocks else ROOT
+        row = being_written.get((parent, tuple(request.ids[start : start + size])))
+        if row is None:
+            return False
+        other, chunk = row
+        limit = min(len(request.ids) - 1, other.num_computed + chunk)
+        shared = common_head(request.ids[start:limit], other.ids[start:limit]) // size * size
+        return 2 * (shared - match.tail_len) >= min(budget, len(request.ids) - start - match.tail_len)
+
+    def _build_step(self, plan: _Plan) -> Step:
+        token_ids: list[int] = []
+        query_lens, context_lens, sample, block_tables = [], [], [], []
+        full_logits = False
+        for request, chunk in plan.rows:
+            end = request.num_computed + chunk
+            is_sampled = end == len(request.ids)
+            token_ids.extend(request.ids[request.num_computed : end])
+            query_lens.append(chunk)
+            context_lens.append(end)
+            sample.append(int(is_sampled))
+            full_logits |= is_sampled and not request.sampling.greedy_only
+            # A copy: commit may exchange a block of the table, and an exported array cannot grow.
+            num_blocks = self.pool.blocks_for(end)
+            block_tables.append(np.frombuffer(request.block_table, dtype=np.int32, count=num_blocks).copy())
+        return Step(
+            token_ids_T=np.array(token_ids, dtype=np.int32),
+            query_lens_S=np.array(query_lens, dtype=np.int32),
+            context_lens_S=np.array(context_lens, dtype=np.int32),
+            block_tables=block_tables,
+            sample_S=np.array(sample, dtype=np.int32),
+            copies_C3=np.array(plan.copies, dtype=np.int32).reshape(-1, 3),
+            full_logits=full_logits,
+            request_ids=[request.request_id for request, _ in plan.rows],
+        )
+
+    # ---- blocks -----------------------------------------------------------------------------------------------------
+
+    def _seal_full_blocks(self, request: Request) -> None:
+        size, table = self.pool.block_size, request.block_table
+        while request.cacheable and (request.num_sealed + 1) * size <= request.num_computed:
+            index = request.num_sealed
+            parent = table[index - 1] if index else ROOT
+            block = self.pool.seal(table[index], parent, request.ids[index * size : (index + 1) * size])
+            if block is None:
+                request.cacheable = False
+            else:
+                table[index] = block
+                request.num_sealed += 1
+
+    def _vacate(self, request: Request) -> None:
+        """Give up the blocks; what is computed stays matchable, the head of the last block included."""
+        table, index = request.block_table, request.num_sealed
+        computed_tail = request.ids[index * self.pool.block_size : request.num_computed]
+        if request.cacheable and computed_tail:
+            self.pool.seal(table[index], table[index - 1] if index else ROOT, computed_tail)
+        self.pool.release(table)
+        request.block_table = array("i")
+        request.num_computed = request.num_sealed = 0
+        request.cacheable = True
+
+    def _retire(self, request: Request) -> None:
+        self._vacate(request)
+        del self._requests[request.request_id]
+        if self._refused[0] is request:
+            self._refused = (None, 0)
+
+    def check(self) -> None:
+        """Assert every invariant of the queues and of the pool; for tests and post-mortems."""
+        pool = self.pool
+        pool.check()
+        in_flight = [] if self._plan is None else [request for request, _ in self._plan.rows]
+        aborted = [request for request in in_flight if request.finish_reason == "abort"]
+        order = list(self._requests.values())  # a dict keeps the order of arrival
+        assert [r for r in order if r not in aborted] == [*self._running, *self._waiting]
+        refs = [0] * pool.num_blocks
+        for block in [b for request in order for b in request.block_table]:
+            refs[block] += 1
+        for source, _, _ in self._plan.copies if self._plan is not None else ():
+            refs[source] += 1
+        assert refs == [pool.num_refs(block) for block in range(pool.num_blocks)], "a block leaked or is held too often"
+        for request in self._waiting:
+            assert request.num_computed == 0
+            assert not request.block_table
+        assert len(self._running) <= min(self.max_num_seqs, self.max_num_batched_tokens)
+        if self._plan is None:
+            assert all(request.num_remaining == 1 for request in self._running[:-1])
+        for request in self._running:
+            assert 0 <= request.num_computed < len(request.ids)
+            assert len(request.block_table) * pool.block_size >= request.num_computed
+            writable = request.block_table[request.num_sealed :]
+            assert all(pool.num_refs(block) == 1 for block in writable), "a block that is still written is shared"

@@ -1,0 +1,1 @@
+"""The network, its rotary tables, its weight formats, and the checkpoints it is loaded from."""

@@ -1,0 +1,206 @@
+"""One file of tensors: safetensors, or a PyTorch zip archive.
+
+Owns opening such a file safely and reading slices of it through a memory map that is let go again. Never unpickles
+anything but tensors and plain containers. Knows no model, no names, no shards.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+Range = tuple[int, int]
+
+_SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_LFS_POINTER = b"version https://git-lfs"
+_REMAP_BYTES = 256 << 20
+PT_METADATA_KEY = "megatron_infer"
+"""Top-level key of a `.pt` file with our own facts about it; upstream ignores whatever stands beside "model"."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype (torch's name without "torch.") of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFile(Protocol):
+    """A file whose tensors can be read slice by slice. `tensors` and `metadata` come from its header alone."""
+
+    path: Path
+    tensors: Mapping[str, TensorInfo]
+    metadata: Mapping[str, str]
+
+    def read(self, key: str, rows: Range, cols: Range | None) -> Tensor:
+        """Rows and columns of a tensor, contiguous; may be a view of a private memory map of the file."""
+        ...
+
+    def close(self) -> None:
+        """Let go of memory maps."""
+        ...
+
+
+class SafetensorsFile:
+    """A `.safetensors` file. It is mapped anew for every read (0.1 ms), so that pages read do not stay resident."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._stamp = _stamp(path)
+        try:
+            with safe_open(path, "pt") as file:
+                self.metadata: Mapping[str, str] = dict(file.metadata() or {})
+                keys: list[str] = file.keys()
+                self.tensors: Mapping[str, TensorInfo] = {key: _info(file.get_slice(key)) for key in keys}
+        except SafetensorError as error:
+            raise _unreadable(path, str(error)) from None
+
+    def read(self, key: str, rows: Range, cols: Range | None) -> Tensor:
+        _check_unchanged(self.path, self._stamp)
+        with safe_open(self.path, "pt") as file:
+            view = file.get_slice(key)
+            index = slice(*rows) if cols is None else (slice(*rows), slice(*cols))
+            tensor: Tensor = view[index]
+        return tensor.contiguous()
+
+    def close(self) -> None:
+        pass
+
+
+class PickleFile:
+    """A file of `torch.save`, mapped and restricted to `weights_only`.
+
+    Args:
+        unwrap: look for the tensors below Megatron's wrappers (["model"]["module"]["llama_model"], dotted prefixes).
+    """
+
+    _WRAPPERS = ("model", "module", "llama_model", "language_model")
+
+    def __init__(self, path: Path, *, unwrap: bool) -> None:
+        self.path = path
+        self._stamp = _stamp(path)
+        self._unwrap = unwrap
+        self._mapped: dict[str, Tensor] | None = None
+        self._bytes_read = 0
+        self.metadata: Mapping[str, str] = {}
+        self.tensors: Mapping[str, TensorInfo] = {
+            key: TensorInfo(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
+            for key, tensor in self._map().items()
+        }
+
+    def read(self, key: str, rows: Range, cols: Range | None) -> Tensor:
+        tensor = self._map()[key][slice(*rows)]
+        if cols is not None:
+            tensor = tensor[:, slice(*cols)]
+        self._bytes_read += tensor.nbytes
+        if self._bytes_read > _REMAP_BYTES:
+            # Mapping costs milliseconds of unpickling, so unlike safetensors the map is kept for a while, not for good.
+            self.close()
+        return tensor.contiguous()
+
+    def close(self) -> None:
+        self._mapped = None
+        self._bytes_read = 0
+
+    def checksums(self) -> tuple[int, ...]:
+        """CRC-32 of every record in the archive, as its directory states them; equal for equal files."""
+        with zipfile.ZipFile(self.path) as archive:
+            return tuple(record.CRC for record in archive.infolist())
+
+    def _map(self) -> dict[str, Tensor]:
+        if self._mapped is None:
+            _check_unchanged(self.path, self._stamp)
+            self._mapped = self._tensors_in(_load_pickle(self.path))
+        return self._mapped
+
+    def _tensors_in(self, state: Any) -> dict[str, Tensor]:
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{self.path} holds a {type(state).__name__}, not a dictionary of tensors")
+        if self._unwrap:
+            own = state.get(PT_METADATA_KEY)
+            if isinstance(own, Mapping):
+                self.metadata = {str(key): str(value) for key, value in own.items()}
+            for wrapper in self._WRAPPERS:
+                if isinstance(state.get(wrapper), Mapping):
+                    state = state[wrapper]
+        out: dict[str, Tensor] = {}
+        for key, tensor in _strided_tensors(self.path, state):
+            name = self._without_prefix(key) if self._unwrap else key
+            if name in out:
+                raise ValueError(f"{self.path} holds tensor {name!r} twice, under different prefixes; save it again")
+            out[name] = tensor
+        if not out:
+            raise ValueError(f"{self.path} holds no tensors where a checkpoint has them (top level, or under 'model')")
+        return out
+
+    def _without_prefix(self, key: str) -> str:
+        head, _, rest = key.partition(".")
+        return self._without_prefix(rest) if rest and head in self._WRAPPERS else key
+
+
+def _strided_tensors(path: Path, state: Mapping[Any, Any]) -> Iterator[tuple[str, Tensor]]:
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+            raise ValueError(
+                f"{path}: tensor {key!r} is not a plain dense tensor; save the checkpoint as plain tensors"
+            )
+        yield str(key), value.detach()
+
+
+def _load_pickle(path: Path) -> Any:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = [record for record in archive.infolist() if "/data/" in record.filename]
+    except (zipfile.BadZipFile, EOFError):
+        reason = "it is not a zip archive of torch.save (truncated, or a format from before PyTorch 1.6)"
+        raise _unreadable(path, reason) from None
+    if any(record.compress_type != zipfile.ZIP_STORED for record in data):
+        raise ValueError(f"{path} was repacked with compression and cannot be mapped; repack it without (zip -0)")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # damaged archives raise whatever the unpickler trips over
+        text = str(error)
+        if "weights only" not in text.lower().replace("_", " "):
+            raise _unreadable(path, text.split("\n", 1)[0]) from None
+        # torch's own text recommends weights_only=False, which runs whatever the file says.
+        culprit = re.search(r"GLOBAL ([\w.]+)", text)
+        raise ValueError(
+            f"{path} cannot be read: it holds something other than tensors and plain containers"
+            f"{f' ({culprit[1]})' if culprit else ''}, which is never executed; ask its publisher for safetensors, or "
+            "save its state dict again as tensors only"
+        ) from None
+
+
+def _info(view: Any) -> TensorInfo:
+    dtype = str(view.get_dtype())
+    return TensorInfo(tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
+
+
+def _unreadable(path: Path, reason: str) -> ValueError:
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        return ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` or download it again")
+    return ValueError(f"{path} cannot be read: {reason}. If the file is incomplete or damaged, download it again")
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns
+
+
+def _check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    if _stamp(path) != stamp:
+        raise ValueError(f"{path} changed while the checkpoint was being read; start again")

@@ -1,0 +1,152 @@
+"""The op table: what a model may ask of the hardware, as one frozen record of callables.
+
+Owns the signatures, the K-chunk rule and the packed weight's description. Knows no implementation: ops.dispatch
+chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activation is fp32 and contiguous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+NUM_CHUNKS = 8
+
+
+def chunk_bounds(in_dim: int, unit: int = 1) -> tuple[int, ...]:
+    """The 9 bounds of the 8 chunks of K in which a linear layer accumulates; all but the last are multiples of `unit`."""
+    bounds = [unit * ((in_dim // unit) * chunk // NUM_CHUNKS) for chunk in range(NUM_CHUNKS)]
+    return (*bounds, in_dim)
+
+
+@dataclass(eq=False)
+class PackedLinear:
+    """A weight matrix [out_dim, in_dim] in the storage of whoever allocated it.
+
+    Attributes:
+        data: opaque; only the ops of the same table read it.
+        chunk_bounds: of the chunks of K this rank owns, from 0 to in_dim; 8, 4, 2 or 1 chunks.
+        bias: fp32 [out_dim], added last; None where it is added after the all-reduce.
+        layout: whatever the owner keeps about `data`.
+    """
+
+    data: Tensor
+    out_dim: int
+    in_dim: int
+    dtype: torch.dtype
+    chunk_bounds: tuple[int, ...]
+    bias: Tensor | None = None
+    layout: Any = None
+
+    def __post_init__(self) -> None:
+        owned = len(self.chunk_bounds) - 1
+        assert owned in (1, 2, 4, 8), f"{owned} chunks are not a subtree of {NUM_CHUNKS}"
+        assert self.chunk_bounds[0] == 0 and self.chunk_bounds[-1] == self.in_dim
+        assert list(self.chunk_bounds) == sorted(self.chunk_bounds)
+
+
+class AllocateLinear(Protocol):
+    def __call__(
+        self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> PackedLinear:
+        """Storage for a weight, its contents undefined until every row has been packed."""
+        ...
+
+
+class PackRows(Protocol):
+    def __call__(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+        """Store rows row_start .. row_start + N of any floating dtype."""
+        ...
+
+
+class Linear(Protocol):
+    def __call__(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+        """y_TN: fp32 sums over ascending k inside each chunk, the chunks added in a binary tree, the bias last."""
+        ...
+
+
+class RmsNorm(Protocol):
+    def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
+
+
+class AddRmsNorm(Protocol):
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        """Adds x to the residual in place and returns the norm of the sum."""
+        ...
+
+
+class RopeStoreKV(Protocol):
+    def __call__(
+        self,
+        qkv_TC: Tensor,
+        cos_PH: Tensor,
+        sin_PH: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+    ) -> Tensor:
+        """Rotate q and k (half-split), write k and v into the paged cache, return q_TNH.
+
+        qkv_TC has the columns [q heads | k heads | v heads]; cos and sin are fp32 [positions, head_dim / 2]; positions
+        are int32; slots are int64, block * block_size + offset; caches are [num_blocks, G, block_size, H].
+        """
+        ...
+
+
+class PagedAttention(Protocol):
+    def __call__(
+        self,
+        q_TNH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables_SB: Tensor,
+        query_start_S1: Tensor,
+        context_lens_S: Tensor,
+        scale: float,
+    ) -> Tensor:
+        """Causal grouped-query attention, o_TNH.
+
+        Sequence s has the query rows query_start[s] .. query_start[s + 1], its last positions; context_lens[s] counts
+        all positions, these included. Index tensors are int32. Head n reads KV head n // (N / G).
+        """
+        ...
+
+
+class SiluMul(Protocol):
+    def __call__(self, gate_up_T2F: Tensor) -> Tensor:
+        """silu(gate) * up of the columns [gate | up]."""
+        ...
+
+
+class Argmax(Protocol):
+    def __call__(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+        """(values_S fp32, indices_S int64): the lowest index of the largest value; value NaN for a row with NaN or Inf."""
+        ...
+
+
+class GatherRows(Protocol):
+    def __call__(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of an embedding table, on the CPU as fp32."""
+        ...
+
+
+@dataclass(frozen=True)
+class Ops:
+    """One callable per op, chosen once, and the report of how they were chosen."""
+
+    allocate_linear: AllocateLinear
+    pack_rows: PackRows
+    linear: Linear
+    rms_norm: RmsNorm
+    add_rms_norm: AddRmsNorm
+    rope_store_kv: RopeStoreKV
+    paged_attention: PagedAttention
+    silu_mul: SiluMul
+    argmax: Argmax
+    gather_rows: GatherRows
+    report: tuple[str, ...] = ()

@@ -1,0 +1,97 @@
+"""Chooses, once at load, who implements each op, and says why every better candidate was refused.
+
+Knows which candidates exist for a device and in which order they are wanted; knows nothing of their arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_infer.kernels.cpu import native
+from megatron_infer.ops import Ops, reference, vendor
+
+# A packed weight is read only by whoever packed it, so these three are always of one kind.
+_LINEAR = ("allocate_linear", "pack_rows", "linear")
+OP_NAMES = (
+    *_LINEAR,
+    "rms_norm",
+    "add_rms_norm",
+    "rope_store_kv",
+    "paged_attention",
+    "silu_mul",
+    "argmax",
+    "gather_rows",
+)
+
+OpTable = dict[str, Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set of implementations: either the ops it offers, or the reason why it cannot be used."""
+
+    name: str
+    detail: str = ""
+    ops: OpTable | None = None
+    refusal: str = ""
+
+
+def _native(device: torch.device, num_threads: int) -> Candidate:
+    if device.type != "cpu":
+        return Candidate("native", refusal=f"runs on the CPU, not on {device.type}")
+    try:
+        kernels = native.CpuKernels(num_threads)
+    except native.Unavailable as error:
+        return Candidate("native", refusal=str(error))
+    threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
+    return Candidate("native", f"{kernels.variant}, {threads}", {name: getattr(kernels, name) for name in OP_NAMES})
+
+
+def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidate:
+    if not forced and device.type == "cpu":
+        return Candidate("vendor", refusal="its bits depend on the batch; on the CPU they never may")
+    if not forced and deterministic:
+        return Candidate("vendor", refusal="its bits depend on the batch, and deterministic is set")
+    return Candidate("vendor", "torch", {name: getattr(vendor, name) for name in OP_NAMES})
+
+
+def _reference() -> Candidate:
+    return Candidate("reference", "plain torch, slow", {name: getattr(reference, name) for name in OP_NAMES})
+
+
+def select_ops(
+    device: torch.device, *, num_threads: int, deterministic: bool = False, force: str | None = None
+) -> Ops:
+    """The best implementation of every op on `device`.
+
+    Args:
+        num_threads: of the CPU kernels; the calling thread counts.
+        deterministic: only implementations whose bits do not depend on the batch.
+        force: "native", "vendor" or "reference" only, else ValueError.
+
+    Raises:
+        ValueError: `force` cannot be had; the message says why.
+    """
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+    if force not in (None, "native", "vendor", "reference"):
+        raise ValueError(f"force is {force!r}; it must be native, vendor or reference")
+    wanted = [force] if force else ["native", "vendor", "reference"]
+    make: dict[str, Callable[[], Candidate]] = {
+        "native": lambda: _native(device, num_threads),
+        "vendor": lambda: _vendor(device, deterministic, force is not None),
+        "reference": _reference,
+    }
+    refused: list[Candidate] = []
+    for name in wanted:
+        candidate = make[name]()
+        if candidate.ops is not None:
+            because = "".join(f"; {other.name} refused: {other.refusal}" for other in refused)
+            report = tuple(f"{op}: {candidate.name} ({candidate.detail}){because}" for op in OP_NAMES)
+            return Ops(**candidate.ops, report=report)
+        refused.append(candidate)
+    raise ValueError(f"{force} ops cannot be used on {device}: {refused[-1].refusal}")

@@ -1,0 +1,125 @@
+"""Every op through torch's own matrix products and attention: fast on a GPU, its bits depend on the batch.
+
+Activations have the weights' dtype on CUDA and are fp32 on the CPU; norms, rotations and softmax work in fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_infer.ops import PackedLinear
+from megatron_infer.ops.reference import argmax as argmax
+from megatron_infer.ops.reference import rope_store_kv as _rope_store_kv
+
+
+def allocate_linear(
+    out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> PackedLinear:
+    """The matrix as it is, [out_dim, in_dim]."""
+    data = torch.empty(out_dim, in_dim, dtype=dtype, device=device)
+    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds)
+
+
+def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+    """Store rows row_start .. row_start + N."""
+    packed.data[row_start : row_start + weight_NK.shape[0]] = weight_NK
+
+
+def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
+    """x W^T + b in the dtype of x; whole K at once."""
+    bias_N = None if packed.bias is None else packed.bias.to(x_TK.dtype)
+    return F.linear(x_TK, packed.data.to(x_TK.dtype), bias_N)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight, computed in fp32, in the dtype of x."""
+    x = x_TD.float()
+    y_TD = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps) * weight_D
+    return y_TD.to(x_TD.dtype)
+
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Adds x to the residual in place and returns the norm of the sum."""
+    residual_TD += x_TD
+    return rms_norm(residual_TD, weight_D, eps)
+
+
+def rope_store_kv(
+    qkv_TC: Tensor,
+    cos_PH: Tensor,
+    sin_PH: Tensor,
+    positions_T: Tensor,
+    slots_T: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> Tensor:
+    """Rotate q and k in fp32, write k and v into their slots; q in the dtype of qkv."""
+    q_TNH = _rope_store_kv(
+        qkv_TC, cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, num_heads, num_kv_heads
+    )
+    return q_TNH.to(qkv_TC.dtype)
+
+
+def _attend(q_SNQH: Tensor, pages: tuple[Tensor, Tensor], context_lens_S: Tensor, scale: float) -> Tensor:
+    """The last Q positions of each sequence, o_SNQH. `pages` are k and v as [S, G, P, H], P the padded context."""
+    num_positions, num_queries = pages[0].shape[2], q_SNQH.shape[2]
+    position_P = torch.arange(num_positions, device=q_SNQH.device)
+    first_S1 = (context_lens_S - num_queries)[:, None]
+    position_SQ = first_S1 + torch.arange(num_queries, device=q_SNQH.device)
+    visible_SQP = position_P <= position_SQ[:, :, None]
+    # Unwritten slots may hold NaN, which a weight of zero does not remove.
+    written_S1P1 = (position_P < context_lens_S[:, None])[:, None, :, None]
+    k, v = (torch.where(written_S1P1, page, 0.0).to(q_SNQH.dtype) for page in pages)
+    return F.scaled_dot_product_attention(q_SNQH, k, v, visible_SQP[:, None], scale=scale, enable_gqa=True)
+
+
+def paged_attention(
+    q_TNH: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    block_tables_SB: Tensor,
+    query_start_S1: Tensor,
+    context_lens_S: Tensor,
+    scale: float,
+) -> Tensor:
+    """Gathers the padded pages and calls torch's attention.
+
+    One sequence, or one query per sequence, needs no host synchronisation; a mixture goes sequence by sequence.
+    """
+    num_sequences, num_tokens = block_tables_SB.shape[0], q_TNH.shape[0]
+
+    def pages_of(tables_SB: Tensor) -> tuple[Tensor, Tensor]:
+        # The tables' padding may be any number.
+        tables = tables_SB.long().clamp(0, k_cache.shape[0] - 1)
+        k, v = (cache[tables].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
+        return k, v
+
+    if num_tokens == num_sequences:
+        return _attend(q_TNH[:, :, None], pages_of(block_tables_SB), context_lens_S, scale)[:, :, 0].contiguous()
+    if num_sequences == 1:
+        o_1NTH = _attend(q_TNH.transpose(0, 1)[None], pages_of(block_tables_SB), context_lens_S, scale)
+        return o_1NTH[0].transpose(0, 1).contiguous()
+    block_size = k_cache.shape[2]
+    starts, lengths = query_start_S1.tolist(), context_lens_S.tolist()
+    parts = []
+    for s, length in enumerate(lengths):
+        pages = pages_of(block_tables_SB[s : s + 1, : -(-length // block_size)])
+        q_1NQH = q_TNH[starts[s] : starts[s + 1]].transpose(0, 1)[None]
+        parts.append(_attend(q_1NQH, pages, context_lens_S[s : s + 1], scale)[0].transpose(0, 1))
+    return torch.cat(parts)
+
+
+def silu_mul(gate_up_T2F: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    gate_TF, up_TF = gate_up_T2F.chunk(2, dim=1)
+    return F.silu(gate_TF) * up_TF
+
+
+def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    """Rows of the table: fp32 on the CPU, the table's dtype elsewhere."""
+    rows_TD = table_VD[ids_T.long()]
+    return rows_TD.float() if table_VD.device.type == "cpu" else rows_TD

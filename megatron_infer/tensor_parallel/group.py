@@ -1,0 +1,249 @@
+"""TPGroup: the ranks that hold one model together, and the collectives between them.
+
+Owns the choice of backend (shared memory, gloo, NCCL) and what a failed group does. Knows nothing of layers or steps,
+and leaves torch.distributed's default process group to the user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, NoReturn, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch._C._distributed_c10d import Store
+from torch.distributed import is_gloo_available, is_nccl_available
+
+from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
+from megatron_infer.tensor_parallel.process_groups import GlooBackend, NcclBackend
+from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, World
+from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
+
+__all__ = ["RankFailure", "TPGroup"]
+
+Ints = npt.NDArray[np.int64]
+BackendName = Literal["auto", "shared memory", "gloo"]
+DEFAULT_TIMEOUT_SECONDS = 600.0
+
+
+class Backend(Protocol):
+    """The collectives of one rank. Every method but close() raises RankFailure when the group has failed."""
+
+    @property
+    def name(self) -> str: ...
+    def all_reduce(self, x: Tensor) -> Tensor: ...
+    def all_gather(self, x_SN: Tensor) -> Tensor: ...
+    def broadcast_ints(self, ints: Ints | None) -> Ints: ...
+    def abort(self, message: str) -> RankFailure: ...
+    def close(self) -> None: ...
+
+
+class TPGroup:
+    """One rank's membership in a group of tensor-parallel ranks.
+
+    All ranks must make the same calls in the same order, from one thread each. Once a rank has failed, died or called
+    abort(), every call on every rank raises the same RankFailure; make a new group to go on.
+
+    Attributes:
+        rank, size: position in the group. device: where the tensors live.
+        backend: "single", "shared memory", "gloo" or "nccl". why: why it was chosen.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, backend: Backend | None, why: str) -> None:
+        """For the constructors below."""
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.backend = backend.name if backend else "single"
+        self.why = why
+        self._backend = backend
+        self._failure: RankFailure | None = None
+        self._is_closed = False
+        self._pid = os.getpid()
+
+    @classmethod
+    def single(cls, device: torch.device) -> TPGroup:
+        """A group of one rank: every collective returns its argument."""
+        return cls(0, 1, device, None, "one rank")
+
+    @classmethod
+    def from_env(
+        cls,
+        device: torch.device,
+        size: int | None = None,
+        *,
+        name: str = "default",
+        deterministic: bool = False,
+        backend: BackendName = "auto",
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> TPGroup:
+        """The group of this process among those that torchrun started; a single rank outside torchrun.
+
+        Args:
+            device: of this rank.
+            size: ranks per group; None for all. With fewer than all, consecutive ranks form groups (data parallelism).
+            name, deterministic, backend, timeout_seconds: see connect().
+
+        Raises:
+            ValueError: the number of processes does not fit `size`, or the environment is incomplete.
+            RankFailure: a rank did not come.
+        """
+        world = World.from_env()
+        if world is None:
+            if size not in (None, 1):
+                raise ValueError(f"{size} ranks asked for, but torchrun has not started this process: use torchrun")
+            return cls.single(device)
+        size = world.size if size is None else size
+        if size < 1 or world.size % size:
+            raise ValueError(
+                f"{world.size} processes cannot form groups of {size} ranks: start a multiple of {size} with "
+                f"`torchrun --nproc_per_node`, or choose a size that divides {world.size}"
+            )
+        if size == 1:
+            return cls.single(device)
+        index, rank = divmod(world.rank, size)
+        return cls.connect(
+            world.store(timeout_seconds),
+            rank,
+            size,
+            device,
+            f"{name}/replica-{index}",
+            deterministic=deterministic,
+            backend=backend,
+            timeout_seconds=timeout_seconds,
+        )
+
+    @classmethod
+    def connect(
+        cls,
+        store: Store,
+        rank: int,
+        size: int,
+        device: torch.device,
+        name: str = "default",
+        *,
+        deterministic: bool = False,
+        backend: BackendName = "auto",
+        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        is_alive: Callable[[int], bool] = lambda rank: True,
+        library_path: Path = LIBRARY_PATH,
+    ) -> TPGroup:
+        """Meet the other ranks at any c10d store; returns when all are there.
+
+        Args:
+            name: keeps groups apart that share a store; ranks that belong together pass the same one.
+            deterministic: NCCL sums in tree order as well (slower). The CPU backends always do.
+            backend: a CPU backend to insist on.
+            timeout_seconds: how long to wait for a rank that is alive, in joining and in every collective except for
+                followers in broadcast_ints (they may idle for ever).
+            is_alive: whether a rank's process still runs, where the caller knows; asked while waiting for it to join.
+            library_path: the native library with the shared memory collectives.
+
+        Raises:
+            ValueError: no backend for this device, or `backend` cannot be used.
+            RankFailure: a rank did not come.
+        """
+        if not 0 <= rank < size:
+            raise ValueError(f"rank {rank} is not in 0..{size - 1}")
+        if size == 1:
+            return cls.single(device)
+        if device.type not in ("cpu", "cuda"):
+            raise ValueError(f"tensor parallelism works on cpu and cuda devices, not on {device.type!r}")
+        if device.type == "cuda" and not is_nccl_available():
+            raise ValueError("this PyTorch was built without NCCL: install a CUDA build, or use device='cpu'")
+        meeting = Rendezvous(store, rank, size, name, timeout_seconds, is_alive)
+        channel, why = _connect_cpu(meeting, backend, library_path)
+        if device.type == "cpu":
+            return cls(rank, size, device, channel, why)
+        nccl = NcclBackend(meeting, device, channel, deterministic)
+        return cls(rank, size, device, nccl, f"CUDA devices; integers travel over {channel.name} ({why})")
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum of every rank's `x` (same shape), added in fp32 in one binary tree: ((r0+r1)+(r2+r3))+...
+
+        In place or new: use the return value. NCCL without `deterministic` adds in an order of its own.
+        """
+        if self._backend is None:
+            return x
+        try:
+            return self._ready().all_reduce(x)
+        except BaseException as error:
+            self._failed(error, "all_reduce")
+
+    def all_gather(self, x_SN: Tensor) -> Tensor:
+        """Every rank's `x_SN` (same shape) concatenated along the last dimension, in rank order."""
+        if self._backend is None:
+            return x_SN
+        try:
+            return self._ready().all_gather(x_SN)
+        except BaseException as error:
+            self._failed(error, "all_gather")
+
+    def broadcast_ints(self, ints: Ints | None) -> Ints:
+        """Rank 0 passes a 1-D int64 array of any length, the others None; every rank returns rank 0's array.
+
+        Rank 0 need not wait for the others. An idle follower waits here without using the CPU.
+        """
+        if (ints is None) != (self.rank != 0):
+            raise ValueError("broadcast_ints: rank 0 passes the array, every other rank passes None")
+        if ints is not None:
+            if ints.ndim != 1 or ints.dtype != np.int64:
+                raise ValueError(f"broadcast_ints takes a 1-D int64 array, not {ints.ndim}-D {ints.dtype}")
+            ints = np.ascontiguousarray(ints)
+        if self._backend is None:
+            assert ints is not None
+            return ints
+        try:
+            return self._ready().broadcast_ints(ints)
+        except BaseException as error:
+            self._failed(error, "broadcast_ints")
+
+    def abort(self, message: str) -> None:
+        """Tell the peers that this rank fails, and why; they raise RankFailure. The first failure of a group stands."""
+        if self._backend is not None and self._failure is None and not self._is_closed:
+            self._failure = self._backend.abort(message)
+
+    def close(self) -> None:
+        """Leave the group. Idempotent, and waits for nobody; a peer that still expects this rank raises RankFailure."""
+        # A forked child holds a copy of this object, but the membership is its parent's.
+        if self._is_closed or os.getpid() != self._pid:
+            return
+        self._is_closed = True
+        if self._backend is not None:
+            self._backend.close()
+
+    def _ready(self) -> Backend:
+        if self._failure is not None:
+            raise self._failure.with_traceback(None)
+        if self._is_closed:
+            raise ValueError("the tensor-parallel group is closed; make a new one")
+        assert self._backend is not None
+        return self._backend
+
+    def _failed(self, error: BaseException, where: str) -> NoReturn:
+        if isinstance(error, RankFailure):
+            self._failure = error
+        elif not isinstance(error, Exception):
+            # Ctrl-C or an exit in the middle of a collective: this rank no longer knows where its peers are.
+            self.abort(f"{type(error).__name__} in {where}")
+        raise error
+
+
+def _connect_cpu(
+    meeting: Rendezvous, wanted: BackendName, library_path: Path
+) -> tuple[SharedMemoryBackend | GlooBackend, str]:
+    reason = "asked for"
+    if wanted != "gloo":
+        shared = SharedMemoryBackend.connect(meeting, library_path)
+        if isinstance(shared, SharedMemoryBackend):
+            return shared, "all ranks are processes of one host"
+        reason = f"no shared memory: {shared}"
+    if wanted == "shared memory":
+        raise ValueError(f"the shared memory backend cannot be used: {reason}")
+    if not is_gloo_available():
+        raise ValueError(f"no CPU backend is left: this PyTorch was built without gloo, and {reason}")
+    return GlooBackend(meeting), reason

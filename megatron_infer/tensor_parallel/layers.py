@@ -1,0 +1,145 @@
+"""Megatron's parallel layers (arXiv 1909.08053): column, row and vocabulary parallel.
+
+A layer knows which slice of a full tensor its rank owns and reads just that. It does not know the weight format, the
+kernels, or how ranks talk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_infer.model.formats import WeightFormat
+from megatron_infer.ops import NUM_CHUNKS, Ops
+from megatron_infer.tensor_parallel.group import TPGroup
+
+
+class TensorSource(Protocol):
+    """Where weights come from: any slice of a full tensor by its canonical name."""
+
+    def read(
+        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Output features [start, stop) of the linear layer `name`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class ColumnParallelLinear:
+    """y_TN = x_TK W^T + b with the output features divided among the ranks; needs no communication.
+
+    Several layers that read the same input (q, k, v; gate, up) are one matrix here: `parts` in order.
+    """
+
+    def __init__(self, in_dim: int, parts: Sequence[Rows], *, bias: bool, fmt: WeightFormat) -> None:
+        self.parts = tuple(parts)
+        self.has_bias = bias
+        self.fmt = fmt
+        self.packed = fmt.allocate(sum(p.stop - p.start for p in parts), fmt.chunk_bounds(in_dim))
+
+    def load(self, source: TensorSource) -> None:
+        """Read and pack this rank's rows."""
+        biases, offset = [], 0
+        for part in self.parts:
+            rows = (part.start, part.stop)
+            self.fmt.pack_rows(self.packed, offset, source.read(f"{part.name}.weight", rows=rows))
+            offset += part.stop - part.start
+            if self.has_bias:
+                biases.append(source.read(f"{part.name}.bias", rows=rows).float())
+        if biases:
+            self.packed = replace(self.packed, bias=torch.cat(biases).to(self.packed.data.device))
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return self.fmt.matmul(x_TK, self.packed)
+
+
+class RowParallelLinear:
+    """y_TN = x_TK W^T + b with the input features divided among the ranks; the partial sums are all-reduced.
+
+    Rank r owns whole K-chunks, hence a subtree of the sum, and the all-reduce adds the subtrees in the tree's order:
+    the result has the same bits at every tensor-parallel degree.
+    """
+
+    def __init__(self, name: str, in_dim: int, out_dim: int, *, bias: bool, tp: TPGroup, fmt: WeightFormat) -> None:
+        bounds = fmt.chunk_bounds(in_dim)
+        per_rank = NUM_CHUNKS // tp.size
+        own = bounds[tp.rank * per_rank : (tp.rank + 1) * per_rank + 1]
+        self.name, self.cols = name, (own[0], own[-1])
+        self.has_bias, self.tp, self.fmt = bias, tp, fmt
+        self.bias_N: Tensor | None = None
+        self.packed = fmt.allocate(out_dim, tuple(b - own[0] for b in own))
+
+    def load(self, source: TensorSource) -> None:
+        """Read and pack this rank's columns; the bias is whole on every rank and added once, after the reduction."""
+        self.fmt.pack_rows(self.packed, 0, source.read(f"{self.name}.weight", cols=self.cols))
+        if self.has_bias:
+            self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        y_TN = self.tp.all_reduce(self.fmt.matmul(x_TK, self.packed))
+        return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
+
+
+def vocab_range(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
+    """Token ids owned by `rank`: equal, contiguous, the last ones shorter when the vocabulary does not divide."""
+    width = -(-vocab_size // size)
+    return min(rank * width, vocab_size), min((rank + 1) * width, vocab_size)
+
+
+class VocabParallelEmbedding:
+    """Token embedding with the vocabulary divided among the ranks; foreign ids give zeros, summed away."""
+
+    def __init__(self, name: str, vocab_size: int, dim: int, *, tp: TPGroup, ops: Ops, dtype: torch.dtype) -> None:
+        self.name, self.tp, self.ops = name, tp, ops
+        self.start, self.stop = vocab_range(vocab_size, tp.rank, tp.size)
+        self.table_VD = torch.empty(self.stop - self.start, dim, dtype=dtype, device=tp.device)
+
+    def load(self, source: TensorSource) -> None:
+        """Read this rank's rows of the table."""
+        self.table_VD.copy_(source.read(f"{self.name}.weight", rows=(self.start, self.stop)))
+
+    def __call__(self, ids_T: Tensor) -> Tensor:
+        if self.tp.size == 1:
+            hidden_TD = self.ops.gather_rows(self.table_VD, ids_T)
+        else:
+            foreign_T = (ids_T < self.start) | (ids_T >= self.stop)
+            local_T = (ids_T - self.start).masked_fill_(foreign_T, 0)
+            hidden_TD = self.ops.gather_rows(self.table_VD, local_T)
+            hidden_TD = self.tp.all_reduce(hidden_TD.masked_fill_(foreign_T[:, None], 0.0))
+        # A sum of ranks turns -0.0 into +0.0; one rank alone must do the same to give the same bits.
+        return hidden_TD.add_(0.0)
+
+
+class VocabParallelHead:
+    """Output head with the vocabulary divided among the ranks: each has the logits of its own token ids."""
+
+    def __init__(self, name: str, dim: int, vocab_size: int, *, tp: TPGroup, fmt: WeightFormat) -> None:
+        self.vocab_size, self.tp = vocab_size, tp
+        self.start, self.stop = vocab_range(vocab_size, tp.rank, tp.size)
+        self.width = -(-vocab_size // tp.size)
+        self.linear = ColumnParallelLinear(dim, [Rows(name, self.start, self.stop)], bias=False, fmt=fmt)
+
+    def load(self, source: TensorSource) -> None:
+        """Read and pack this rank's rows."""
+        self.linear.load(source)
+
+    def __call__(self, hidden_SD: Tensor) -> Tensor:
+        """Local logits [S, stop - start]."""
+        return self.linear(hidden_SD)
+
+    def gather(self, local_SV: Tensor) -> Tensor:
+        """All logits [S, vocab_size] on every rank."""
+        missing = self.width - local_SV.shape[1]
+        if missing:
+            local_SV = torch.nn.functional.pad(local_SV, (0, missing))
+        return self.tp.all_gather(local_SV)[:, : self.vocab_size]

@@ -1,0 +1,277 @@
+"""The backends over torch's process groups: gloo (CPU, several hosts) and NCCL (CUDA).
+
+Owns process group objects of its own on the group's store: torch.distributed stays free for the user's program.
+Sums are in tree order from an all_gather: the order inside these libraries depends on message size and topology.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from datetime import timedelta
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch._C._distributed_c10d as c10d
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+
+from megatron_infer.tensor_parallel.rendezvous import UNKNOWN_RANK, ProcessIdentity, RankFailure, Rendezvous
+
+_TICK = timedelta(seconds=0.25)
+_DIAGNOSIS_SECONDS = 3.0
+_UNLIMITED = timedelta(days=365)
+# Bounds the staging memory of an all_reduce to (ranks + 1) x 4 MiB.
+_CHUNK_ELEMENTS = 1 << 20
+_HEADER_INTS = 512
+
+
+def tree_sum(parts: list[Tensor]) -> Tensor:
+    """((r0+r1)+(r2+r3))+...: neighbours are paired, an odd last one is carried up."""
+    while len(parts) > 1:
+        paired = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+        parts = paired + parts[2 * len(paired) :]
+    return parts[0]
+
+
+class GlooBackend:
+    """Collectives over TCP. A lost connection becomes a RankFailure that names the rank where that can be known."""
+
+    name = "gloo"
+
+    def __init__(self, meeting: Rendezvous) -> None:
+        self._rank = meeting.rank
+        self._size = meeting.size
+        self._store = meeting.store
+        self._timeout_seconds = meeting.timeout_seconds
+        self._own = ProcessIdentity.own()
+        self._peers = [ProcessIdentity.parse(text) for text in meeting.exchange("identity", str(self._own))]
+        options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
+        options._timeout = timedelta(seconds=meeting.timeout_seconds)
+        # Ranks of one host have no business on the network; between hosts GLOO_SOCKET_IFNAME chooses the interface.
+        is_local = all(peer.host == self._own.host for peer in self._peers)
+        make = c10d.ProcessGroupGloo
+        options._devices = [make.create_device(hostname="127.0.0.1") if is_local else make.create_default_device()]
+        self._group: Any = make(PrefixStore("gloo", meeting.store), meeting.rank, meeting.size, options)
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        # gloo refuses inference tensors (github.com/pytorch/pytorch/issues/86830), hence ordinary staging tensors.
+        with torch.inference_mode(False), torch.no_grad():
+            sums = torch.empty(x.shape, dtype=torch.float32)
+            sums.copy_(x)
+            for piece in torch.split(sums.view(-1), _CHUNK_ELEMENTS):
+                piece.copy_(tree_sum(self._gather(piece, "all_reduce")))
+            return sums.to(x.dtype)
+
+    def all_gather(self, x_SN: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            local = torch.empty(x_SN.shape, dtype=x_SN.dtype)
+            local.copy_(x_SN)
+            parts = self._gather(local.view(-1), "all_gather") if local.numel() else [local] * self._size
+            return torch.cat([part.view(x_SN.shape) for part in parts], dim=-1)
+
+    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+        header = np.zeros(_HEADER_INTS, dtype=np.int64)
+        if ints is not None:
+            header[0] = len(ints)
+            header[1 : 1 + len(ints)] = ints[: _HEADER_INTS - 1]
+        self._broadcast(header)
+        length, at_once = int(header[0]), _HEADER_INTS - 1
+        if length <= at_once:
+            return header[1 : 1 + length].copy() if ints is None else ints
+        rest = np.empty(length - at_once, dtype=np.int64) if ints is None else ints[at_once:].copy()
+        self._broadcast(rest)
+        return np.concatenate([header[1:], rest]) if ints is None else ints
+
+    def poll(self) -> None:
+        """Raise RankFailure if a peer reported a failure or, on this host, died. Any thread may call it."""
+        try:
+            if self._store.check(["failure"]):
+                raise RankFailure(*json.loads(self._store.get("failure")))
+        except RankFailure:
+            raise
+        except RuntimeError as error:
+            self._raise_for_dead_peers()
+            raise RankFailure(UNKNOWN_RANK, f"the store that the ranks met at is gone ({_first_line(error)})") from None
+        self._raise_for_dead_peers()
+
+    def abort(self, message: str) -> RankFailure:
+        return self._record(self._rank, message)
+
+    def close(self) -> None:
+        with contextlib.suppress(RuntimeError):  # where the store went first nobody is left to tell
+            self._store.set(f"closed/{self._rank}", "1")
+        self._group = None
+
+    def _gather(self, flat: Tensor, name: str) -> list[Tensor]:
+        parts = [torch.empty_like(flat) for _ in range(self._size)]
+        options = c10d.AllgatherOptions()
+        options.timeout = timedelta(seconds=self._timeout_seconds)
+        # As bytes: gloo has no kernels for some types.
+        work = self._start("allgather", [[part.view(torch.uint8) for part in parts]], [flat.view(torch.uint8)], options)
+        self._finish(work, name, limited=True)
+        return parts
+
+    def _broadcast(self, ints: npt.NDArray[np.int64]) -> None:
+        options = c10d.BroadcastOptions()
+        options.rootRank, options.rootTensor = 0, 0
+        # gloo tears its connections down at a timeout, and a follower may idle for hours.
+        options.timeout = _UNLIMITED
+        with torch.inference_mode(False):
+            work = self._start("broadcast", [torch.from_numpy(ints)], options)
+        self._finish(work, "broadcast_ints", limited=self._rank == 0)
+
+    def _start(self, operation: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._group, operation)(*arguments)
+        except RuntimeError as error:
+            raise self._diagnose(error) from None
+
+    def _finish(self, work: Any, name: str, *, limited: bool) -> None:
+        deadline = time.monotonic() + self._timeout_seconds
+        while True:
+            try:
+                work.wait(_TICK)
+                return
+            except RuntimeError:
+                if work.is_completed():
+                    break
+            self.poll()
+            if limited and time.monotonic() > deadline:
+                raise self._record(UNKNOWN_RANK, f"it did not reach {name} within {self._timeout_seconds:g} s")
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._diagnose(error) from None
+
+    def _diagnose(self, error: RuntimeError) -> RankFailure:
+        """Who is behind a broken connection. It also breaks where a healthy peer left because of another rank."""
+        deadline = time.monotonic() + _DIAGNOSIS_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                self.poll()
+                for q in range(self._size):
+                    if q != self._rank and self._store.check([f"closed/{q}"]):
+                        return self._record(q, "it closed the group")
+            except RankFailure as failure:
+                return failure
+            except RuntimeError:
+                break
+            time.sleep(0.05)
+        return self._record(UNKNOWN_RANK, f"a connection between the ranks broke ({_first_line(error)})")
+
+    def _raise_for_dead_peers(self) -> None:
+        for q, peer in enumerate(self._peers):
+            if q != self._rank and peer.host == self._own.host and peer.is_dead():
+                if self._closed_before_death(q):
+                    continue
+                raise self._record(q, "its process died")
+
+    def _closed_before_death(self, q: int) -> bool:
+        try:
+            return self._store.check([f"closed/{q}"])
+        except RuntimeError:
+            return False
+
+    def _record(self, rank: int, cause: str) -> RankFailure:
+        """Make it the failure of the group unless there is one already; returns the one that stands."""
+        try:
+            standing = self._store.compare_set("failure", "", json.dumps([rank, cause]))
+            return RankFailure(*json.loads(standing))
+        except RuntimeError:
+            return RankFailure(rank, cause)
+
+
+class Control(Protocol):
+    """What carries integers and failures beside NCCL."""
+
+    @property
+    def name(self) -> str: ...
+    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]: ...
+    def poll(self) -> None: ...
+    def abort(self, message: str) -> RankFailure: ...
+    def close(self) -> None: ...
+
+
+class NcclBackend:
+    """Collectives between GPUs. Integers and failures travel over `control`, so no plan ever waits for a GPU stream.
+
+    A kernel waiting for a dead peer would spin for ever, so a thread watches `control` and aborts the communicator.
+    """
+
+    name = "nccl"
+
+    def __init__(self, meeting: Rendezvous, device: torch.device, control: Control, deterministic: bool) -> None:
+        self._size = meeting.size
+        self._device = device
+        self._control = control
+        self._deterministic = deterministic
+        self._failure: RankFailure | None = None
+        options = c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=meeting.timeout_seconds)
+        options.global_ranks_in_group = list(range(meeting.size))
+        self._group: Any = c10d.ProcessGroupNCCL(
+            PrefixStore("nccl", meeting.store), meeting.rank, meeting.size, options
+        )
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, name="megatron_infer-nccl-watch", daemon=True)
+        self._watcher.start()
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        if self._deterministic:
+            return tree_sum([part.float() for part in self._gather(x)]).to(x.dtype)
+        self._run("allreduce", [x])
+        return x
+
+    def all_gather(self, x_SN: Tensor) -> Tensor:
+        return torch.cat(list(self._gather(x_SN.contiguous())), dim=-1)
+
+    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+        return self._control.broadcast_ints(ints)
+
+    def abort(self, message: str) -> RankFailure:
+        failure = self._control.abort(message)
+        self._stop.set()
+        self._group.abort()
+        return failure
+
+    def close(self) -> None:
+        self._stop.set()
+        self._watcher.join()
+        if self._failure is None:
+            torch.cuda.synchronize(self._device)
+        # Not shutdown(): that waits for peers which may be gone.
+        self._group.abort()
+        self._control.close()
+
+    def _gather(self, x: Tensor) -> Tensor:
+        gathered = x.new_empty((self._size, *x.shape))
+        self._run("_allgather_base", gathered.view(-1), x.view(-1))
+        return gathered
+
+    def _run(self, operation: str, *arguments: Any) -> None:
+        if self._failure is not None:
+            raise self._failure
+        try:
+            getattr(self._group, operation)(*arguments).wait()
+        except RuntimeError as error:
+            self._control.poll()
+            raise RankFailure(UNKNOWN_RANK, f"NCCL: {_first_line(error)}") from error
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.5):
+            try:
+                self._control.poll()
+            except RankFailure as failure:
+                self._failure = failure
+                self._group.abort()
+                return
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,175 @@
+"""How ranks find each other: through a c10d Store and nothing else (no port, file or shared-memory name of our own).
+
+Owns RankFailure, the exchange of small values between ranks, and what tells two processes and hosts apart.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+UNKNOWN_RANK = -1
+
+
+class RankFailure(RuntimeError):
+    """A rank of the group failed; the group is of no use any more and every later call raises this again.
+
+    `rank` is the rank that failed first, UNKNOWN_RANK (-1) where it could not be found out; `cause` says why.
+    """
+
+    def __init__(self, rank: int, cause: str) -> None:
+        who = f"rank {rank}" if rank != UNKNOWN_RANK else "a rank"
+        super().__init__(f"{who} of the tensor-parallel group failed: {cause}")
+        self.rank = rank
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process among those that torchrun started."""
+
+    rank: int
+    size: int
+
+    @classmethod
+    def from_env(cls) -> World | None:
+        """None outside torchrun. ValueError when the environment is incomplete or contradicts itself."""
+        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+            return None
+        remedy = "start with `torchrun --nproc_per_node N ...`, or unset RANK and WORLD_SIZE to run as a single process"
+        missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
+        if missing:
+            raise ValueError(f"the environment of a distributed run lacks {', '.join(missing)}: {remedy}")
+        rank, size = _int_from_env("RANK", remedy), _int_from_env("WORLD_SIZE", remedy)
+        if not 0 <= rank < size:
+            raise ValueError(f"RANK={rank} is not below WORLD_SIZE={size}: {remedy}")
+        if "LOCAL_WORLD_SIZE" in os.environ:
+            local = _int_from_env("LOCAL_WORLD_SIZE", remedy)
+            if not 1 <= local <= size:
+                raise ValueError(f"LOCAL_WORLD_SIZE={local} does not fit WORLD_SIZE={size}: {remedy}")
+        return cls(rank, size)
+
+    def store(self, timeout_seconds: float) -> Store:
+        """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers."""
+        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
+        return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _int_from_env(key: str, remedy: str) -> int:
+    try:
+        return int(os.environ[key])
+    except ValueError:
+        raise ValueError(f"{key}={os.environ[key]!r} is not an integer: {remedy}") from None
+
+
+@dataclass(frozen=True)
+class ProcessIdentity:
+    """What the other ranks know about a process."""
+
+    host: str
+    """boot id and PID namespace: equal where processes can see each other's /proc entries"""
+    pid: int
+    started: int
+    """start time in clock ticks, so that a reused pid is not taken for the old process"""
+
+    @classmethod
+    def own(cls) -> ProcessIdentity:
+        try:
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            host = f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+        except OSError:
+            host = f"{os.uname().nodename}:no-proc:{os.getpid()}"
+        state = _process_state(os.getpid())
+        return cls(host, os.getpid(), state[1] if state else 0)
+
+    @classmethod
+    def parse(cls, text: str) -> ProcessIdentity:
+        host, pid, started = text.split(" ")
+        return cls(host, int(pid), int(started))
+
+    def __str__(self) -> str:
+        return f"{self.host} {self.pid} {self.started}"
+
+    @property
+    def number(self) -> int:
+        """A positive integer that no other live process of the host has."""
+        # A pid has at most 22 bits; not zero, which stands for a rank that has not attached.
+        return (self.started << 22 | self.pid) & (2**62 - 1)
+
+    def is_dead(self) -> bool:
+        """Only meaningful for a process of the same host. A zombie is dead."""
+        state = _process_state(self.pid)
+        return state is None or state[0] in "ZX" or state[1] != self.started
+
+
+def _process_state(pid: int) -> tuple[str, int] | None:
+    try:
+        # The command name may contain blanks and parentheses; the fields start after the last one.
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return fields[0], int(fields[19])
+
+
+class Rendezvous:
+    """The keys of one group in the store."""
+
+    def __init__(
+        self,
+        store: Store,
+        rank: int,
+        size: int,
+        name: str,
+        timeout_seconds: float,
+        is_alive: Callable[[int], bool] = lambda rank: True,
+    ) -> None:
+        self.is_alive = is_alive
+        self.rank = rank
+        self.size = size
+        self.timeout_seconds = timeout_seconds
+        base = f"megatron_infer/{name}/{size}-ranks"
+        # A program may make groups of one name one after the other: each rank counts its own, in the same order.
+        number = store.add(f"{base}/rank-{rank}", 1)
+        self.store = PrefixStore(f"{base}/{number}", store)
+
+    def exchange(self, topic: str, value: str) -> list[str]:
+        """What every rank passed under `topic`, in rank order.
+
+        Raises:
+            RankFailure: a rank did not come within the timeout.
+        """
+        self.store.set(f"{topic}/{self.rank}", value)
+        return [self._await(f"{topic}/{q}", q) for q in range(self.size)]
+
+    def tell(self, topic: str, value: str) -> None:
+        """Rank 0: for ask() of the others."""
+        self.store.set(topic, value)
+
+    def ask(self, topic: str) -> str:
+        """What rank 0 told."""
+        return self._await(topic, 0)
+
+    def _await(self, key: str, rank: int) -> str:
+        # Polling instead of Store.get: a blocked get cannot be interrupted with Ctrl-C.
+        deadline = time.monotonic() + self.timeout_seconds
+        pause = 0.001
+        while not self.store.check([key]):
+            if not self.is_alive(rank):
+                raise RankFailure(rank, "its process ended before it joined the group; see its output above")
+            if time.monotonic() > deadline:
+                raise RankFailure(rank, f"it did not join the group within {self.timeout_seconds:g} s")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.05)
+        return str(self.store.get(key).decode())
+
+
+def first(values: Iterable[str]) -> str:
+    """The first non-empty one, else the empty string."""
+    return next((value for value in values if value), "")

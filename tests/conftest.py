@@ -1,0 +1,25 @@
+"""Shared fixtures: one tiny checkpoint on disk for every test that starts whole sessions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_infer.model.export import save_sharded
+
+from .tiny_models import random_tensors, tiny_config
+from .tiny_tokenizer import build_tiny_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sharded directory (two files) of a random model with an aiXcoder-like tokenizer."""
+    root = tmp_path_factory.mktemp("tiny")
+    tokenizer = build_tiny_tokenizer(root / "tokenizer")
+    config = tiny_config()
+    tensors = random_tensors(config, seed=9, dtype=torch.bfloat16)
+    out = root / "checkpoint"
+    save_sharded(tensors.read, config, out, 2, extra_files=[tokenizer])
+    return out

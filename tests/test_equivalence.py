@@ -1,0 +1,139 @@
+"""Identical answers by construction: the same ids and bitwise the same log probabilities whatever shares the batch,
+however the prompt is chunked or cached, at any thread count and tensor-parallel degree. And the control that fails."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from megatron_infer.config import ModelConfig, SamplingParams
+from megatron_infer.engine.engine import Engine
+from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.tensor_parallel.group import TPGroup
+
+from .tiny_models import (
+    CPU,
+    Output,
+    Tensors,
+    generate,
+    generate_on_ranks,
+    make_engine,
+    make_runner,
+    random_tensors,
+    tiny_config,
+)
+
+GREEDY = SamplingParams(max_new_tokens=24, logprobs=3, ignore_eos=True)
+SEEDED = SamplingParams(
+    max_new_tokens=24, logprobs=0, ignore_eos=True, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=11
+)
+BOTH = pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+
+
+@pytest.fixture(scope="module")
+def config() -> ModelConfig:
+    return tiny_config()
+
+
+@pytest.fixture(scope="module")
+def tensors(config: ModelConfig) -> Tensors:
+    return random_tensors(config, seed=3, dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Lengths around block edges; two share a long head."""
+    draw = random.Random(5)
+    made = [[draw.randrange(3, 512) for _ in range(length)] for length in (1, 15, 16, 17, 33, 70, 128)]
+    return [*made, made[5][:50] + [7] * 9]
+
+
+def engine_of(config: ModelConfig, tensors: Tensors, **options: int) -> Engine:
+    runner_options = {k: options.pop(k) for k in ("num_blocks", "num_threads", "block_size") if k in options}
+    runner = make_runner(config, tensors, TPGroup.single(CPU), dtype=torch.bfloat16, **runner_options)
+    return make_engine(runner, **options)
+
+
+@pytest.fixture(scope="module")
+def alone(config: ModelConfig, tensors: Tensors, prompts: list[list[int]]) -> dict[SamplingParams, list[Output]]:
+    """Every prompt by itself: nothing cached, nothing shared, one thread, one rank, prefilled whole."""
+
+    def one(prompt: list[int], sampling: SamplingParams) -> Output:
+        return generate(engine_of(config, tensors), [prompt], sampling)[0]
+
+    return {sampling: [one(prompt, sampling) for prompt in prompts] for sampling in (GREEDY, SEEDED)}
+
+
+@BOTH
+def test_batch_of_one_equals_batch_of_many(config, tensors, prompts, alone, sampling) -> None:
+    assert generate(engine_of(config, tensors), prompts, sampling) == alone[sampling]
+    backwards = generate(engine_of(config, tensors, max_num_seqs=3), prompts[::-1], sampling)
+    assert backwards[::-1] == alone[sampling]
+
+
+@BOTH
+@pytest.mark.parametrize("budget", [5, 16, 61])
+def test_whole_prompt_equals_chunked_prompt(config, tensors, prompts, alone, sampling, budget) -> None:
+    assert generate(engine_of(config, tensors, max_num_batched_tokens=budget), prompts, sampling) == alone[sampling]
+
+
+@BOTH
+def test_cold_equals_prefix_hit(config, tensors, prompts, alone, sampling) -> None:
+    engine = engine_of(config, tensors)
+    for repeat in range(3):
+        for prompt, expected in zip(prompts, alone[sampling], strict=True):
+            assert generate(engine, [prompt], sampling)[0] == expected, f"repeat {repeat}, {len(prompt)} tokens"
+    without = engine_of(config, tensors, enable_prefix_caching=False)
+    assert generate(without, prompts, sampling) == alone[sampling]
+
+
+@BOTH
+def test_preempted_equals_undisturbed(config, tensors, prompts, alone, sampling) -> None:
+    engine = engine_of(config, tensors, num_blocks=14)
+    assert generate(engine, prompts, sampling) == alone[sampling]
+    assert engine.scheduler.num_preemptions > 0, "the pool was large enough: this showed nothing"
+
+
+@BOTH
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_thread_count_changes_nothing(config, tensors, prompts, alone, sampling, num_threads) -> None:
+    assert generate(engine_of(config, tensors, num_threads=num_threads), prompts, sampling) == alone[sampling]
+
+
+@pytest.mark.parametrize("block_size", [8, 32])
+def test_block_size_changes_nothing(config, tensors, prompts, alone, block_size) -> None:
+    engine = engine_of(config, tensors, block_size=block_size, num_blocks=1024 // block_size)
+    assert generate(engine, prompts, GREEDY) == alone[GREEDY]
+
+
+@BOTH
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_tensor_parallel_degree_changes_nothing(config, tensors, prompts, alone, sampling, size) -> None:
+    assert generate_on_ranks(size, config, tensors, prompts, sampling, dtype=torch.bfloat16) == alone[sampling]
+
+
+def test_reference_ops_keep_the_same_promise(config, tensors, prompts) -> None:
+    """The plain-torch definitions, used where no compiler is: same contract, not the same bits as the kernels."""
+    short = SamplingParams(max_new_tokens=4, logprobs=0, ignore_eos=True)
+    ops = select_ops(CPU, num_threads=1, force="reference")
+    some = prompts[2:5]
+
+    def engine() -> Engine:
+        return make_engine(make_runner(config, tensors, TPGroup.single(CPU), ops=ops, dtype=torch.bfloat16))
+
+    together = generate(engine(), some, short)
+    assert together == [generate(engine(), [prompt], short)[0] for prompt in some]
+
+
+def test_negative_control_a_vendor_matmul_breaks_the_promise(config, tensors, prompts) -> None:
+    """With torch's own matmul and softmax the batch changes the bits: the comparisons above can fail."""
+    ops = select_ops(CPU, num_threads=1, force="vendor")
+
+    def engine() -> Engine:
+        return make_engine(make_runner(config, tensors, TPGroup.single(CPU), ops=ops, dtype=torch.bfloat16))
+
+    together = generate(engine(), prompts, GREEDY)
+    separate = [generate(engine(), [prompt], GREEDY)[0] for prompt in prompts]
+    assert together != separate

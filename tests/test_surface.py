@@ -1,0 +1,190 @@
+"""The shape of the codebase: who may import whom, the public names, the README's tree, the `kernels/` name."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_infer
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "megatron_infer"
+
+LAYERS: list[tuple[str, ...]] = [
+    ("config", "tokenizer"),
+    ("fim",),
+    ("engine.step", "engine.request", "cache.block_pool", "kernels"),
+    ("engine.scheduler", "ops.reference", "tensor_parallel.shared_memory"),
+    ("tensor_parallel.group", "ops"),
+    ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
+    ("model.manifest", "model.pieces", "model.tensor_files"),
+    ("tensor_parallel.layers", "model.checkpoint", "model.export"),
+    ("model.transformer",),
+    ("engine.batch", "engine.sampler"),
+    ("engine.runner",),
+    ("engine.worker",),
+    ("engine.engine", "engine.launch"),
+    ("completion",),
+    ("llm",),
+    ("cli",),
+    ("__main__",),
+]
+"""Lowest first. A module may import from layers below its own, and from its own package within its layer."""
+
+NO_TORCH = ("config", "tokenizer", "fim", "cache.block_pool", "engine.step", "engine.request", "engine.scheduler")
+MAY_IMPORT_KERNELS = ("ops", "tensor_parallel.group", "tensor_parallel.shared_memory")
+OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = ("ops.dispatch",)
+
+
+def modules() -> dict[str, ast.Module]:
+    """Dotted name (without the package) -> syntax tree, for every module but the package's own __init__."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":
+            found[name] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imports_of(tree: ast.AST) -> set[str]:
+    """Full dotted names of what is imported anywhere below `tree`."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+def layer_of(name: str) -> int | None:
+    """Layer of a dotted name: the entry that is its longest head."""
+    best: tuple[int, int] | None = None
+    for level, entries in enumerate(LAYERS):
+        for entry in entries:
+            if (name == entry or name.startswith(entry + ".")) and (best is None or len(entry) > best[0]):
+                best = (len(entry), level)
+    return best[1] if best else None
+
+
+def test_arrows_only_go_down() -> None:
+    wrong = []
+    for name, tree in modules().items():
+        own = layer_of(name)
+        if own is None:
+            assert name.count(".") == 0, f"{name} has no layer; add it to LAYERS"
+            assert not imports_of(tree), f"{name}/__init__.py imports something; give it a layer"
+            continue
+        for imported in imports_of(tree):
+            if not imported.startswith("megatron_infer."):
+                continue
+            target = imported.removeprefix("megatron_infer.")
+            level = layer_of(target)
+            same_room = name.split(".")[0] == target.split(".")[0]
+            if level is not None and (level > own or (level == own and not same_room and name != target)):
+                wrong.append(f"{name} imports {target}")
+    assert not wrong, wrong
+
+
+def test_the_lowest_layers_do_without_torch() -> None:
+    trees = modules()
+    for name in NO_TORCH:
+        assert not [i for i in imports_of(trees[name]) if i.split(".")[0] == "torch"], name
+
+
+def test_only_ops_and_the_group_import_kernels() -> None:
+    for name, tree in modules().items():
+        if any(i.startswith("megatron_infer.kernels") for i in imports_of(tree)):
+            assert name.startswith(MAY_IMPORT_KERNELS), name
+
+
+def test_imports_stand_at_the_top() -> None:
+    for name, tree in modules().items():
+        inner = [
+            node.lineno
+            for function in ast.walk(tree)
+            if isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef))
+            for node in ast.walk(function)
+            if isinstance(node, (ast.Import, ast.ImportFrom))
+        ]
+        assert not inner or name in OPTIONAL_IMPORTS_INSIDE_FUNCTIONS, f"{name}: imports at lines {inner}"
+
+
+def test_nothing_unpickles_or_evaluates() -> None:
+    for name, tree in modules().items():
+        assert not imports_of(tree) & {"pickle", "marshal", "shelve", "dill"}, name
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec"), f"{name}:{node.lineno}"
+            if called == "torch.load":
+                weights_only = [k.value for k in node.keywords if k.arg == "weights_only"]
+                assert [ast.unparse(v) for v in weights_only] == ["True"], f"{name}:{node.lineno}"
+
+
+def test_public_names() -> None:
+    assert set(megatron_infer.__all__) == {
+        "LLM",
+        "Completion",
+        "EngineConfig",
+        "FimPrompt",
+        "SamplingParams",
+        "__version__",
+    }
+    for name in megatron_infer.__all__:
+        assert hasattr(megatron_infer, name)
+
+
+def test_importing_the_package_stays_light() -> None:
+    code = (
+        "import sys, megatron_infer\n"
+        "heavy = {'transformers', 'fastapi', 'flash_attn', 'apex', 'tests'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_the_kernels_folder_shadows_no_package() -> None:
+    code = (
+        "import importlib.util, sys\n"
+        "spec = importlib.util.find_spec('kernels')\n"
+        "sys.exit(0 if spec is None or 'site-packages' in str(spec.origin) or spec.origin is None else spec.origin)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    spec = importlib.util.find_spec("kernels")
+    assert spec is None or spec.loader is None or spec.origin is None or "site-packages" in spec.origin
+    probe = "from transformers.utils import is_kernels_available; import transformers; is_kernels_available()"
+    subprocess.run([sys.executable, "-c", probe], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_readme_tree_is_what_is_on_disk() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(readme.splitlines()) <= 200
+    block = re.search(r"```\nsess_megatron\.py.*?```", readme, re.DOTALL)
+    assert block, "README has no file tree"
+    named = set(re.findall(r"[\w./-]+\.(?:py|json|cpp|toml|txt)\b|[\w-]+/", block.group()))
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    on_disk = {part for file in files for part in (Path(file).name, *(f"{p.name}/" for p in Path(file).parents))}
+    assert not {name for name in named if name.split("/")[-1] and name not in on_disk} - {""}
+    missing = {
+        Path(f).name for f in files if f.startswith("megatron_infer/") and f.endswith(".py") and "__init__" not in f
+    } - named
+    assert not missing, f"not in the README's tree: {missing}"
+
+
+@pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")))
+def test_files_can_be_held_in_the_head(path: str) -> None:
+    source = (ROOT / path).read_text(encoding="utf-8")
+    assert source.count("\n") <= 400, f"{path} has {source.count(chr(10))} lines"
+    docstring = ast.get_docstring(ast.parse(source))
+    assert docstring, f"{path} has no docstring"
+    assert docstring.count("\n") < 6
