@@ -22,7 +22,16 @@ LIBRARY = "libmegatron_infer_cpu.so"
 EXTENSION = "megatron_infer.kernels.cpu.libmegatron_infer_cpu"
 
 # The result of an op may not depend on the compiler: no contraction into FMA and no reassociation behind our back.
-FLAGS = ["-std=c++17", "-O3", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wno-maybe-uninitialized"]
+FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-pthread",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+]
 GCC_FLAGS = ["-fno-tree-reassoc"]
 # Only these files may contain instructions beyond the baseline; the CPU is asked before one of them is entered.
 X86_FLAGS = {
@@ -108,7 +117,11 @@ class BuildNative(build_ext):
         return {}
 
     def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for path in sorted((ROOT / SOURCES).glob("*.*")) if path.suffix in (".cpp", ".h")]
+        return [
+            str(path.relative_to(ROOT))
+            for path in sorted((ROOT / SOURCES).glob("*.*"))
+            if path.suffix in (".cpp", ".h")
+        ]
 
 
 def kernel_packages() -> list[str]:

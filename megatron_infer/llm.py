@@ -140,8 +140,9 @@ class LLM:
             return
         for name, value in asdict(self.config).items():
             given = getattr(asked, name)
-            source = "default" if given == getattr(EngineConfig(), name) else "given"
-            log.info("config: %s = %s (%s)", name, value, source if given == value else f"resolved from {given}")
+            is_default = given == getattr(EngineConfig(), name)
+            source = ("default" if is_default else "given") if given == value else f"resolved from {given or 'nothing'}"
+            log.info("config: %s = %s (%s)", name, value, source)
         log.info("tensor parallel: %d rank(s) over %s (%s)", self._group.size, self._group.backend, self._group.why)
 
     @property

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
 from torch.distributed import TCPStore
 
+from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 
 CPU = torch.device("cpu")

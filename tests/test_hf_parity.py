@@ -15,7 +15,17 @@ from megatron_infer.engine.step import Step
 from megatron_infer.model.weights import hf_name
 from megatron_infer.tensor_parallel.group import TPGroup
 
-from .tiny_models import CPU, Tensors, generate_on_ranks, make_runner, on_ranks, random_tensors, tiny_config
+from .tiny_models import (
+    CPU,
+    Tensors,
+    generate,
+    generate_on_ranks,
+    make_engine,
+    make_runner,
+    on_ranks,
+    random_tensors,
+    tiny_config,
+)
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
@@ -100,3 +110,17 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
         assert (logits_TV - expected_TV).abs().max() < 1e-4, f"tp {size}"
         output = generate_on_ranks(size, config, tensors, [prompt], sampling)[0]
         assert [token for token, _ in output] == ids, f"tp {size}"
+
+
+def test_contexts_past_4096_tokens_equal_transformers() -> None:
+    """Where the model's original engine crashes."""
+    config = tiny_config(num_hidden_layers=1, max_position_embeddings=32768)
+    tensors = random_tensors(config, seed=4)
+    prompt = torch.randint(3, config.vocab_size, (4500,), generator=torch.Generator().manual_seed(2)).tolist()
+    with torch.no_grad():
+        expected_V = reference_model(config, tensors)(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
+    runner = make_runner(config, tensors, TPGroup.single(CPU), num_blocks=300)
+    sampling = SamplingParams(max_new_tokens=1, logprobs=1, ignore_eos=True)
+    ((token, logprob),) = generate(make_engine(runner, max_num_batched_tokens=1024), [prompt], sampling)[0]
+    assert token == expected_V.argmax()
+    assert abs(logprob - expected_V.log_softmax(0)[token]) < 1e-4

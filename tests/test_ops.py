@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from .ops_cases import CPU, attention_float64, normal, packed, paged_case, same_bits
 
 from megatron_infer.kernels.cpu import native
 from megatron_infer.ops import NUM_CHUNKS, Ops, chunk_bounds
 from megatron_infer.ops.dispatch import OP_NAMES, select_ops
+
+from .ops_cases import CPU, attention_float64, normal, packed, paged_case, same_bits
 
 KINDS = ["native", "vendor", "reference"]
 
@@ -76,9 +77,7 @@ def test_rope_rotates_halves_and_writes_only_its_slots(ops: Ops, dtype: torch.dt
     positions_T = torch.tensor([0, 3, 49, 4, 5], dtype=torch.int32)
     slots_T = torch.tensor([17, 0, 63, 8, 30])
     k_cache, v_cache = (torch.full((8, kv_heads, block_size, head_dim), 7.0, dtype=dtype) for _ in range(2))
-    q_TNH = ops.rope_store_kv(
-        qkv_TC, angle.cos(), angle.sin(), positions_T, slots_T, k_cache, v_cache, heads, kv_heads
-    )
+    q_TNH = ops.rope_store_kv(qkv_TC, angle.cos(), angle.sin(), positions_T, slots_T, k_cache, v_cache, heads, kv_heads)
     x = qkv_TC.double().unflatten(1, (-1, head_dim))
     turn = torch.polar(torch.ones(tokens, 1, head_dim // 2).double(), angle[positions_T.long(), None].double())
     rotated = torch.view_as_real(torch.complex(*x.chunk(2, dim=2)) * turn).movedim(3, 2).flatten(2)

@@ -19,9 +19,12 @@ PACKAGE = ROOT / "megatron_infer"
 LAYERS: list[tuple[str, ...]] = [
     ("config", "tokenizer"),
     ("fim",),
-    ("engine.step", "engine.request", "cache.block_pool", "kernels"),
-    ("engine.scheduler", "ops.reference", "tensor_parallel.shared_memory"),
-    ("tensor_parallel.group", "ops"),
+    ("engine.step", "engine.request", "cache.block_pool"),
+    ("engine.scheduler",),
+    ("ops", "tensor_parallel.rendezvous"),
+    ("kernels",),
+    ("ops.reference", "ops.vendor", "tensor_parallel.shared_memory", "tensor_parallel.process_groups"),
+    ("ops.dispatch", "tensor_parallel.group"),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
     ("model.manifest", "model.pieces", "model.tensor_files"),
     ("tensor_parallel.layers", "model.checkpoint", "model.export"),
@@ -169,16 +172,18 @@ def test_the_kernels_folder_shadows_no_package() -> None:
 def test_readme_tree_is_what_is_on_disk() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(readme.splitlines()) <= 200
-    block = re.search(r"```\nsess_megatron\.py.*?```", readme, re.DOTALL)
+    block = re.search(r"```\n(sess_megatron\.py.*?)```", readme, re.DOTALL)
     assert block, "README has no file tree"
-    named = set(re.findall(r"[\w./-]+\.(?:py|json|cpp|toml|txt)\b|[\w-]+/", block.group()))
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    on_disk = {part for file in files for part in (Path(file).name, *(f"{p.name}/" for p in Path(file).parents))}
-    assert not {name for name in named if name.split("/")[-1] and name not in on_disk} - {""}
-    missing = {
-        Path(f).name for f in files if f.startswith("megatron_infer/") and f.endswith(".py") and "__init__" not in f
-    } - named
-    assert not missing, f"not in the README's tree: {missing}"
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = [Path(line) for line in listing.splitlines()]
+    named = set(re.findall(r"\w+\.(?:py|json|cpp|md)\b", block[1]))
+    assert not named - {file.name for file in files}, "named, but not on disk"
+    modules = {
+        f.name for f in files if f.parts[0] == "megatron_infer" and f.suffix == ".py" and "__init__" not in f.name
+    }
+    assert not modules - named, "not in the tree"
+    folders = {f.parts[0] for f in files if len(f.parts) > 1 and not f.parts[0].startswith(".")}
+    assert not {folder for folder in folders if f"{folder}/" not in block[1]}, "not in the tree"
 
 
 @pytest.mark.parametrize("path", sorted(p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")))

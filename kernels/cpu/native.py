@@ -105,7 +105,9 @@ class CpuKernels:
         library = load_library()
         handle = library.mi_pool_create(num_threads, variant.encode())
         if not handle:
-            raise Unavailable(f"this CPU lacks the {variant or 'generic'} variant, or {num_threads} threads are too many")
+            raise Unavailable(
+                f"this CPU lacks the {variant or 'generic'} variant, or {num_threads} threads are too many"
+            )
         self._library, self._pool = library, handle
         self.variant: str = library.mi_pool_variant(handle).decode()
         self.num_threads = num_threads
@@ -120,7 +122,9 @@ class CpuKernels:
     ) -> PackedLinear:
         """See megatron_infer.ops; panels of 16 columns as kernels.h describes, on huge pages where they fit."""
         if dtype not in (torch.float32, torch.bfloat16):
-            raise ValueError(f"the CPU kernels hold weights as bfloat16 or float32, not {dtype}; set dtype to one of them")
+            raise ValueError(
+                f"the CPU kernels hold weights as bfloat16 or float32, not {dtype}; set dtype to one of them"
+            )
         assert device.type == "cpu"
         step = 1 if dtype == torch.float32 else 2
         chunk_bytes = [0]
@@ -138,7 +142,7 @@ class CpuKernels:
     def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
         """See megatron_infer.ops; reads the rows where they are."""
         num_rows, in_dim = weight_NK.shape
-        assert in_dim == packed.in_dim and 0 <= row_start and row_start + num_rows <= packed.out_dim
+        assert in_dim == packed.in_dim and row_start >= 0 and row_start + num_rows <= packed.out_dim
         if weight_NK.dtype not in _DTYPES:
             weight_NK = weight_NK.float()
         if weight_NK.stride(1) != 1:

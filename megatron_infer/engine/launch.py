@@ -11,6 +11,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,9 @@ def build_runner(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup) -
     model_config = checkpoint.config
     ops = select_ops(group.device, num_threads=config.num_threads or 1, deterministic=config.deterministic)
     dtype = _TORCH_DTYPES[config.dtype]
-    for line in ops.report if group.rank == 0 else ():
-        log.info("ops: %s", line)
+    if group.rank == 0:
+        for chosen, names in _grouped(ops.report).items():
+            log.info("ops: %s: %s", chosen, ", ".join(names))
     assert config.max_model_len is not None
     model = Transformer(
         model_config,
@@ -194,6 +196,15 @@ def build_runner(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup) -
     return ModelRunner(model, kv)
 
 
+def _grouped(report: Sequence[str]) -> dict[str, list[str]]:
+    """Lines "op: choice" as choice -> ops: most often all ops have one."""
+    by_choice: dict[str, list[str]] = {}
+    for line in report:
+        name, _, chosen = line.partition(": ")
+        by_choice.setdefault(chosen, []).append(name)
+    return by_choice
+
+
 def _num_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> int:
     """Blocks of the KV cache: from the memory measured free now, the fewest over all ranks."""
     per_block = _block_bytes(config, model, group.rank)
@@ -211,7 +222,7 @@ def _num_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> int
     fewest = int(group.all_gather(torch.tensor([[float(wanted)]], device=group.device)).min())
     if fewest < 1:
         raise ValueError(
-            f"no room for a KV cache: one block of {config.block_size} tokens takes {per_block} bytes; free memory, use "
+            f"no room for a KV cache: a block of {config.block_size} tokens takes {per_block} bytes; free memory, use "
             "more tensor-parallel ranks, or raise kv_cache_memory_bytes"
         )
     if group.rank == 0:

@@ -16,7 +16,7 @@ NUM_CHUNKS = 8
 
 
 def chunk_bounds(in_dim: int, unit: int = 1) -> tuple[int, ...]:
-    """The 9 bounds of the 8 chunks of K in which a linear layer accumulates; all but the last are multiples of `unit`."""
+    """The 9 bounds of the 8 chunks of K in which a linear layer sums; all but the last are multiples of `unit`."""
     bounds = [unit * ((in_dim // unit) * chunk // NUM_CHUNKS) for chunk in range(NUM_CHUNKS)]
     return (*bounds, in_dim)
 
@@ -125,7 +125,7 @@ class SiluMul(Protocol):
 
 class Argmax(Protocol):
     def __call__(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
-        """(values_S fp32, indices_S int64): the lowest index of the largest value; value NaN for a row with NaN or Inf."""
+        """(values_S fp32, indices_S int64): first index of the largest value; value NaN for a row with NaN or Inf."""
         ...
 
 

@@ -63,9 +63,7 @@ def _reference() -> Candidate:
     return Candidate("reference", "plain torch, slow", {name: getattr(reference, name) for name in OP_NAMES})
 
 
-def select_ops(
-    device: torch.device, *, num_threads: int, deterministic: bool = False, force: str | None = None
-) -> Ops:
+def select_ops(device: torch.device, *, num_threads: int, deterministic: bool = False, force: str | None = None) -> Ops:
     """The best implementation of every op on `device`.
 
     Args:

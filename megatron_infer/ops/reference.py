@@ -57,14 +57,14 @@ def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def _sum_lanes(x: Tensor, lanes: int) -> Tensor:
-    """Sum over the last dim: lane by lane over ascending vectors of `lanes`, then halves of 16 lanes onto each other."""
+    """Sum over the last dim: lane by lane over ascending vectors of `lanes`, then by halving the 16 lanes."""
     missing = -x.shape[-1] % lanes
-    vectors = torch.nn.functional.pad(x, (0, missing)).unflatten(-1, (-1, lanes)).unbind(-2)
+    vectors = torch.nn.functional.pad(x, (0, missing)).reshape(*x.shape[:-1], -1, lanes).unbind(-2)
     total = torch.zeros_like(vectors[0])
     for vector in vectors:
         total = total + vector
     if lanes > _LANES:
-        total = _tree(list(total.unflatten(-1, (-1, _LANES)).unbind(-2)))
+        total = _tree(list(total.reshape(*x.shape[:-1], -1, _LANES).unbind(-2)))
     while total.shape[-1] > 1:
         half = total.shape[-1] // 2
         total = total[..., :half] + total[..., half:]
@@ -102,7 +102,7 @@ def rope_store_kv(
 ) -> Tensor:
     """Rotate q and k, write k and v into their slots."""
     block_size, head_dim = k_cache.shape[2:]
-    heads_TNH = qkv_TC.float().unflatten(1, (-1, head_dim))
+    heads_TNH = qkv_TC.float().reshape(qkv_TC.shape[0], -1, head_dim)
     q_TNH, k_TGH, v_TGH = heads_TNH.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
     cos_T1H, sin_T1H = cos_PH[positions_T.long(), None], sin_PH[positions_T.long(), None]
     blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
@@ -122,7 +122,9 @@ def _exp(x: Tensor) -> Tensor:
     return torch.where(x < -87.3, 0.0, (p * (r * r) + r + 1.0) * power)
 
 
-def _split(q_QNH: Tensor, k_JNH: Tensor, v_JNH: Tensor, hidden_QJ: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _split(
+    q_QNH: Tensor, k_JNH: Tensor, v_JNH: Tensor, hidden_QJ: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """One KV split: row maxima [Q, N], sums of exp [Q, N], unnormalised outputs [Q, N, H]."""
     scores_QNJ = torch.zeros(*q_QNH.shape[:2], k_JNH.shape[0], device=q_QNH.device)
     for h in range(q_QNH.shape[2]):

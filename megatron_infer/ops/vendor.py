@@ -58,9 +58,7 @@ def rope_store_kv(
     num_kv_heads: int,
 ) -> Tensor:
     """Rotate q and k in fp32, write k and v into their slots; q in the dtype of qkv."""
-    q_TNH = _rope_store_kv(
-        qkv_TC, cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, num_heads, num_kv_heads
-    )
+    q_TNH = _rope_store_kv(qkv_TC, cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, num_heads, num_kv_heads)
     return q_TNH.to(qkv_TC.dtype)
 
 

@@ -61,6 +61,8 @@ class TPGroup:
         self.backend = backend.name if backend else "single"
         self.why = why
         self._backend = backend
+        # Kept alive: where no launcher does, rank 0 hosts it, also for the next group and for the user's own use.
+        self._store: Store | None = None
         self._failure: RankFailure | None = None
         self._is_closed = False
         self._pid = os.getpid()
@@ -157,10 +159,14 @@ class TPGroup:
             raise ValueError("this PyTorch was built without NCCL: install a CUDA build, or use device='cpu'")
         meeting = Rendezvous(store, rank, size, name, timeout_seconds, is_alive)
         channel, why = _connect_cpu(meeting, backend, library_path)
-        if device.type == "cpu":
-            return cls(rank, size, device, channel, why)
-        nccl = NcclBackend(meeting, device, channel, deterministic)
-        return cls(rank, size, device, nccl, f"CUDA devices; integers travel over {channel.name} ({why})")
+        chosen: Backend = channel
+        if device.type == "cuda":
+            chosen = NcclBackend(meeting, device, channel, deterministic)
+            why = f"CUDA devices; integers travel over {channel.name} ({why})"
+        meeting.finish()
+        group = cls(rank, size, device, chosen, why)
+        group._store = store
+        return group
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x` (same shape), added in fp32 in one binary tree: ((r0+r1)+(r2+r3))+...

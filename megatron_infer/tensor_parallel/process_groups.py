@@ -110,7 +110,8 @@ class GlooBackend:
     def _gather(self, flat: Tensor, name: str) -> list[Tensor]:
         parts = [torch.empty_like(flat) for _ in range(self._size)]
         options = c10d.AllgatherOptions()
-        options.timeout = timedelta(seconds=self._timeout_seconds)
+        # _finish() gives up first, with the cause; gloo's own timeout looks like a broken connection.
+        options.timeout = timedelta(seconds=self._timeout_seconds + 60)
         # As bytes: gloo has no kernels for some types.
         work = self._start("allgather", [[part.view(torch.uint8) for part in parts]], [flat.view(torch.uint8)], options)
         self._finish(work, name, limited=True)

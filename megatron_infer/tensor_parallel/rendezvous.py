@@ -156,6 +156,13 @@ class Rendezvous:
         """What rank 0 told."""
         return self._await(topic, 0)
 
+    def finish(self) -> None:
+        """Everything has been read. Rank 0 leaves last: where no launcher does, its process hosts the store."""
+        self.store.set(f"done/{self.rank}", "")
+        if self.rank == 0:
+            for q in range(self.size):
+                self._await(f"done/{q}", q)
+
     def _await(self, key: str, rank: int) -> str:
         # Polling instead of Store.get: a blocked get cannot be interrupted with Ctrl-C.
         deadline = time.monotonic() + self.timeout_seconds
