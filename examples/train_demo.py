@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from demo_data import BOS, EOS, PAD, Samples, SourceFile, read_corpus, train_tokenizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 WEIGHTS = "model-rank0-of-1.safetensors"
@@ -221,7 +221,7 @@ def exact_match(net: Network, samples: Samples, count: int, show: int) -> dict[s
 def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     p, d = hits / n, 1 + z * z / n
     centre, half = (p + z * z / (2 * n)) / d, z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / d
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def export(weights: dict[str, Tensor], shape: Shape, tokenizer: Path, out: Path) -> None:
@@ -236,7 +236,7 @@ def export(weights: dict[str, Tensor], shape: Shape, tokenizer: Path, out: Path)
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
-    save_file(tensors, out / (WEIGHTS + ".part"), metadata={"format": "pt"})
+    (out / (WEIGHTS + ".part")).write_bytes(save(tensors, metadata={"format": "pt"}))
     (out / "config.json.part").write_text(json.dumps(config, indent=2) + "\n")
     (out / "tokenizer.model.part").write_bytes(tokenizer.read_bytes())
     for name in (WEIGHTS, "config.json", "tokenizer.model"):

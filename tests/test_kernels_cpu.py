@@ -10,6 +10,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,8 +161,11 @@ def test_attention_bits_do_not_depend_on_the_batch(
     assert same_bits(torch.cat(halves, dim=1), whole)
 
 
-def test_long_decode_is_shared_by_threads_without_changing_bits() -> None:
-    case = paged_case([(1, 2100), (1, 513)], num_heads=4, num_kv_heads=1, head_dim=32)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("lengths", [[(1, 2100), (1, 513)], [(4, 514)], [(1, 256), (1, 1), (2, 1025)]])
+def test_few_queries_over_long_contexts_are_shared_by_threads(dtype: torch.dtype, lengths: list) -> None:
+    """One KV head and fewer rows than threads could take: each split of the context is a task of its own."""
+    case = paged_case(lengths, num_heads=4, num_kv_heads=1, head_dim=24, dtype=dtype)
     whole = kernels("", 1).paged_attention(*case.arguments())
     assert same_bits(kernels("", 3).paged_attention(*case.arguments()), whole)
 
@@ -324,6 +328,26 @@ def test_a_forked_child_computes_without_the_parents_threads() -> None:
     assert same_bits(ops.linear(x_TK, weight), expected)
 
 
+def test_a_build_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    root = Path(__file__).resolve().parent.parent
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no C++ compiler found; install g++" in done.stderr
+    assert not list(tmp_path.rglob("*.so"))
+
+
 def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(native.Unavailable, match="sse9"):
         native.CpuKernels(1, "sse9")
@@ -335,3 +359,13 @@ def test_wrong_arguments_are_refused() -> None:
     case = paged_case([(1, 1)], num_heads=3, num_kv_heads=2)
     with pytest.raises(ValueError, match="3 heads over 2 KV heads"):
         ops.paged_attention(*case.arguments())
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "_ABI", -1)
+    with pytest.raises(native.Unavailable, match=r"built from other sources.*pip install -e"):
+        native.load_library()
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "empty.so")
+    native.LIBRARY.touch()
+    with pytest.raises(native.Unavailable, match="does not load"):
+        native.load_library()

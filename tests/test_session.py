@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.llm import EngineDeadError
@@ -227,6 +228,17 @@ def test_the_running_programs_model_dir_is_used_and_foreign_flags_do_no_harm(tin
     monkeypatch.setattr(sys, "argv", ["job.py", "--model_dir"])
     with TestInference(**OPTIONS) as demo:
         assert demo.llm.model_dir.name == "demo"
+
+
+def test_the_programs_own_torch_defaults_do_not_matter(session: TestInference, expected: str) -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    try:
+        with TestInference(session.llm.model_dir, **OPTIONS) as fresh:
+            assert fresh.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
 
 
 def test_followers_give_the_same_answers_and_die_with_the_session(tiny_checkpoint: Path, expected: str) -> None:

@@ -33,6 +33,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.runner",),
     ("engine.worker",),
     ("engine.engine", "engine.launch"),
+    ("engine.follower",),
     ("completion",),
     ("llm",),
     ("cli",),
@@ -174,7 +175,8 @@ def test_readme_tree_is_what_is_on_disk() -> None:
     assert len(readme.splitlines()) <= 200
     block = re.search(r"```\n(sess_megatron\.py.*?)```", readme, re.DOTALL)
     assert block, "README has no file tree"
-    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [Path(line) for line in listing.splitlines()]
     named = set(re.findall(r"\w+\.(?:py|json|cpp|md)\b", block[1]))
     assert not named - {file.name for file in files}, "named, but not on disk"

@@ -1,254 +1,141 @@
-// Causal grouped-query attention over the paged cache. Keys are cut at absolute positions 0, 256, 512, ...; inside a
-// split a score is one FMA chain over the head dim, a row's output one FMA chain over ascending positions; splits are
-// merged in order. A row reads only its own sequence up to its own position, whatever shares its tile.
+// Causal grouped-query attention over the paged cache: how queries are cut into tasks. Keys are cut at absolute
+// positions 0, 256, 512, ... and the splits merged in order. A row reads only its own sequence up to its own position,
+// whatever shares its tile, so that neither batch nor chunking nor threads change its bits.
 #pragma once
 
-#include "tile.h"
+#include "attention_tile.h"
 
-constexpr int kSplit = 256;
-constexpr int kScoreStride = kSplit + kLanes;  // not a power of two, so that rows do not collide in the L1 cache
-constexpr int kRowsPerAttentionTask = 96;
+// The query rows of one piece that read one KV head: (token, head of the group) pairs, tokens ascending.
+struct PieceRows {
+  const AttentionJob& job;
+  Piece piece;
+  int64_t kv_head, first_position, first_row;
+  RowTiles tiles;
 
-struct Piece {
-  int32_t sequence, first_token, tokens;  // query tokens, counted from the sequence's first one in this batch
-};
+  PieceRows(const AttentionJob& job, int64_t index)
+      : job(job),
+        piece(job.pieces[index / job.shape->num_kv_heads]),
+        kv_head(index % job.shape->num_kv_heads),
+        tiles(piece.tokens * job.group) {
+    const int64_t query_start = job.query_start_S1[piece.sequence];
+    const int64_t query_len = job.query_start_S1[piece.sequence + 1] - query_start;
+    first_position = job.context_lens_S[piece.sequence] - query_len + piece.first_token;
+    first_row = (query_start + piece.first_token) * job.shape->num_heads + kv_head * job.group;
+  }
 
-struct AttentionJob {
-  float* o_TNH;
-  const float* q_TNH;
-  const char *k_cache, *v_cache;
-  const int32_t *block_tables_SB, *query_start_S1, *context_lens_S;
-  const AttentionShape* shape;
-  float scale;
-  const Piece* pieces;
-  int64_t num_pieces;
-  int64_t group, panels;  // query heads per KV head; panels of 16 columns of the head dim
-  int64_t max_rows;
-  Pool* pool;
-};
+  int64_t end() const { return first_position + piece.tokens; }
 
-// One task's scratch memory. Sizes in floats; everything stays 64-byte aligned.
-struct AttentionScratch {
-  float *q, *o, *split_o, *scores, *max, *sum, *zeros;
-  char *keys, *values;
-  const char **key_rows, **value_rows;
+  // How many of the positions of the split that begins at `start` the row may see.
+  int visible(int64_t row, int64_t start) const {
+    const int64_t n = first_position + row / job.group + 1 - start;
+    return static_cast<int>(n < 0 ? 0 : least(n, kSplit));
+  }
 
-  static int64_t carve(const AttentionJob& job, char* base, AttentionScratch& s) {
-    const int64_t H = job.shape->head_dim, padded = job.panels * kLanes;
-    int64_t used = 0;
-    auto take = [&](int64_t num_bytes) {
-      char* p = base + used;
-      used += ceil_div(num_bytes, kVectorBytes) * kVectorBytes;
-      return p;
-    };
-    auto floats = [&](int64_t n) { return reinterpret_cast<float*>(take(n * 4)); };
-    s.q = floats(job.max_rows * H);
-    s.o = floats(job.max_rows * padded);
-    s.split_o = floats(kTileRows * padded);
-    s.scores = floats(kTileRows * kScoreStride);
-    s.max = floats(job.max_rows);
-    s.sum = floats(job.max_rows);
-    s.zeros = floats(H + kLanes);
-    s.keys = take(kSplit * H * 4);
-    s.values = take(kSplit * padded * 4);
-    s.key_rows = reinterpret_cast<const char**>(take(kSplit * sizeof(char*)));
-    s.value_rows = reinterpret_cast<const char**>(take(kSplit * sizeof(char*)));
-    return used;
+  // Of the row in q_TNH and o_TNH.
+  int64_t offset(int64_t row) const {
+    return (first_row + row / job.group * job.shape->num_heads + row % job.group) * job.shape->head_dim;
   }
 };
 
-// c[r * stride + 16 p] (+)= the product of multiply().
-template <int DT, int AR, int AK>
-struct Product {
-  template <int MR, int NP>
-  struct At {
-    static void run(const float* a, const char* b, int64_t panel_bytes, int64_t k_len, float* c, int64_t stride,
-                    bool accumulate) {
-      V acc[MR][NP];
-      UNROLL for (int r = 0; r < MR; ++r) {
-        UNROLL for (int p = 0; p < NP; ++p) acc[r][p] = accumulate ? load(c + r * stride + p * kLanes) : zero();
-      }
-      multiply<MR, NP, DT, AR, AK == 0 ? MR : AK>(a, b, panel_bytes, k_len, acc);
-      UNROLL for (int r = 0; r < MR; ++r) {
-        UNROLL for (int p = 0; p < NP; ++p) store(c + r * stride + p * kLanes, acc[r][p]);
-      }
-    }
-  };
-
-  static void run(int mr, int64_t panels, const float* a, const char* b, int64_t panel_bytes, int64_t k_len, float* c,
-                  int64_t stride, bool accumulate) {
-    int step = most_panels(mr);
-    for (int64_t p = 0; p < panels; p += step) {
-      while (step > panels - p) step /= 2;
-      pick_tile<At>(mr, step)(a, b + p * panel_bytes, panel_bytes, k_len, c + p * kLanes, stride, accumulate);
-    }
-  }
-};
-
-// Where positions [start, start + n) of one KV head lie.
-INLINE void locate_rows(const AttentionJob& job, int64_t sequence, int64_t head, int64_t start, int64_t n,
-                        const AttentionScratch& s) {
-  const AttentionShape& shape = *job.shape;
-  const int64_t row_bytes = shape.head_dim * (shape.dtype == kFloat32 ? 4 : 2);
-  const int32_t* table = job.block_tables_SB + sequence * shape.max_blocks;
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t block = table[(start + i) / shape.block_size], offset = (start + i) % shape.block_size;
-    const int64_t row = ((block * shape.num_kv_heads + head) * shape.block_size + offset) * row_bytes;
-    s.key_rows[i] = job.k_cache + row;
-    s.value_rows[i] = job.v_cache + row;
-  }
-}
-
-// Keys become a packed weight whose columns are positions: 16 of them per panel, pairs of bf16 staying pairs.
-INLINE void gather_keys(const AttentionJob& job, int64_t n, const AttentionScratch& s) {
-  const int64_t words = job.shape->dtype == kFloat32 ? job.shape->head_dim : job.shape->head_dim / 2;
-  for (int64_t first = 0; first < n; first += kLanes) {
-    const uint32_t* rows[kLanes];
-    for (int i = 0; i < kLanes; ++i) {
-      const void* row = first + i < n ? static_cast<const void*>(s.key_rows[first + i]) : s.zeros;
-      rows[i] = static_cast<const uint32_t*>(row);
-    }
-    uint32_t* out = reinterpret_cast<uint32_t*>(s.keys) + first * words;
-    int64_t w = 0;
-    for (; w + kLanes <= words; w += kLanes) transpose16(rows, w, out + w * kLanes);
-    for (; w < words; ++w) {
-      for (int i = 0; i < kLanes; ++i) out[w * kLanes + i] = rows[i][w];
+INLINE void interleave_queries(const PieceRows& rows, float* out) {
+  const int64_t H = rows.job.shape->head_dim;
+  for (int64_t tile = 0; tile < rows.tiles.count; ++tile) {
+    const int64_t begin = rows.tiles.begin(tile);
+    for (int r = 0, mr = rows.tiles.height(tile); r < mr; ++r) {
+      const float* q = rows.job.q_TNH + rows.offset(begin + r);
+      for (int64_t h = 0; h < H; ++h) out[begin * H + h * mr + r] = q[h];
     }
   }
 }
 
-// Values become a packed fp32 weight whose k is the position.
-INLINE void gather_values(const AttentionJob& job, int64_t n, const AttentionScratch& s) {
-  const int64_t H = job.shape->head_dim;
-  for (int64_t i = 0; i < n; ++i) {
-    for (int64_t p = 0; p < job.panels; ++p) {
-      const int width = static_cast<int>(least(kLanes, H - p * kLanes));
-      const char* row = s.value_rows[i];
-      const V x = job.shape->dtype == kFloat32
-                      ? load_n(reinterpret_cast<const float*>(row) + p * kLanes, width)
-                      : load_bf16_n(reinterpret_cast<const uint16_t*>(row) + p * kLanes, width);
-      store(reinterpret_cast<float*>(s.values) + (p * kSplit + i) * kLanes, x);
-    }
-  }
-}
-
-// scores[0..n) become exp(scale * score - max); the lanes up to a multiple of 16 become 0.
-INLINE void softmax(float* scores, int64_t n, float scale, float& max, float& sum) {
-  const V lowest = set1(-__builtin_inff());
-  V top = lowest;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    V x = mul(load(scores + i), set1(scale));
-    if (n - i < kLanes) x = keep_n(x, static_cast<int>(n - i), lowest);
-    top = if_greater(x, top, x, top);
-    store(scores + i, x);
-  }
-  max = max_lanes(top);
-  V total = zero();
-  for (int64_t i = 0; i < n; i += kLanes) {
-    V p = exp_(sub(load(scores + i), set1(max)));
-    if (n - i < kLanes) p = keep_n(p, static_cast<int>(n - i), zero());
-    total = add(total, p);
-    store(scores + i, p);
-  }
-  sum = sum_lanes(total);
-}
-
-INLINE float exp_of(float x) {
-  float lanes[kLanes];
-  store(lanes, exp_(set1(x)));
-  return lanes[0];
-}
-
-// Adds the split's unnormalised output to the row's, both rescaled to the larger of the two maxima.
-INLINE void merge_split(float* o, const float* split_o, int64_t panels, float& max, float& sum, float split_max,
-                        float split_sum) {
-  const float top = split_max > max ? split_max : max;
-  const float old_scale = exp_of(max - top), new_scale = exp_of(split_max - top);
-  max = top;
-  sum = __builtin_fmaf(split_sum, new_scale, sum * old_scale);
-  for (int64_t p = 0; p < panels; ++p) {
-    const V old = mul(load(o + p * kLanes), set1(old_scale));
-    store(o + p * kLanes, fma(load(split_o + p * kLanes), set1(new_scale), old));
-  }
-}
-
-// One tile of rows against one split. valid[r]: how many of its positions row r may see, ascending, maybe 0.
+// All rows against the splits in [begin, end); the first one begins s.o, s.max and s.sum anew.
 template <int DT>
-void attend(const AttentionJob& job, const AttentionScratch& s, int64_t row, int mr, const int* valid, bool is_first) {
-  const int64_t H = job.shape->head_dim, padded = job.panels * kLanes;
-  const int64_t key_panel_bytes = H * kLanes * (DT == kFloat32 ? 4 : 2), value_panel_bytes = kSplit * kVectorBytes;
-  float max[kTileRows], sum[kTileRows];
-  Product<DT, 1, 0>::run(mr, ceil_div(valid[mr - 1], kLanes), s.q + row * H, s.keys, key_panel_bytes, H, s.scores,
-                         kScoreStride, false);
-  for (int r = 0; r < mr; ++r) {
-    if (valid[r]) softmax(s.scores + r * kScoreStride, valid[r], job.scale, max[r], sum[r]);
-  }
-  Product<kFloat32, kScoreStride, 1>::run(mr, job.panels, s.scores, s.values, value_panel_bytes, valid[0], s.split_o,
-                                          padded, false);
-  for (int r = 0; r < mr; ++r) {
-    if (!valid[r]) continue;
-    if (valid[r] > valid[0]) {
-      const char* rest = s.values + valid[0] * kVectorBytes;
-      Product<kFloat32, kScoreStride, 1>::run(1, job.panels, s.scores + r * kScoreStride + valid[0], rest,
-                                              value_panel_bytes, valid[r] - valid[0], s.split_o + r * padded, padded,
-                                              true);
-    }
-    float* o = s.o + (row + r) * padded;
-    if (is_first) {
-      s.max[row + r] = max[r];
-      s.sum[row + r] = sum[r];
-      __builtin_memcpy(o, s.split_o + r * padded, padded * sizeof(float));
-    } else {
-      merge_split(o, s.split_o + r * padded, job.panels, s.max[row + r], s.sum[row + r], max[r], sum[r]);
+void attend_splits(const PieceRows& rows, const AttentionScratch& s, int64_t begin, int64_t end) {
+  const AttentionJob& job = rows.job;
+  interleave_queries(rows, s.q);
+  __builtin_memset(s.zeros, 0, job.shape->head_dim * sizeof(float));
+  for (int64_t start = begin * kSplit; start < least(end * kSplit, rows.end()); start += kSplit) {
+    const int64_t n = least(kSplit, rows.end() - start);
+    locate_rows(job, rows.piece.sequence, rows.kv_head, start, n, s);
+    gather_keys(job, n, s);
+    gather_values(job, n, s);
+    for (int64_t tile = 0; tile < rows.tiles.count; ++tile) {
+      int valid[kTileRows];
+      const int mr = rows.tiles.height(tile);
+      for (int r = 0; r < mr; ++r) valid[r] = rows.visible(rows.tiles.begin(tile) + r, start);
+      if (valid[mr - 1]) attend<DT>(job, s, rows.tiles.begin(tile), mr, valid, start == begin * kSplit);
     }
   }
 }
 
-// The rows of a task are (token, head of the group) pairs, tokens ascending.
+INLINE void write_row(const PieceRows& rows, int64_t row, const float* o, float sum) {
+  const int64_t H = rows.job.shape->head_dim;
+  float* out = rows.job.o_TNH + rows.offset(row);
+  for (int64_t p = 0; p < rows.job.panels; ++p) {
+    const V y = div(load(o + p * kLanes), set1(sum));
+    store_n(out + p * kLanes, y, static_cast<int>(least(kLanes, H - p * kLanes)));
+  }
+}
+
+// One task takes all splits of its rows.
 template <int DT>
 void attention_task(void* opaque, int task, int slot) {
   const AttentionJob& job = *static_cast<const AttentionJob*>(opaque);
-  const AttentionShape& shape = *job.shape;
-  const int64_t N = shape.num_heads, H = shape.head_dim, kv_head = task % shape.num_kv_heads;
-  const Piece piece = job.pieces[task / shape.num_kv_heads];
+  const PieceRows rows(job, task);
   AttentionScratch s;
   AttentionScratch::carve(job, static_cast<char*>(pool_scratch(job.pool, slot, 0)), s);
-  const int64_t query_start = job.query_start_S1[piece.sequence];
-  const int64_t query_len = job.query_start_S1[piece.sequence + 1] - query_start;
-  const int64_t first_position = job.context_lens_S[piece.sequence] - query_len + piece.first_token;
-  const int64_t first_row = (query_start + piece.first_token) * N + kv_head * job.group;
-  auto offset_of = [&](int64_t row) { return (first_row + row / job.group * N + row % job.group) * H; };
-  const RowTiles tiles(piece.tokens * job.group);
-  for (int64_t tile = 0; tile < tiles.count; ++tile) {
-    float* out = s.q + tiles.begin(tile) * H;
-    for (int r = 0, mr = tiles.height(tile); r < mr; ++r) {
-      const float* q = job.q_TNH + offset_of(tiles.begin(tile) + r);
-      for (int64_t h = 0; h < H; ++h) out[h * mr + r] = q[h];
+  attend_splits<DT>(rows, s, 0, ceil_div(rows.end(), kSplit));
+  for (int64_t row = 0; row < rows.tiles.rows; ++row) {
+    write_row(rows, row, s.o + row * job.panels * kLanes, s.sum[row]);
+  }
+}
+
+// What a single split left behind, [task][o | max | sum] in job.partial.
+INLINE void use_partial(const AttentionJob& job, int64_t task, AttentionScratch& s) {
+  s.o = job.partial + task * job.partial_floats;
+  s.max = s.o + job.max_rows * job.panels * kLanes;
+  s.sum = s.max + job.max_rows;
+}
+
+// With fewer (piece, head) pairs than threads every split is a task...
+template <int DT>
+void split_task(void* opaque, int task, int slot) {
+  const AttentionJob& job = *static_cast<const AttentionJob*>(opaque);
+  AttentionScratch s;
+  AttentionScratch::carve(job, static_cast<char*>(pool_scratch(job.pool, slot, 0)), s);
+  use_partial(job, task, s);
+  attend_splits<DT>(PieceRows(job, task / job.splits), s, task % job.splits, task % job.splits + 1);
+}
+
+// ... and they are merged afterwards, in the order and with the arithmetic of a single task.
+void merge_task(void* opaque, int task, int) {
+  const AttentionJob& job = *static_cast<const AttentionJob*>(opaque);
+  const PieceRows rows(job, task);
+  AttentionScratch total, part;
+  use_partial(job, static_cast<int64_t>(task) * job.splits, total);
+  for (int64_t row = 0; row < rows.tiles.rows; ++row) {
+    float* o = total.o + row * job.panels * kLanes;
+    for (int64_t split = 1; split < job.splits && rows.visible(row, split * kSplit); ++split) {
+      use_partial(job, static_cast<int64_t>(task) * job.splits + split, part);
+      merge_split(o, part.o + row * job.panels * kLanes, job.panels, total.max[row], total.sum[row], part.max[row],
+                  part.sum[row]);
+    }
+    write_row(rows, row, o, total.sum[row]);
+  }
+}
+
+// Lists the pieces; returns how many. The last tokens of a sequence see the most positions: they come first, so that no
+// thread is left with a long task at the end.
+INLINE int64_t cut_pieces(const int32_t* query_start_S1, int64_t S, int64_t tokens, Piece* pieces) {
+  int64_t count = 0;
+  for (int64_t s = 0; s < S; ++s) {
+    for (int64_t left = query_start_S1[s + 1] - query_start_S1[s]; left > 0; ++count) {
+      const int64_t n = least(tokens, left);
+      left -= n;
+      pieces[count] = {static_cast<int32_t>(s), static_cast<int32_t>(left), static_cast<int32_t>(n)};
     }
   }
-  __builtin_memset(s.zeros, 0, H * sizeof(float));
-  for (int64_t start = 0, end = first_position + piece.tokens; start < end; start += kSplit) {
-    const int64_t n = least(kSplit, end - start);
-    locate_rows(job, piece.sequence, kv_head, start, n, s);
-    gather_keys(job, n, s);
-    gather_values(job, n, s);
-    for (int64_t tile = 0; tile < tiles.count; ++tile) {
-      int valid[kTileRows];
-      const int mr = tiles.height(tile);
-      for (int r = 0; r < mr; ++r) {
-        const int64_t visible = first_position + (tiles.begin(tile) + r) / job.group + 1 - start;
-        valid[r] = static_cast<int>(visible < 0 ? 0 : least(visible, kSplit));
-      }
-      if (valid[mr - 1]) attend<DT>(job, s, tiles.begin(tile), mr, valid, start == 0);
-    }
-  }
-  for (int64_t row = 0; row < tiles.rows; ++row) {
-    const V sum = set1(s.sum[row]);
-    for (int64_t p = 0; p < job.panels; ++p) {
-      const V y = div(load(s.o + (row * job.panels + p) * kLanes), sum);
-      store_n(job.o_TNH + offset_of(row) + p * kLanes, y, static_cast<int>(least(kLanes, H - p * kLanes)));
-    }
-  }
+  return count;
 }
 
 int paged_attention(Pool* pool, float* o_TNH, const float* q_TNH, const void* k_cache, const void* v_cache,
@@ -256,29 +143,43 @@ int paged_attention(Pool* pool, float* o_TNH, const float* q_TNH, const void* k_
                     int64_t S, const AttentionShape* shape, float scale) {
   const int64_t T = S ? query_start_S1[S] : 0, group = shape->num_heads / shape->num_kv_heads;
   const int64_t tokens = group < kRowsPerAttentionTask ? kRowsPerAttentionTask / group : 1;
-  Piece* pieces = static_cast<Piece*>(pool_scratch(pool, pool_threads(pool), (T + S + 1) * sizeof(Piece)));
-  if (!pieces) return kOutOfMemory;
-  AttentionJob job{o_TNH,          q_TNH,          static_cast<const char*>(k_cache), static_cast<const char*>(v_cache),
-                   block_tables_SB, query_start_S1, context_lens_S, shape, scale, pieces};
+  const int threads = pool_threads(pool);
+  AttentionJob job{o_TNH, q_TNH, static_cast<const char*>(k_cache), static_cast<const char*>(v_cache)};
+  job.block_tables_SB = block_tables_SB;
+  job.query_start_S1 = query_start_S1;
+  job.context_lens_S = context_lens_S;
+  job.shape = shape;
+  job.scale = scale;
   job.group = group;
   job.panels = ceil_div(shape->head_dim, kLanes);
   job.max_rows = least(tokens, T) * group;
   job.pool = pool;
+  job.partial_floats = job.max_rows * (job.panels * kLanes + 2) + kLanes;
   for (int64_t s = 0; s < S; ++s) {
-    // The last tokens see the most positions: begin with them, so that no thread is left with a long task at the end.
-    int64_t left = query_start_S1[s + 1] - query_start_S1[s];
-    while (left > 0) {
-      const int64_t count = least(tokens, left);
-      left -= count;
-      pieces[job.num_pieces++] = {static_cast<int32_t>(s), static_cast<int32_t>(left), static_cast<int32_t>(count)};
-    }
+    const int64_t splits = ceil_div(context_lens_S[s], kSplit);
+    job.splits = splits > job.splits ? splits : job.splits;
   }
+  // No more than T pieces, hence this bound; above it there is a task for every thread without cutting.
+  const bool cut = threads > 1 && job.splits > 1 && T * shape->num_kv_heads < 2 * threads;
+  const int64_t piece_bytes = ceil_div(T * sizeof(Piece), kVectorBytes) * kVectorBytes;
+  const int64_t partial_bytes = cut ? T * shape->num_kv_heads * job.splits * job.partial_floats * 4 : 0;
+  char* shared = static_cast<char*>(pool_scratch(pool, threads, piece_bytes + partial_bytes));
+  if (!shared && T) return kOutOfMemory;
+  job.partial = reinterpret_cast<float*>(shared + piece_bytes);
+  const int64_t num_pieces = cut_pieces(query_start_S1, S, tokens, reinterpret_cast<Piece*>(shared));
+  job.pieces = reinterpret_cast<const Piece*>(shared);
   AttentionScratch unused;
   const int64_t num_bytes = AttentionScratch::carve(job, nullptr, unused);
-  for (int slot = 0; slot < pool_threads(pool); ++slot) {
+  for (int slot = 0; slot < threads; ++slot) {
     if (!pool_scratch(pool, slot, num_bytes)) return kOutOfMemory;
   }
-  pool_run(pool, static_cast<int>(job.num_pieces * shape->num_kv_heads),
-           shape->dtype == kBFloat16 ? attention_task<kBFloat16> : attention_task<kFloat32>, &job);
+  const bool is_bf16 = shape->dtype == kBFloat16;
+  const int pairs = static_cast<int>(num_pieces * shape->num_kv_heads);
+  if (cut) {
+    pool_run(pool, static_cast<int>(pairs * job.splits), is_bf16 ? split_task<kBFloat16> : split_task<kFloat32>, &job);
+    pool_run(pool, pairs, merge_task, &job);
+  } else {
+    pool_run(pool, pairs, is_bf16 ? attention_task<kBFloat16> : attention_task<kFloat32>, &job);
+  }
   return kOk;
 }

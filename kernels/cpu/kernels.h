@@ -6,6 +6,10 @@
 
 #include "pool.h"
 
+// To be raised here and in native.py with every change of a signature or a shape: a library that was not rebuilt must be
+// refused, not called.
+constexpr int kAbi = 1;
+
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum Status { kOk = 0, kOutOfMemory = 1 };
 

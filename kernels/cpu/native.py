@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_infer.ops import PackedLinear
 
 LIBRARY = Path(__file__).with_name("libmegatron_infer_cpu.so")
+_ABI = 1
 _LANES = 16
 _VECTOR_BYTES = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -69,6 +70,8 @@ def load_library() -> ctypes.CDLL:
         raise Unavailable(f"{LIBRARY} is missing; with g++ or clang++ installed, run `pip install -e .` to build it")
     try:
         library = ctypes.CDLL(str(LIBRARY))
+        if library.mi_abi() != _ABI:
+            raise OSError(f"it was built from other sources: {library.mi_abi()}, not {_ABI}")
         library.mi_pool_create.argtypes = [c_int, ctypes.c_char_p]
         library.mi_pool_create.restype = c_void_p
         library.mi_pool_destroy.argtypes = [c_void_p]
@@ -83,6 +86,11 @@ def load_library() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise Unavailable(f"{LIBRARY} does not load ({error}); run `pip install -e .` to build it again") from error
     return library
+
+
+def _fp32(*shape: int) -> Tensor:
+    """Room for a result, whatever defaults the program has given torch."""
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def _check(status: int) -> None:
@@ -133,7 +141,7 @@ class CpuKernels:
         shape = LinearShape(out_dim, in_dim, chunk_bytes[-1], _DTYPES[dtype], len(chunk_bounds) - 1)
         shape.bounds[: len(chunk_bounds)] = chunk_bounds
         shape.chunk_bytes[: len(chunk_bytes)] = chunk_bytes
-        data = torch.empty(-(-out_dim // _LANES) * chunk_bytes[-1], dtype=torch.uint8)
+        data = torch.empty(-(-out_dim // _LANES) * chunk_bytes[-1], dtype=torch.uint8, device=device)
         self._library.mi_advise_huge_pages(data.data_ptr(), data.numel())
         if out_dim % _LANES:
             data[-chunk_bytes[-1] :] = 0  # columns that are multiplied, though never stored
@@ -163,7 +171,7 @@ class CpuKernels:
         """See megatron_infer.ops."""
         num_tokens, in_dim = x_TK.shape
         assert in_dim == packed.in_dim and x_TK.dtype is torch.float32 and x_TK.is_contiguous()
-        y_TN = torch.empty(num_tokens, packed.out_dim)
+        y_TN = _fp32(num_tokens, packed.out_dim)
         bias_N = packed.bias
         bias = None if bias_N is None else bias_N.data_ptr()
         data = packed.data.data_ptr()
@@ -175,7 +183,7 @@ class CpuKernels:
         """See megatron_infer.ops."""
         num_tokens, dim = x_TD.shape
         assert x_TD.dtype is torch.float32 is weight_D.dtype and x_TD.is_contiguous() and weight_D.shape[0] == dim
-        y_TD = torch.empty(num_tokens, dim)
+        y_TD = _fp32(num_tokens, dim)
         y, x, weight = y_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr()
         self._rms_norm(self._pool, y, x, None, weight, num_tokens, dim, eps)
         return y_TD
@@ -185,7 +193,7 @@ class CpuKernels:
         num_tokens, dim = x_TD.shape
         assert x_TD.dtype is torch.float32 is weight_D.dtype and weight_D.shape[0] == dim
         assert residual_TD.shape == x_TD.shape and x_TD.is_contiguous() and residual_TD.is_contiguous()
-        y_TD = torch.empty(num_tokens, dim)
+        y_TD = _fp32(num_tokens, dim)
         y, x, weight = y_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr()
         self._rms_norm(self._pool, y, x, residual_TD.data_ptr(), weight, num_tokens, dim, eps)
         return y_TD
@@ -222,7 +230,7 @@ class CpuKernels:
         assert positions_T.dtype is torch.int32 and slots_T.dtype is torch.int64 and k_cache.is_contiguous()
         assert qkv_TC.dtype is torch.float32 is cos_PH.dtype and cos_PH.is_contiguous() and sin_PH.is_contiguous()
         shape = self._attention_shape(num_heads, k_cache, 0)
-        q_TNH = torch.empty(num_tokens, num_heads, head_dim)
+        q_TNH = _fp32(num_tokens, num_heads, head_dim)
         self._rope(
             self._pool,
             q_TNH.data_ptr(),
@@ -254,7 +262,7 @@ class CpuKernels:
         assert q_TNH.dtype is torch.float32 and q_TNH.is_contiguous() and k_cache.is_contiguous()
         assert block_tables_SB.dtype is query_start_S1.dtype is context_lens_S.dtype is torch.int32
         assert block_tables_SB.is_contiguous() and v_cache.is_contiguous()
-        o_TNH = torch.empty(q_TNH.shape)
+        o_TNH = _fp32(*q_TNH.shape)
         status = self._attention(
             self._pool,
             o_TNH.data_ptr(),
@@ -275,7 +283,7 @@ class CpuKernels:
         """See megatron_infer.ops."""
         num_tokens, width = gate_up_T2F.shape
         assert gate_up_T2F.dtype is torch.float32 and gate_up_T2F.is_contiguous() and width % 2 == 0
-        y_TF = torch.empty(num_tokens, width // 2)
+        y_TF = _fp32(num_tokens, width // 2)
         self._silu_mul(self._pool, y_TF.data_ptr(), gate_up_T2F.data_ptr(), num_tokens, width // 2)
         return y_TF
 
@@ -283,7 +291,7 @@ class CpuKernels:
         """See megatron_infer.ops."""
         num_rows, width = logits_SV.shape
         assert logits_SV.dtype is torch.float32 and logits_SV.is_contiguous() and width < 1 << 24
-        values_S, indices_S = torch.empty(num_rows), torch.empty(num_rows, dtype=torch.int64)
+        values_S, indices_S = _fp32(num_rows), torch.empty(num_rows, dtype=torch.int64, device="cpu")
         values, indices = values_S.data_ptr(), indices_S.data_ptr()
         self._library.mi_argmax(self._pool, values, indices, logits_SV.data_ptr(), num_rows, width)
         return values_S, indices_S
@@ -292,7 +300,7 @@ class CpuKernels:
         """See megatron_infer.ops; ids are int32 or int64 and must be rows of the table."""
         num_ids, dim = ids_T.shape[0], table_VD.shape[1]
         assert table_VD.is_contiguous() and ids_T.is_contiguous() and ids_T.dtype in (torch.int32, torch.int64)
-        y_TD = torch.empty(num_ids, dim)
+        y_TD = _fp32(num_ids, dim)
         table, dtype, wide = table_VD.data_ptr(), _DTYPES[table_VD.dtype], ids_T.dtype is torch.int64
         self._library.mi_gather_rows(self._pool, y_TD.data_ptr(), table, dtype, ids_T.data_ptr(), wide, num_ids, dim)
         return y_TD

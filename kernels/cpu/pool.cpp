@@ -165,6 +165,8 @@ const Kernels* pick_kernels(const char* wanted) {
 
 extern "C" {
 
+int mi_abi() { return kAbi; }
+
 // threads >= 1; variant: "avx512", "avx2", "generic" or "" for the best one. Null when this CPU lacks it or on failure.
 Pool* mi_pool_create(int threads, const char* variant) {
   const Kernels* kernels = pick_kernels(variant);
@@ -195,7 +197,7 @@ void mi_pool_destroy(Pool* pool) {
   delete pool;
 }
 
-// Asks for huge pages where they fit; a fifth of a decode step is otherwise spent on address translation.
+// Asks for huge pages where they fit: weights are streamed, and every small page costs an address translation.
 void mi_advise_huge_pages(void* data, size_t num_bytes) {
 #if defined(__linux__)
   const uintptr_t page = 4096, begin = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;

@@ -1,7 +1,6 @@
 """Brings one rank up: device, threads, memory, model, KV cache; and starts local followers where torchrun did not.
 
 Everything that can be refused is refused here, before a weight is read. Knows no requests and no text.
-`python -m megatron_infer.engine.launch` is the follower process.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -24,8 +22,7 @@ from tqdm import tqdm
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig, ModelConfig
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.engine.worker import die_with_parent, serve_follower
-from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
+from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import PlainFormat
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import memory_estimate
@@ -219,7 +216,7 @@ def _num_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> int
         share = free_memory_bytes() // local_ranks(config)
         wanted = max(int(share * _CPU_KV_SHARE), min(one_context * per_block, int(share * 0.8))) // per_block
     wanted = max(0, min(wanted, one_context * config.max_num_seqs))
-    fewest = int(group.all_gather(torch.tensor([[float(wanted)]], device=group.device)).min())
+    fewest = int(group.all_gather(torch.tensor([[float(wanted)]], dtype=torch.float32, device=group.device)).min())
     if fewest < 1:
         raise ValueError(
             f"no room for a KV cache: a block of {config.block_size} tokens takes {per_block} bytes; free memory, use "
@@ -246,7 +243,7 @@ class Followers:
                 "model_name": model_name,
                 "config": asdict(config),
             }
-            command = [sys.executable, "-m", "megatron_infer.engine.launch", json.dumps(spec)]
+            command = [sys.executable, "-m", "megatron_infer.engine.follower", json.dumps(spec)]
             # A session of its own: Ctrl-C in a terminal or notebook is for rank 0 to handle.
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
             self.processes.append(process)
@@ -266,22 +263,3 @@ class Followers:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-
-
-def _follower(spec: dict[str, Any]) -> None:
-    die_with_parent()
-    config = EngineConfig(**spec["config"])
-    size, rank = config.tensor_parallel_size or 1, spec["rank"]
-    store = TCPStore("127.0.0.1", spec["port"], is_master=False)
-    group = TPGroup.connect(store, rank, size, rank_device(config, rank), name="local")
-    try:
-        with open_checkpoint(spec["model_dir"], spec["model_name"]) as checkpoint:
-            runner = build_runner(checkpoint, config, group)
-    except Exception as error:
-        group.abort(f"{type(error).__name__}: {error}")
-        raise
-    serve_follower(runner)
-
-
-if __name__ == "__main__":
-    _follower(json.loads(sys.argv[1]))

@@ -1,14 +1,11 @@
-"""The follower ranks: receive each Step from rank 0, execute it, and die with their parent.
+"""The follower ranks: receive each Step from rank 0 and execute it.
 
-Owns the messages between rank 0 and its followers (integers only, never pickle) and the process that serves as a
-follower when the engine was not started by torchrun.
+Owns the messages between rank 0 and its followers: integers only, never pickle.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import threading
 from collections.abc import Generator
 from contextlib import suppress
 from enum import IntEnum
@@ -142,15 +139,3 @@ def serve_follower(runner: ModelRunner) -> None:
                 continue
         except EOFError:
             return
-
-
-def die_with_parent() -> None:
-    """End this process as soon as its stdin closes, which the system does when the parent dies, however it dies."""
-
-    def wait() -> None:
-        # Not sys.stdin: its lock, held by this thread, would trip the interpreter's own shutdown.
-        while os.read(0, 4096):
-            continue
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True, name="die-with-parent").start()

@@ -82,12 +82,14 @@ class Checkpoint:
         col_range = ranges[1] if len(ranges) == 2 else None
         runs = megatron_rows(self.config, name, ranges[0]) if self._is_megatron else [ranges[0]]
         parts = list(overlaps(self._pieces[self._stored_name(name)], runs, col_range))
-        if len(parts) == 1:
-            return parts[0].read()
-        out = torch.empty([stop - start for start, stop in ranges], dtype=self.dtype_of(name))
-        for part in parts:
-            part.copy_into(out)
-        return out
+        # The readers below make tensors on torch's default device, which may be the program's GPU.
+        with torch.device("cpu"):
+            if len(parts) == 1:
+                return parts[0].read()
+            out = torch.empty([stop - start for start, stop in ranges], dtype=self.dtype_of(name))
+            for part in parts:
+                part.copy_into(out)
+            return out
 
     def close(self) -> None:
         """Let go of the files."""

@@ -19,13 +19,13 @@ def rope_tables(config: ModelConfig, num_positions: int) -> tuple[Tensor, Tensor
     The tables of YaRN carry its attention factor, so that the scores come out scaled without a further step.
     """
     inv_freq_H, attention_factor = _inverse_frequencies(config)
-    angles_PH = torch.arange(num_positions, dtype=torch.float32)[:, None] * inv_freq_H[None, :]
+    angles_PH = torch.arange(num_positions, dtype=torch.float32, device="cpu")[:, None] * inv_freq_H[None, :]
     return angles_PH.cos() * attention_factor, angles_PH.sin() * attention_factor
 
 
 def _inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
     dim = config.head_dim
-    exponent_H = torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float32) / dim
+    exponent_H = torch.arange(0, dim, 2, dtype=torch.int64, device="cpu").to(torch.float32) / dim
     inv_freq_H = 1.0 / (config.rope_theta**exponent_H)
     scaling = config.rope_scaling
     if scaling is None:
@@ -50,7 +50,7 @@ def _yarn(config: ModelConfig, scaling: RopeScaling, inv_freq_H: Tensor) -> tupl
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
-    slow_H = ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    slow_H = ((torch.arange(dim // 2, dtype=torch.float32, device="cpu") - low) / (high - low)).clamp(0, 1)
     keep_H = 1 - slow_H
     blended_H = inv_freq_H / scaling.factor * (1 - keep_H) + inv_freq_H * keep_H
     return blended_H, _yarn_attention_factor(scaling)

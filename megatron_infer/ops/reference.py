@@ -41,7 +41,7 @@ def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
     bounds = packed.chunk_bounds
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
     x_TK = x_TK.float()
-    sums_TCN = torch.zeros(x_TK.shape[0], len(lengths), packed.out_dim, device=x_TK.device)
+    sums_TCN = torch.zeros(x_TK.shape[0], len(lengths), packed.out_dim, dtype=torch.float32, device=x_TK.device)
     starts_C = torch.tensor(bounds[:-1], device=x_TK.device)
     longer_C = torch.tensor(lengths, device=x_TK.device)
     for i in range(max(lengths)):
@@ -126,7 +126,7 @@ def _split(
     q_QNH: Tensor, k_JNH: Tensor, v_JNH: Tensor, hidden_QJ: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One KV split: row maxima [Q, N], sums of exp [Q, N], unnormalised outputs [Q, N, H]."""
-    scores_QNJ = torch.zeros(*q_QNH.shape[:2], k_JNH.shape[0], device=q_QNH.device)
+    scores_QNJ = torch.zeros(*q_QNH.shape[:2], k_JNH.shape[0], dtype=torch.float32, device=q_QNH.device)
     for h in range(q_QNH.shape[2]):
         scores_QNJ += q_QNH[:, :, h, None] * k_JNH[:, :, h].T
     scores_QNJ = (scores_QNJ * scale).masked_fill(hidden_QJ[:, None], float("-inf"))
@@ -142,7 +142,7 @@ def _attend(q_QNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, scale: float) -> Tensor
     """Causal attention of the last Q of P positions, split by split."""
     num_positions = k_PNH.shape[0]
     position_Q = torch.arange(num_positions - q_QNH.shape[0], num_positions, device=q_QNH.device)
-    max_QN = torch.full(q_QNH.shape[:2], float("-inf"), device=q_QNH.device)
+    max_QN = torch.full(q_QNH.shape[:2], float("-inf"), dtype=torch.float32, device=q_QNH.device)
     sum_QN, o_QNH = torch.zeros_like(max_QN), torch.zeros_like(q_QNH)
     for start in range(0, num_positions, KV_SPLIT):
         span = slice(start, min(start + KV_SPLIT, num_positions))

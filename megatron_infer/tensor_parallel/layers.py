@@ -21,9 +21,7 @@ from megatron_infer.tensor_parallel.group import TPGroup
 class TensorSource(Protocol):
     """Where weights come from: any slice of a full tensor by its canonical name."""
 
-    def read(
-        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
-    ) -> Tensor: ...
+    def read(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class GlooBackend:
     def all_reduce(self, x: Tensor) -> Tensor:
         # gloo refuses inference tensors (github.com/pytorch/pytorch/issues/86830), hence ordinary staging tensors.
         with torch.inference_mode(False), torch.no_grad():
-            sums = torch.empty(x.shape, dtype=torch.float32)
+            sums = torch.empty(x.shape, dtype=torch.float32, device="cpu")
             sums.copy_(x)
             for piece in torch.split(sums.view(-1), _CHUNK_ELEMENTS):
                 piece.copy_(tree_sum(self._gather(piece, "all_reduce")))
@@ -69,7 +69,7 @@ class GlooBackend:
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            local = torch.empty(x_SN.shape, dtype=x_SN.dtype)
+            local = torch.empty(x_SN.shape, dtype=x_SN.dtype, device="cpu")
             local.copy_(x_SN)
             parts = self._gather(local.view(-1), "all_gather") if local.numel() else [local] * self._size
             return torch.cat([part.view(x_SN.shape) for part in parts], dim=-1)
