@@ -131,23 +131,33 @@ def kernel_packages() -> list[str]:
     return ["megatron_infer.kernels", *(f"megatron_infer.kernels.{name}" for name in names)]
 
 
+def requirements(name: str) -> list[str]:
+    """The lines of a requirements file: the one place where they are kept."""
+    lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
 setup(
     name="megatron_infer",
     version="0.1.0",
     description="Megatron-style tensor-parallel inference for fill-in-the-middle code models",
+    license="Apache-2.0",
     python_requires=">=3.10",
     packages=[
         *find_packages(include=["megatron_infer", "megatron_infer.*", "checkpoints_convert", "checkpoints_convert.*"]),
         *kernel_packages(),
+        "megatron_infer.demo",
     ],
-    package_dir={"megatron_infer.kernels": "kernels"},
-    package_data={"megatron_infer": ["*.json", "py.typed"], "megatron_infer.kernels.cpu": ["*.cpp", "*.h"]},
-    py_modules=["sess_megatron"] if (ROOT / "sess_megatron.py").exists() else [],
+    package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
+    package_data={
+        "megatron_infer": ["*.json", "py.typed"],
+        "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
+        "megatron_infer.demo": ["*.json", "*.md", "*.model", "*.safetensors"],
+    },
+    py_modules=["sess_megatron"],
     ext_modules=[Extension(EXTENSION, sources=[])],
     cmdclass={"build_ext": BuildNative},
-    install_requires=["torch>=2.10", "numpy", "safetensors", "sentencepiece", "tokenizers"],
-    extras_require={
-        "test": ["pytest", "hypothesis", "transformers", "protobuf"],
-        "dev": ["pytest", "hypothesis", "transformers", "protobuf", "ruff", "mypy"],
-    },
+    entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
+    install_requires=requirements("requirements.txt"),
+    extras_require={"dev": requirements("requirements-dev.txt")},
 )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from megatron_infer.cli import main
+from megatron_infer import cli
 
 _USAGE = "usage: python -m megatron_infer complete [options]   (options: python -m megatron_infer complete --help)"
 
 
-def _dispatch(argv: list[str]) -> int:
-    if argv[:1] != ["complete"]:
+def main() -> int:
+    """Entry point of `megatron-infer`; returns the exit status."""
+    arguments = sys.argv[1:]
+    if arguments[:1] != ["complete"]:
         print(_USAGE, file=sys.stderr)
-        return 0 if argv in (["-h"], ["--help"]) else 2
-    return main(argv[1:])
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    return cli.main(arguments[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(_dispatch(sys.argv[1:]))
+    sys.exit(main())

@@ -154,17 +154,60 @@ INLINE void pack_elements(char* panel, const LinearShape& shape, int chunk, int6
   }
 }
 
-// Whole panels without a change of type are transposed 16 x 16 words at a time; returns the first k left to do.
-INLINE int64_t pack_blocks(char* panel, const LinearShape& shape, int chunk, const char* rows_NK, int64_t row_stride) {
-  const int64_t per_word = shape.dtype == kFloat32 ? 1 : 2, element = 4 / per_word;
-  const int64_t k = shape.bounds[chunk], blocks = (shape.bounds[chunk + 1] - k) / per_word / kLanes;
-  const uint32_t* rows[kLanes];
+// Rows of a whole panel that have its type already: columns [k, k_end) of a chunk, transposed 16 x 16 words at a time.
+// `rows` points to column k. Returns the first k left to do.
+INLINE int64_t pack_blocks(char* panel, const LinearShape& shape, int chunk, int64_t k, int64_t k_end, const char* rows,
+                           int64_t row_stride) {
+  const int64_t per_word = shape.dtype == kFloat32 ? 1 : 2, blocks = (k_end - k) / per_word / kLanes;
+  const uint32_t* row[kLanes];
   for (int r = 0; r < kLanes; ++r) {
-    rows[r] = reinterpret_cast<const uint32_t*>(rows_NK + (r * row_stride + k) * element);
+    row[r] = reinterpret_cast<const uint32_t*>(rows + r * row_stride * (4 / per_word));
   }
-  uint32_t* out = reinterpret_cast<uint32_t*>(panel + shape.chunk_bytes[chunk]);
-  for (int64_t i = 0; i < blocks; ++i) transpose16(rows, i * kLanes, out + i * kLanes * kLanes);
+  uint32_t* out = reinterpret_cast<uint32_t*>(packed_element(panel, shape, chunk, k, 0));
+  for (int64_t i = 0; i < blocks; ++i) transpose16(row, i * kLanes, out + i * kLanes * kLanes);
   return k + blocks * kLanes * per_word;
+}
+
+template <int FROM, int TO>
+INLINE void convert_row(const void* row, int64_t k, int64_t n, void* out) {
+  for (int64_t i = 0; i < n; ++i) {
+    const float value = read_float(row, k + i, FROM);
+    if constexpr (TO == kFloat32) static_cast<float*>(out)[i] = value;
+    else static_cast<uint16_t*>(out)[i] = bf16_of(value);
+  }
+}
+
+// Rows of a whole panel, of any type, through a buffer that stays in the L1 cache. Returns the first k left to do.
+template <int FROM, int TO>
+int64_t pack_converted(char* panel, const LinearShape& shape, int chunk, const char* rows, int64_t row_stride) {
+  constexpr int64_t kColumns = 256, kElement = TO == kFloat32 ? 4 : 2;
+  alignas(64) char buffer[kLanes * kColumns * kElement];
+  const int64_t k_end = shape.bounds[chunk + 1];
+  int64_t k = shape.bounds[chunk], done = -1;
+  while (k != done) {
+    const int64_t n = least(kColumns, k_end - k);
+    for (int r = 0; r < kLanes; ++r) {
+      const char* row = rows + r * row_stride * (FROM == kFloat32 ? 4 : 2);
+      convert_row<FROM, TO>(row, k, n, buffer + r * kColumns * kElement);
+    }
+    done = k;
+    k = pack_blocks(panel, shape, chunk, k, k + n, buffer, kColumns);
+  }
+  return k;
+}
+
+INLINE int64_t pack_whole_panel(char* panel, const LinearShape& shape, int chunk, const char* rows, int64_t row_stride,
+                                int dtype) {
+  const int64_t begin = shape.bounds[chunk], end = shape.bounds[chunk + 1];
+  if (dtype == shape.dtype) {
+    return pack_blocks(panel, shape, chunk, begin, end, rows + begin * (dtype == kFloat32 ? 4 : 2), row_stride);
+  }
+  if (shape.dtype == kBFloat16) {
+    return dtype == kFloat32 ? pack_converted<kFloat32, kBFloat16>(panel, shape, chunk, rows, row_stride)
+                             : pack_converted<kFloat16, kBFloat16>(panel, shape, chunk, rows, row_stride);
+  }
+  return dtype == kBFloat16 ? pack_converted<kBFloat16, kFloat32>(panel, shape, chunk, rows, row_stride)
+                            : pack_converted<kFloat16, kFloat32>(panel, shape, chunk, rows, row_stride);
 }
 
 int pack_rows(Pool* pool, void* weight, const void* rows_NK, int64_t row_stride, int dtype, int64_t row_start,
@@ -176,12 +219,10 @@ int pack_rows(Pool* pool, void* weight, const void* rows_NK, int64_t row_stride,
     char* out = static_cast<char*>(weight) + panel * shape->panel_bytes;
     const int64_t begin = panel * kLanes < row_start ? row_start : panel * kLanes;
     const int64_t end = least((panel + 1) * kLanes, row_start + num_rows);
+    const char* rows = static_cast<const char*>(rows_NK) + (begin - row_start) * row_stride * element;
     for (int chunk = 0; chunk < shape->num_chunks; ++chunk) {
       int64_t k = shape->bounds[chunk];
-      if (end - begin == kLanes && dtype == shape->dtype) {
-        const char* rows = static_cast<const char*>(rows_NK) + (begin - row_start) * row_stride * element;
-        k = pack_blocks(out, *shape, chunk, rows, row_stride);
-      }
+      if (end - begin == kLanes) k = pack_whole_panel(out, *shape, chunk, rows, row_stride, dtype);
       pack_elements(out, *shape, chunk, k, begin - panel * kLanes, rows_NK, row_stride, dtype, begin - row_start,
                     end - begin);
     }
