@@ -343,9 +343,14 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.evaluate:
-        return evaluate(args.evaluate, args.holes, args.show)
-    if not (args.work and args.out):
+        evaluate(args.evaluate, args.holes, args.show)
+    elif args.work and args.out:
+        train(args)
+    else:
         parser.error("--work and --out are needed for training")
+
+
+def train(args: argparse.Namespace) -> None:
     shape = Shape(hidden=64, layers=2, head_dim=8, ffn=128, vocab=600) if args.smoke else Shape()
     training = Training(shape, read_corpus(limit=12 if args.smoke else None), args.work)
     print(json.dumps(asdict(shape) | {"parameters": sum(p.numel() for p in training.net.parameters())}), flush=True)

@@ -156,11 +156,9 @@ class ModelConfig:
             raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only silu (SwiGLU) is")
         if raw.get("sliding_window") and raw.get("use_sliding_window", model_type == "mistral"):
             raise ValueError("config.json: sliding-window attention is not supported")
-        missing = [k for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers") if k not in raw]
-        if "num_attention_heads" not in raw:
-            missing.append("num_attention_heads")
-        if missing:
-            raise ValueError(f"config.json: missing {', '.join(missing)}")
+        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in required:
+            _positive_int(f"config.json: {name}", raw.get(name))
         rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
         heads = raw["num_attention_heads"]
         attention_bias = bool(raw.get("attention_bias", model_type == "qwen2"))

@@ -123,6 +123,22 @@ def test_linear_bits_do_not_depend_on_the_tensor_parallel_degree(dtype: torch.dt
     assert same_bits(partial[0], whole)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16])
+def test_whole_panels_are_packed_like_single_rows(dtype: torch.dtype, source: torch.dtype) -> None:
+    """Panels of 16 rows are transposed in blocks; rows one by one are not. Includes subnormals and infinities."""
+    weight_NK = (normal(53, 2155) * torch.logspace(-8, 4, 2155)).to(source)
+    weight_NK[20, 1000:1003] = torch.tensor([float("inf"), float("-inf"), 0.0], dtype=source)
+    one_by_one = kernels().allocate_linear(53, 2155, chunk_bounds(2155), dtype, CPU)
+    for n in range(53):
+        kernels().pack_rows(one_by_one, n, weight_NK[n : n + 1])
+    finite = torch.arange(53) != 20
+    columns = kernels().linear(torch.eye(2155)[::97].contiguous(), one_by_one)
+    assert torch.equal(columns.T[finite], weight_NK[finite, ::97].to(dtype).float())
+    for ops in settings():
+        assert torch.equal(packed(ops, weight_NK, dtype).data, one_by_one.data)
+
+
 def test_another_order_of_addition_is_noticed() -> None:
     """The negative control: these comparisons can fail."""
     ops, x_TK, weight_NK = kernels(), normal(8, 1000), normal(96, 1000, seed=1)

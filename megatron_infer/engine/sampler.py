@@ -73,7 +73,9 @@ def _most_likely(values_V: npt.NDArray[np.float32] | Row, count: int) -> npt.NDA
 def _draw_token(row_V: Row, draw: Draw) -> int:
     """Inverse-CDF sampling over what top-k, then top-p, then min-p leave, most likely first."""
     params = draw.params
-    probs_V = np.exp(_log_softmax(row_V / params.temperature))
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the largest become -inf
+        scaled_V = (row_V - row_V.max()) / params.temperature
+    probs_V = np.exp(_log_softmax(scaled_V))
     ids = _most_likely(probs_V, params.top_k or len(probs_V))
     probs = probs_V[ids]
     if params.top_p < 1.0:

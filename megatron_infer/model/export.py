@@ -1,24 +1,20 @@
 """Writers of checkpoint directories: sharded safetensors, upstream Megatron `.pt`, Hugging Face.
 
-Owns the order of writing that makes a directory appear whole or not at all. Takes tensors from a reader of canonical
-slices, so any checkpoint converts to any other; holds one output file in memory at a time.
+Owns which tensors go into which file. Takes them from a reader of canonical slices, so any checkpoint converts to any
+other, and streams them: no more than a few blocks of rows are in memory, whatever the size of model and tensor.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_infer.config import ModelConfig
@@ -32,7 +28,17 @@ from megatron_infer.model.manifest import (
     shard_identity,
     shard_name,
 )
+from megatron_infer.model.output_dir import appearing
 from megatron_infer.model.tensor_files import PT_METADATA_KEY
+from megatron_infer.model.tensor_writers import (
+    BLOCK_BYTES,
+    Progress,
+    TensorPlan,
+    pt_bytes,
+    safetensors_bytes,
+    write_pt,
+    write_safetensors,
+)
 from megatron_infer.model.weights import (
     StoredTensor,
     check_num_shards,
@@ -52,16 +58,21 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "generation_config.json",
+    "chat_template.jinja",
+    "example.json",
 )
 """Files beside the weights that a converted checkpoint takes along, where they exist."""
+
+_SMALL_FILES_BYTES = 1 << 20
+"""Allowance for config, index and manifest when the free space is checked."""
+
+Range = tuple[int, int]
 
 
 class Reader(Protocol):
     """Canonical tensors by slice; `Checkpoint.read` is one."""
 
-    def __call__(
-        self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None
-    ) -> Tensor: ...
+    def __call__(self, name: str, rows: Range | None = None, cols: Range | None = None) -> Tensor: ...
 
 
 def tokenizer_files(model_dir: str | Path) -> tuple[Path, ...]:
@@ -76,39 +87,43 @@ def save_sharded(
     num_shards: int,
     dtype: torch.dtype | None = None,
     extra_files: Sequence[str | Path] = (),
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> Manifest:
     """Write a sharded safetensors directory: one file per tensor-parallel rank, config.json and manifest.json.
 
-    The directory appears under its name only when complete and flushed to disk. Peak memory is one shard, since the
-    safetensors library writes a file from one dictionary.
+    The directory appears under its name only when complete and flushed to disk.
 
     Args:
         dtype: convert all tensors to it; None keeps each as it is.
         extra_files: copied beside the weights (tokenizer).
+        force: replace a checkpoint that stands at out_dir.
+        progress: called with the number of tensor bytes just written.
 
     Raises:
-        ValueError: num_shards does not divide the KV heads, or out_dir is not empty.
+        ValueError: num_shards does not divide the KV heads, out_dir is taken, the disk is too small, or a value does
+            not fit into `dtype`.
     """
     check_num_shards(config, num_shards)
     checkpoint_id = secrets.token_hex(16)
     stored = megatron_tensors(config)
-    entries: dict[str, TensorEntry] = {}
-    with _appearing(out_dir) as directory:
-        for rank in range(num_shards):
-            shard = {name: _shard(read, config, name, stored[name], rank, num_shards, dtype) for name in stored}
-            for name, tensor in shard.items():
-                entries[name] = TensorEntry(stored[name].shape, _dtype_name(tensor), stored[name].axis)
-            metadata = {
-                "format": "pt",
-                "format_version": str(FORMAT_VERSION),
-                **shard_identity(checkpoint_id, rank, num_shards),
-            }
-            save_file(shard, directory / shard_name(rank, num_shards), metadata=metadata)
-            del shard
+    shards = [_shard_plans(read, config, rank, num_shards, dtype) for rank in range(num_shards)]
+    entries = {plan.name: _entry(plan, stored[plan.name]) for plan in shards[0]}
+    common = {"format": "pt", "format_version": str(FORMAT_VERSION)}
+    metadata = [{**common, **shard_identity(checkpoint_id, rank, num_shards)} for rank in range(num_shards)]
+    sizes = [safetensors_bytes(plans, said) for plans, said in zip(shards, metadata, strict=True)]
+    files: dict[str, FileEntry] = {}
+    with appearing(out_dir, sum(sizes) + _small_bytes(extra_files), force=force) as directory:
+        for rank, plans in enumerate(shards):
+            path = directory / shard_name(rank, num_shards)
+            digest = write_safetensors(path, plans, metadata[rank], progress or _silent, hashed=True)
+            files[path.name] = FileEntry(path.stat().st_size, digest)
         _write_config(directory, config, entries["tok_embeddings.weight"].dtype)
         _copy(extra_files, directory)
-        files = {p.name: FileEntry(p.stat().st_size, sha256_of(p)) for p in sorted(directory.iterdir())}
-        manifest = Manifest(checkpoint_id, num_shards, files, entries)
+        others = [path for path in directory.iterdir() if path.name not in files]
+        files |= {path.name: FileEntry(path.stat().st_size, sha256_of(path)) for path in others}
+        manifest = Manifest(checkpoint_id, num_shards, dict(sorted(files.items())), entries)
         (directory / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
 
@@ -121,30 +136,31 @@ def save_upstream_pt(
     num_shards: int,
     dtype: torch.dtype | None = None,
     extra_files: Sequence[str | Path] = (),
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Write upstream's Megatron files: `{model_name}.pt` for one shard, else `{model_name}_states_{rank}.pt`.
 
     Tensors stand below ["model"]. Beside it stand our own facts (rank, epsilon), which upstream does not look at.
-    Peak memory is one shard. Errors as `save_sharded`; upstream also needs dimensions that num_shards divides.
+    Arguments and errors as `save_sharded`; upstream also needs dimensions that num_shards divides.
     """
     check_num_shards(config, num_shards)
-    stored = megatron_tensors(config)
-    for name, tensor in stored.items():
+    for name, tensor in megatron_tensors(config).items():
         if tensor.axis is not None and tensor.shape[tensor.axis] % num_shards:
             raise ValueError(
                 f"dimension {tensor.axis} of {name!r} ({tensor.shape[tensor.axis]}) is not a multiple of {num_shards}, "
                 "as upstream needs; write fewer shards, or sharded safetensors"
             )
     checkpoint_id = secrets.token_hex(16)
-    with _appearing(out_dir) as directory:
-        for rank in range(num_shards):
-            shard = {name: _shard(read, config, name, stored[name], rank, num_shards, dtype) for name in stored}
+    shards = [_shard_plans(read, config, rank, num_shards, dtype) for rank in range(num_shards)]
+    num_bytes = sum(map(pt_bytes, shards)) + _small_bytes(extra_files)
+    with appearing(out_dir, num_bytes, force=force) as directory:
+        for rank, plans in enumerate(shards):
             facts = {**shard_identity(checkpoint_id, rank, num_shards), "rms_norm_eps": repr(config.rms_norm_eps)}
-            file_name = f"{model_name}.pt" if num_shards == 1 else f"{model_name}_states_{rank}.pt"
-            torch.save({"model": shard, PT_METADATA_KEY: facts}, directory / file_name)
-            name = _dtype_name(shard["tok_embeddings.weight"])
-            del shard
-        _write_config(directory, config, name)
+            path = directory / (f"{model_name}.pt" if num_shards == 1 else f"{model_name}_states_{rank}.pt")
+            write_pt(path, plans, facts, PT_METADATA_KEY, progress or _silent)
+        _write_config(directory, config, _dtype_name(_find(shards[0], "tok_embeddings.weight").dtype))
         _copy(extra_files, directory)
 
 
@@ -155,72 +171,135 @@ def save_hf(
     dtype: torch.dtype | None = None,
     extra_files: Sequence[str | Path] = (),
     max_file_bytes: int = 5 << 30,
+    *,
+    force: bool = False,
+    progress: Progress | None = None,
 ) -> None:
     """Write a Hugging Face directory: model.safetensors, or numbered files with an index past `max_file_bytes`.
 
-    Peak memory is one file. A tied head is left out, as transformers does.
-
-    Raises:
-        ValueError: out_dir is not empty.
+    A tied head is left out, as transformers does. Arguments and errors as `save_sharded`.
     """
-    groups = _groups(read, config, dtype, max_file_bytes)
+    plans = [_hf_plan(read, name, shape, dtype) for name, shape in expected_tensors(config).items()]
+    groups = _groups(plans, max_file_bytes)
     weight_map: dict[str, str] = {}
-    total_bytes = 0
-    with _appearing(out_dir) as directory:
-        for number, names in enumerate(groups, 1):
-            tensors = {hf_name(name): _owned(read(name), dtype) for name in names}
+    total_bytes = sum(plan.num_bytes for plan in plans)
+    metadata = {"format": "pt"}
+    num_bytes = sum(safetensors_bytes(group, metadata) for group in groups) + _small_bytes(extra_files)
+    with appearing(out_dir, num_bytes, force=force) as directory:
+        for number, group in enumerate(groups, 1):
             count = len(groups)
             file_name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            save_file(tensors, directory / file_name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, file_name)
-            total_bytes += sum(tensor.nbytes for tensor in tensors.values())
-            stored_dtype = _dtype_name(next(iter(tensors.values())))
-            del tensors
+            write_safetensors(directory / file_name, group, metadata, progress or _silent, hashed=False)
+            weight_map |= dict.fromkeys((plan.name for plan in group), file_name)
         if len(groups) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
             _write_json(directory / "model.safetensors.index.json", index)
-        _write_config(directory, config, stored_dtype)
+        _write_config(directory, config, _dtype_name(_find(plans, hf_name("tok_embeddings.weight")).dtype))
         _copy(extra_files, directory)
 
 
-def _groups(read: Reader, config: ModelConfig, dtype: torch.dtype | None, max_bytes: int) -> list[list[str]]:
-    """Tensor names by output file, each file filled up to `max_bytes`."""
-    groups: list[list[str]] = [[]]
+def _groups(plans: Sequence[TensorPlan], max_bytes: int) -> list[list[TensorPlan]]:
+    """Tensors by output file, each file filled up to `max_bytes`."""
+    groups: list[list[TensorPlan]] = [[]]
     filled = 0
-    for name, shape in expected_tensors(config).items():
-        itemsize = (dtype or read(name, rows=(0, 1)).dtype).itemsize
-        size = torch.Size(shape).numel() * itemsize
-        if groups[-1] and filled + size > max_bytes:
+    for plan in plans:
+        if groups[-1] and filled + plan.num_bytes > max_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(name)
-        filled += size
+        groups[-1].append(plan)
+        filled += plan.num_bytes
     return groups
 
 
-def _shard(
-    read: Reader, config: ModelConfig, name: str, stored: StoredTensor, rank: int, size: int, dtype: torch.dtype | None
-) -> Tensor:
-    """What shard `rank` of `size` holds of a Megatron tensor."""
-    if stored.axis is None:
-        return _owned(read(name), dtype)
-    bounds = stored.shard_range(rank, size)
-    if stored.axis == 1:
-        return _owned(read(name, cols=bounds), dtype)
+def _hf_plan(read: Reader, name: str, shape: tuple[int, ...], dtype: torch.dtype | None) -> TensorPlan:
+    target = dtype or _stored_dtype(read, name)
+    return TensorPlan(hf_name(name), shape, target, lambda: _blocks(read, name, shape, (0, shape[0]), None, target))
+
+
+def _shard_plans(
+    read: Reader, config: ModelConfig, rank: int, size: int, dtype: torch.dtype | None
+) -> list[TensorPlan]:
+    """What shard `rank` of `size` holds, under Megatron names."""
+    return [
+        _shard_plan(read, config, name, stored, stored.shard_shape(rank, size), rank, size, dtype)
+        for name, stored in megatron_tensors(config).items()
+    ]
+
+
+def _shard_plan(
+    read: Reader,
+    config: ModelConfig,
+    name: str,
+    stored: StoredTensor,
+    shape: tuple[int, ...],
+    rank: int,
+    size: int,
+    dtype: torch.dtype | None,
+) -> TensorPlan:
+    rows, cols = (0, shape[0]), None
+    if stored.axis == 0:
+        rows = stored.shard_range(rank, size)
+    elif stored.axis == 1:
+        cols = stored.shard_range(rank, size)
     if not is_fused(name):
-        return _owned(read(name, rows=bounds), dtype)
-    first = bounds[0] // stored.unit
-    groups = range(first, first + (bounds[1] - bounds[0]) // stored.unit)
-    return torch.cat([_owned(read(part, rows=r), dtype) for g in groups for part, r in fused_parts(config, name, g)])
+        target = dtype or _stored_dtype(read, name)
+        return TensorPlan(name, shape, target, lambda: _blocks(read, name, stored.shape, rows, cols, target))
+    groups = range(rows[0] // stored.unit, rows[1] // stored.unit)
+    parts = [part for group in groups for part in fused_parts(config, name, group)]
+    dtypes = {part: _stored_dtype(read, part) for part, _ in parts[:3]}
+    if dtype is None and len(set(dtypes.values())) > 1:
+        raise ValueError(f"{', '.join(dtypes)} are of different dtypes and share one tensor {name!r}; name a dtype")
+    target = dtype or next(iter(dtypes.values()))
+
+    def blocks() -> Iterator[Tensor]:
+        for part, part_rows in parts:
+            yield from _blocks(read, part, stored.shape, part_rows, None, target)
+
+    return TensorPlan(name, shape, target, blocks)
 
 
-def _owned(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy in memory of its own: readers may return views of one file map, which safetensors refuses to save."""
-    return tensor.to(dtype or tensor.dtype, copy=True).contiguous()
+def _blocks(
+    read: Reader, name: str, shape: tuple[int, ...], rows: Range, cols: Range | None, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Rows and columns of a canonical tensor, a few rows at a time, in `dtype`. `shape`: of a tensor as wide as it."""
+    width = 1 if len(shape) == 1 else cols[1] - cols[0] if cols else shape[1]
+    step = max(1, BLOCK_BYTES // (width * dtype.itemsize))
+    for start in range(*rows, step):
+        yield converted(read(name, (start, min(start + step, rows[1])), cols), dtype, name)
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def converted(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`block` in `dtype`; refuses what would overflow (ValueError naming the tensor)."""
+    if block.dtype == dtype:
+        return block
+    out = block.to(dtype)
+    if torch.finfo(dtype).max < torch.finfo(block.dtype).max and bool((out.isinf() & block.isfinite()).any()):
+        raise ValueError(f"tensor {name!r} has values that {_dtype_name(dtype)} cannot hold; choose another dtype")
+    return out
+
+
+def _stored_dtype(read: Reader, name: str) -> torch.dtype:
+    return read(name, (0, 1)).dtype
+
+
+def _find(plans: Sequence[TensorPlan], name: str) -> TensorPlan:
+    return next(plan for plan in plans if plan.name == name)
+
+
+def _entry(plan: TensorPlan, stored: StoredTensor) -> TensorEntry:
+    return TensorEntry(stored.shape, _dtype_name(plan.dtype), stored.axis)
+
+
+def _silent(num_bytes: int) -> None:
+    """Nobody is told."""
+
+
+def _small_bytes(extra_files: Sequence[str | Path]) -> int:
+    return _SMALL_FILES_BYTES + sum(Path(file).stat().st_size for file in extra_files if Path(file).exists())
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write_config(directory: Path, config: ModelConfig, dtype_name: str) -> None:
@@ -236,30 +315,3 @@ def _copy(files: Sequence[str | Path], directory: Path) -> None:
         if (directory / file.name).exists():
             raise ValueError(f"extra file {file} would replace {file.name} of the checkpoint; leave it out")
         shutil.copyfile(file, directory / file.name)
-
-
-@contextmanager
-def _appearing(out_dir: str | Path) -> Iterator[Path]:
-    """A temporary directory that becomes `out_dir` when the block succeeds, and vanishes when it fails."""
-    target = Path(out_dir).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} exists and is not an empty directory; choose another output directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.part-", dir=target.parent))
-    try:
-        yield temporary
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from everyone but its writer
-        for path in (*temporary.iterdir(), temporary):
-            _flush(path)
-        os.replace(temporary, target)
-        _flush(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
