@@ -86,6 +86,8 @@ INLINE float max_lanes(V x) {
 // out[16 * c + r] = rows[r][c] for a 16 x 16 block of 32-bit words.
 INLINE void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* out) {
   for (int r = 0; r < 16; ++r) {
-    for (int c = 0; c < 16; ++c) out[16 * c + r] = rows[r][column + c];
+    uint32_t row[16];  // rows of bf16 may begin between two words
+    __builtin_memcpy(row, rows[r] + column, sizeof row);
+    for (int c = 0; c < 16; ++c) out[16 * c + r] = row[c];
   }
 }

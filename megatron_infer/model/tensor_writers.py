@@ -25,6 +25,8 @@ BLOCK_BYTES = 16 << 20
 _SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _STORAGE_NAMES = {torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage", torch.float32: "FloatStorage"}
 _ZIP_ALIGNMENT = 64
+_ZIP_HEADER_BYTES = 30 + 20 + 4
+"""Of a record without its name: the fixed part, 64-bit sizes, and the head of the padding."""
 _ZIP_BYTES_PER_RECORD = 512
 
 Progress = Callable[[int], None]
@@ -73,16 +75,15 @@ def safetensors_bytes(plans: Sequence[TensorPlan], metadata: Mapping[str, str]) 
 
 
 def write_pt(path: Path, plans: Sequence[TensorPlan], facts: Mapping[str, str], key: str, progress: Progress) -> None:
-    """Write {"model": tensors, key: facts} as `torch.save` does; `torch.load(weights_only=True, mmap=True)` reads it."""
-    stem = path.stem
+    """Write {"model": tensors, key: facts} as `torch.save` does; `torch.load` reads it, mapped or not."""
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(_record(f"{stem}/data.pkl"), _pickled(plans, facts, key))
-        archive.writestr(_record(f"{stem}/byteorder"), "little")
-        archive.writestr(_record(f"{stem}/version"), "3\n")
+        archive.writestr(_record("archive/data.pkl"), _pickled(plans, facts, key))
+        archive.writestr(_record("archive/byteorder"), "little")
+        archive.writestr(_record("archive/version"), "3\n")
         for number, plan in enumerate(plans):
-            record = _record(f"{stem}/data/{number}")
+            record = _record(f"archive/data/{number}")
             # As torch does: tensors start at a multiple of 64 bytes, by means of an extra field of zeros tagged "FB".
-            padding = -(file.tell() + len(record.FileHeader(zip64=True)) + 4) % _ZIP_ALIGNMENT
+            padding = -(file.tell() + _ZIP_HEADER_BYTES + len(record.filename)) % _ZIP_ALIGNMENT
             record.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
             with archive.open(record, "w", force_zip64=True) as out:
                 for view in _views(plan):
@@ -106,7 +107,7 @@ def _views(plan: TensorPlan) -> Iterator[memoryview]:
     written = 0
     for block in plan.blocks():
         assert block.dtype == plan.dtype
-        view = memoryview(block.contiguous().view(torch.uint8).flatten().numpy())
+        view = block.contiguous().view(torch.uint8).flatten().numpy().data
         written += len(view)
         yield view
     assert written == plan.num_bytes, plan.name
@@ -161,7 +162,7 @@ def _record(name: str) -> zipfile.ZipInfo:
 
 
 def _pickled(plans: Sequence[TensorPlan], facts: Mapping[str, str], key: str) -> bytes:
-    """The archive's data.pkl, written opcode by opcode (pickle protocol 2), since there are no tensors to pickle yet."""
+    """The archive's data.pkl, written opcode by opcode (protocol 2), since there are no tensors to pickle yet."""
     model = [(plan.name, _pickled_tensor(plan, number)) for number, plan in enumerate(plans)]
     inner = [(name, _text(value)) for name, value in facts.items()]
     return b"\x80\x02" + _dict([("model", _dict(model)), (key, _dict(inner))]) + b"."

@@ -1,0 +1,26 @@
+"""Conversion of checkpoints: any accepted kind to any other, to another sharding or dtype, with a LoRA adapter merged in.
+
+`python -m checkpoints_convert --help`; the same as functions here. Everything streams: memory does not grow with the
+model. Knows nothing of the engine.
+"""
+
+from checkpoints_convert.compare import Comparison, TensorDifference, compare_tensors
+from checkpoints_convert.convert import Summary, hf2megatron, megatron2hf, merge_lora, reshard
+from checkpoints_convert.inspection import Inspection, RankMemory, inspect
+from checkpoints_convert.logits import LogitComparison, compare_logits
+
+__all__ = [
+    "Comparison",
+    "Inspection",
+    "LogitComparison",
+    "RankMemory",
+    "Summary",
+    "TensorDifference",
+    "compare_logits",
+    "compare_tensors",
+    "hf2megatron",
+    "inspect",
+    "megatron2hf",
+    "merge_lora",
+    "reshard",
+]

@@ -1,0 +1,128 @@
+"""From any kind of checkpoint to any other: which writer, which shards, and what is told while it runs.
+
+Owns the commands' meaning; the formats themselves are megatron_infer.model's business.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from checkpoints_convert.lora import MergedReader, open_adapter
+from megatron_infer.config import FLOAT_DTYPES, ModelConfig
+from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
+from megatron_infer.model.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
+from megatron_infer.model.weights import expected_tensors
+
+FORMATS = ("sharded", "pt", "hf")
+DEFAULT_MODEL_NAME = "aix3-7b-base"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What all conversions share.
+
+    model_name: file stem of `.pt` checkpoints, read or written. dtype: convert to it ("bfloat16", "float16",
+    "float32"); None keeps each tensor's. verify: first hash the source against its manifest. force: replace a checkpoint
+    that stands at the output. progress: draw a bar on stderr.
+    """
+
+    model_name: str = DEFAULT_MODEL_NAME
+    dtype: str | None = None
+    verify: bool = False
+    force: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in FLOAT_DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+        if not self.model_name or Path(self.model_name).name != self.model_name:
+            raise ValueError(f"model name {self.model_name!r} is not a plain file stem")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a conversion did."""
+
+    source_kind: str
+    out_dir: Path
+    num_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        rate = self.num_bytes / 1e6 / max(self.seconds, 1e-9)
+        return (
+            f"{self.source_kind} -> {self.out_dir}: {self.num_bytes:,} bytes of tensors in {self.seconds:.1f} s, "
+            f"{rate:,.0f} MB/s, flushed to disk"
+        )
+
+
+def hf2megatron(
+    src: str | Path, out: str | Path, *, tp: int = 1, fmt: str = "sharded", options: Options | None = None
+) -> Summary:
+    """Write `src` (of any kind) as a sharded directory or as upstream's `.pt`, for `tp` tensor-parallel ranks.
+
+    Raises:
+        ValueError: `src` is damaged, `out` is taken, `tp` does not divide the KV heads, or the disk is full.
+    """
+    if fmt not in ("sharded", "pt"):
+        raise ValueError(f"format {fmt!r} is not one of sharded, pt; for a Hugging Face directory use megatron2hf")
+    return _convert(src, out, fmt, tp, None, options or Options())
+
+
+def megatron2hf(src: str | Path, out: str | Path, *, options: Options | None = None) -> Summary:
+    """Write `src` (of any kind) as a Hugging Face directory that transformers loads. Raises as `hf2megatron`."""
+    return _convert(src, out, "hf", 1, None, options or Options())
+
+
+def reshard(src: str | Path, out: str | Path, *, tp: int, options: Options | None = None) -> Summary:
+    """Write `src` for `tp` ranks: `.pt` stays `.pt`, everything else becomes a sharded directory."""
+    return _convert(src, out, None, tp, None, options or Options())
+
+
+def merge_lora(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    tp: int = 1,
+    fmt: str | None = None,
+    options: Options | None = None,
+) -> Summary:
+    """Write W + scale * B A for every matrix that a PEFT LoRA adapter changes, all else as it is.
+
+    The sum is made in fp32 and rounded once, to the dtype of the base or of `options`.
+
+    Args:
+        fmt: "sharded", "pt" or "hf"; None keeps the base's.
+    Raises:
+        ValueError: as `hf2megatron`, or the adapter is of a sort that cannot be merged, or is not for this base.
+    """
+    if fmt is not None and fmt not in FORMATS:
+        raise ValueError(f"format {fmt!r} is not one of {', '.join(FORMATS)}")
+    return _convert(base, out, fmt or "same", tp, Path(adapter), options or Options())
+
+
+def _convert(
+    src: str | Path, out: str | Path, fmt: str | None, tp: int, adapter: Path | None, options: Options
+) -> Summary:
+    started = time.perf_counter()
+    if Path(src).resolve() == Path(out).resolve():
+        raise ValueError(f"{out} is the source itself; choose another output directory")
+    with open_checkpoint(src, options.model_name, verify=options.verify) as checkpoint:
+        if options.progress:
+            for note in checkpoint.notes:
+                tqdm.write(note, file=None)
+        target = None if options.dtype is None else getattr(torch, options.dtype)
+        reader: Reader = checkpoint.read
+        if adapter is not None:
+            merged = MergedReader(checkpoint, open_adapter(adapter, checkpoint.config), target)
+            reader, target = merged.read, None
+        total = _output_bytes(checkpoint, options.dtype)
+        with tqdm(total=total, unit="B", unit_scale=True, disable=not options.progress, leave=False) as bar:
+            _write(reader, checkpoint, out, _format_of(checkpoint, fmt), tp, target, options, bar)
+    return Summary(checkpoint.kind, Path(out), total, time.perf_counter() - started)
