@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import secrets
+import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -42,6 +44,8 @@ Prompt = FimPrompt | str | Sequence[int]
 class LLM:
     """A loaded model that completes FIM prompts.
 
+    Outside torchrun any number of threads may call it at the same time: whoever waits advances all requests.
+
     Args:
         model_dir: a checkpoint directory of any supported kind (README, "Checkpoints").
         config: the engine's knobs; keyword arguments override single fields of it.
@@ -66,6 +70,7 @@ class LLM:
         asked = replace(config or EngineConfig(), **options)
         self._active: dict[int, GrowingCompletion] = {}
         self._ids = itertools.count()
+        self._lock = threading.RLock()
         self._spmd = launch.under_torchrun()
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
@@ -225,14 +230,15 @@ class LLM:
         ids, stop_ids, dropped = self._encode(prompt, sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         growing = []
-        for choice in range(sampling.n):
-            request = Request(next(self._ids), list(ids), sampling, self.max_model_len, stop_ids)
-            self._engine.add(request, seed=seed, choice=choice)
-            grown = GrowingCompletion(
-                request, self.tokenizer, prompt_index=prompt_index, sample_index=choice, num_dropped_tokens=dropped
-            )
-            self._active[request.request_id] = grown
-            growing.append(grown)
+        with self._lock:
+            for choice in range(sampling.n):
+                request = Request(next(self._ids), ids, sampling, self.max_model_len, stop_ids)
+                self._engine.add(request, seed=seed, choice=choice)
+                grown = GrowingCompletion(
+                    request, self.tokenizer, prompt_index=prompt_index, sample_index=choice, num_dropped_tokens=dropped
+                )
+                self._active[request.request_id] = grown
+                growing.append(grown)
         return growing
 
     def _encode(self, prompt: Prompt, sampling: SamplingParams) -> tuple[Sequence[int], frozenset[int], int]:
@@ -248,9 +254,12 @@ class LLM:
             encoding = self.fim.encode(fim_prompt, order=self.order, budget_tokens=budget)
             dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
             return encoding.ids, end_ids | frozenset(encoding.stop_token_ids), dropped
-        ids = list(prompt)
+        try:
+            ids = [operator.index(i) for i in prompt]
+        except TypeError:
+            raise ValueError(f"a prompt must be a FimPrompt, text or token ids, not {type(prompt).__name__}") from None
         vocab = self.model_config.vocab_size
-        if not ids or not all(isinstance(i, int) and 0 <= i < vocab for i in ids):
+        if not ids or not all(0 <= i < vocab for i in ids):
             raise ValueError(f"a prompt of token ids must be non-empty integers from 0 to {vocab - 1}")
         if len(ids) > budget:
             raise ValueError(
@@ -261,20 +270,22 @@ class LLM:
 
     def _advance(self) -> None:
         """One engine step; its events go to whichever call waits for them."""
-        for event in self._engine.step():
-            growing = self._active.get(event.request_id)
-            if growing is None:
-                continue
-            growing.receive(event)
-            if growing.finish_reason is not None:
-                del self._active[event.request_id]
-                self._engine.abort(event.request_id)
+        with self._lock:
+            for event in self._engine.step():
+                growing = self._active.get(event.request_id)
+                if growing is None:
+                    continue
+                growing.receive(event)
+                if growing.finish_reason is not None:
+                    del self._active[event.request_id]
+                    self._engine.abort(event.request_id)
 
     def _drop(self, growing: Iterable[GrowingCompletion]) -> None:
         """Abort what is unfinished: the caller went away."""
-        for g in growing:
-            if self._active.pop(g.request.request_id, None) is not None:
-                self._engine.abort(g.request.request_id)
+        with self._lock:
+            for g in growing:
+                if self._active.pop(g.request.request_id, None) is not None:
+                    self._engine.abort(g.request.request_id)
 
     def _stream_items(self, prompt: Prompt, sampling: SamplingParams) -> Items:
         if sampling.n != 1:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -128,6 +129,14 @@ def test_a_batch_draws_prompts_only_as_room_appears(session: TestInference) -> N
     assert not session.llm._engine.has_work
 
 
+def test_threads_may_share_a_session(session: TestInference) -> None:
+    prompts = [FimPrompt(f"t{i} = [{i},", "\n", "a.py") for i in range(12)]
+    sampling = SamplingParams(max_new_tokens=10)
+    alone = [session.llm.complete(prompt, sampling).text for prompt in prompts]
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(lambda prompt: session.llm.complete(prompt, sampling).text, prompts)) == alone
+
+
 def test_a_bad_prompt_in_a_batch_fails_alone(session: TestInference) -> None:
     prompts = [FimPrompt("a ="), FimPrompt("b \ud800"), FimPrompt("c =")]
     results = list(session.llm.complete_batch(prompts, SamplingParams(max_new_tokens=2)))
@@ -186,6 +195,8 @@ def test_stop_ids_outside_the_vocabulary_are_refused(session, expected) -> None:
         session.llm.complete(FimPrompt("a"), SamplingParams(stop_token_ids=(10**6,)))
     with pytest.raises(ValueError, match="token ids"):
         session.llm.complete([5, 10**6])
+    with pytest.raises(ValueError, match="NoneType"):
+        session.llm.complete(None)  # type: ignore[arg-type]
     assert session.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
 
 
