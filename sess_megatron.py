@@ -50,7 +50,7 @@ class TestInference:
     ) -> None:
         if model_dir is None:
             given = _model_options_of_program()
-            model_dir = given.model_dir or DEMO_DIR
+            model_dir = DEMO_DIR if given.model_dir is None else given.model_dir
             if given.model_name:
                 engine_options.setdefault("model_name", given.model_name)
         config = EngineConfig(tensor_parallel_size=tensor_parallel_size, device=device, dtype=dtype)
@@ -72,8 +72,9 @@ class TestInference:
             ValueError: bad input; nothing ran, and the session answers the next call.
             RuntimeError: the model gave no usable output, or a rank failed.
         """
-        prompt = FimPrompt(prefix=code_string, suffix=later_code, path=file_path)
-        completion = self.llm.complete(prompt, SamplingParams(max_new_tokens=max_new_tokens))
+        completion = self.llm.complete_from(
+            lambda: (FimPrompt(code_string, later_code, file_path), SamplingParams(max_new_tokens=max_new_tokens))
+        )
         if completion.error is not None:
             raise RuntimeError(completion.error)
         return completion.text

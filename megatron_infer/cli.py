@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import sys
+import time
 import typing
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import megatron_infer
 from megatron_infer.completion import Completion
@@ -38,6 +40,22 @@ DEMO_DIR = _find_demo()
 """The checkpoint that comes with the package; used where none is named."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Rank 0 alone reports a wrong option."""
+
+    def error(self, message: str) -> NoReturn:
+        if _is_first_rank():
+            super().error(message)
+        raise SystemExit(_refused())
+
+
+def _refused() -> int:
+    """Exit status for bad input. The first rank to exit has torchrun end the others; rank 0 must have spoken first."""
+    if not _is_first_rank():
+        time.sleep(1)
+    return 2
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sess_megatron.py` and `python -m megatron_infer complete`. Returns the exit status."""
     args = _parser().parse_args(argv)
@@ -45,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args)
     except ValueError as error:
         _say(f"error: {error}")
-        return 2
+        return _refused()
     except EngineDeadError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
@@ -60,17 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     sampling = _build(SamplingParams, args)
     config = _build(EngineConfig, args)
-    model_dir = Path(args.model_dir) if args.model_dir else DEMO_DIR
+    if args.stream and sampling.n != 1:
+        raise ValueError("--stream shows one completion; leave out --n, or --stream")
+    if args.model_dir == "":
+        raise ValueError("--model_dir is empty; give a checkpoint directory, or leave it out for the demo")
+    model_dir = Path(args.model_dir or DEMO_DIR)
     prompt, is_example = _prompt(args, model_dir)
     if _is_first_rank():
         logging.basicConfig(
             format="%(message)s", stream=sys.stderr, level=logging.WARNING if args.quiet else logging.INFO
         )
     with LLM(model_dir, config, model_name=args.model_name, fim=args.fim, order=args.order) as llm:
-        if args.stream:
-            completions = [_stream(llm, prompt, sampling, show=not args.json)]
-        else:
-            completions = llm.complete_n(prompt, sampling)
+        completions = _stream(llm, prompt, sampling, args) if args.stream else llm.complete_n(prompt, sampling)
         if llm.is_leader and _is_first_rank():
             for completion in completions:
                 if args.json:
@@ -82,15 +101,16 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if any(c.error for c in completions) else 0
 
 
-def _stream(llm: LLM, prompt: FimPrompt, sampling: SamplingParams, *, show: bool) -> Completion:
-    stream = llm.stream(prompt, sampling)
-    for piece in stream:
-        if show and _is_first_rank():
-            print(piece, end="", flush=True)
-    if show and _is_first_rank():
-        print()
-    assert stream.completion is not None
-    return stream.completion
+def _stream(llm: LLM, prompt: FimPrompt, sampling: SamplingParams, args: argparse.Namespace) -> list[Completion]:
+    """Print as it is generated. Nothing is returned on ranks that rank 0 has left early."""
+    show = not args.json and _is_first_rank()
+    with closing(llm.stream(prompt, sampling)) as stream:
+        for piece in stream:
+            if show:
+                print(piece, end="", flush=True)
+        if show:
+            print()
+        return [] if stream.completion is None else [stream.completion]
 
 
 def _show(prompt: FimPrompt, completion: Completion) -> str:
@@ -118,7 +138,7 @@ def _is_first_rank() -> bool:
 
 
 def _say(line: str) -> None:
-    if _is_first_rank():
+    if _is_first_rank() and sys.stderr is not None:
         print(line, file=sys.stderr, flush=True)
 
 
@@ -161,7 +181,7 @@ def read_source(name: str) -> str:
             raise ValueError(
                 f"{name} has {size} bytes; a prompt may have {MAX_PROMPT_BYTES}. Cut out the part around the cursor"
             )
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text (byte {error.start}); convert it first") from None
     except OSError as error:
@@ -200,7 +220,7 @@ def _project_path(name: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sess_megatron.py",
         description="Complete code between a prefix and a suffix with a tensor-parallel model. "
         "Start it as: torchrun --nproc_per_node N sess_megatron.py --model_dir DIR. "

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +46,8 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        if self.rope_type not in ("linear", "yarn"):
-            raise ValueError(f"rope scaling type {self.rope_type!r} is not supported; supported: linear, yarn")
-        if not self.factor >= 1.0 or math.isinf(self.factor):
-            raise ValueError(f"rope scaling factor must be a finite number >= 1, got {self.factor}")
+        _one_of("rope scaling type", self.rope_type, ("linear", "yarn"))
+        _finite("rope scaling factor", self.factor, low=1.0)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> RopeScaling | None:
@@ -56,6 +55,8 @@ class RopeScaling:
         rope_type = raw.get("rope_type", raw.get("type", "default"))
         if rope_type == "default":
             return None
+        if rope_type not in ("linear", "yarn"):
+            raise ValueError(f"config.json: rope scaling type {rope_type!r} is not supported; supported: linear, yarn")
         fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         if "factor" not in fields:
             raise ValueError(f"config.json: rope scaling of type {rope_type!r} has no 'factor'")
@@ -119,8 +120,11 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
-        if self.torch_dtype not in FLOAT_DTYPES:
-            raise ValueError(f"model config: torch_dtype {self.torch_dtype!r} is not one of {', '.join(FLOAT_DTYPES)}")
+        _one_of("model config: torch_dtype", self.torch_dtype, FLOAT_DTYPES)
+        _finite("model config: rms_norm_eps", self.rms_norm_eps, low=0.0)
+        _finite("model config: rope_theta", self.rope_theta, low=1.0)
+        for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
+            _int_in("model config: bos_token_id and eos_token_id", token_id, 0, self.vocab_size - 1)
 
     @classmethod
     def aixcoder_7b(cls) -> ModelConfig:
@@ -159,7 +163,13 @@ class ModelConfig:
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in required:
             _positive_int(f"config.json: {name}", raw.get(name))
-        rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
+        rope: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            if not isinstance(raw.get(name) or {}, Mapping):
+                raise ValueError(f"config.json: {name} must be an object, got {raw[name]!r}")
+            rope |= raw.get(name) or {}
+        if any(source.get("partial_rotary_factor") not in (None, 1) for source in (raw, rope)):
+            raise ValueError("config.json: partial_rotary_factor is not supported; this network rotates whole heads")
         heads = raw["num_attention_heads"]
         attention_bias = bool(raw.get("attention_bias", model_type == "qwen2"))
         eos = raw.get("eos_token_id", 2)
@@ -174,7 +184,7 @@ class ModelConfig:
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=float(raw.get("rope_theta") or rope.get("rope_theta") or 10000.0),
+            rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
             rope_scaling=RopeScaling.from_hf(rope),
             attention_bias=attention_bias,
             attention_output_bias=attention_bias and model_type == "llama",
@@ -191,7 +201,7 @@ class ModelConfig:
         """Read `config.json` of a checkpoint directory."""
         path = Path(model_dir) / "config.json"
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(path.read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ValueError(f"{path} does not exist; a checkpoint directory needs a config.json") from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -322,6 +332,12 @@ class SamplingParams:
     MAX_STOP_STRINGS = 64
 
     def __post_init__(self) -> None:
+        for spec in fields(self):
+            value = getattr(self, spec.name)
+            if isinstance(value, numbers.Real) and not isinstance(value, (bool, int, float)):
+                # NumPy's numbers: as Python's own they compare, hash and serialise alike everywhere.
+                plain = int(value) if isinstance(value, numbers.Integral) else float(value)
+                object.__setattr__(self, spec.name, plain)
         stop: tuple[str, ...] | str = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -361,12 +377,12 @@ def _positive_int(name: str, value: Any) -> None:
 
 
 def _int_in(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
         raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
 
 
 def _finite(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         bounds = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")

@@ -13,7 +13,8 @@ import secrets
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,13 +25,14 @@ from megatron_infer.completion import Completion, CompletionStream, GrowingCompl
 from megatron_infer.config import EngineConfig, SamplingParams
 from megatron_infer.engine import launch, worker
 from megatron_infer.engine.engine import Engine
+from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError, Items
 from megatron_infer.fim import FimPrompt, load_fim
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
-from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import load_tokenizer
 
 __all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
@@ -54,6 +56,7 @@ class LLM:
         order: "spm" or "psm"; by default the family's own.
     Raises:
         ValueError: anything wrong with the directory, the configuration or the memory, before weights are read.
+        EngineDeadError: another rank failed while starting.
     """
 
     def __init__(
@@ -66,6 +69,8 @@ class LLM:
         order: str | None = None,
         **options: Any,
     ) -> None:
+        if not str(model_dir):
+            raise ValueError("model_dir is empty; give a checkpoint directory")
         self.model_dir = Path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         self._active: dict[int, GrowingCompletion] = {}
@@ -93,9 +98,11 @@ class LLM:
             try:
                 self._group = self._join()
                 self._runner = self._build_runner(checkpoint)
-            except BaseException:
+            except BaseException as error:
                 if self._followers is not None:
                     self._followers.close()
+                if isinstance(error, RankFailure):
+                    raise EngineDeadError(f"the engine did not start: {error}") from error
                 raise
         self._engine = self._build_engine()
         self._log_config(asked)
@@ -164,28 +171,22 @@ class LLM:
             ValueError: bad prompt or parameters; nothing ran, and the next call works.
             EngineDeadError: a rank failed.
         """
-        sampling = sampling or SamplingParams()
-        if sampling.n != 1:
-            raise ValueError("complete() returns one completion; for n > 1 use complete_n()")
-        return self.complete_n(prompt, sampling)[0]
+        return self.complete_from(lambda: (prompt, SamplingParams() if sampling is None else sampling))
+
+    def complete_from(self, make: Callable[[], tuple[Prompt, SamplingParams]]) -> Completion:
+        """As `complete`, with prompt and parameters made on rank 0 alone: what `make` raises, every rank raises."""
+        (item,) = self._collective(self._complete_items(make, single=True))
+        return Completion.from_json(item)
 
     def complete_n(self, prompt: Prompt, sampling: SamplingParams) -> list[Completion]:
         """`sampling.n` completions of one prompt, whose prefix is computed once. Raises as `complete` does."""
-
-        def items() -> Items:
-            growing = self._submit(prompt, sampling, prompt_index=0)
-            try:
-                while any(g.finish_reason is None for g in growing):
-                    self._advance()
-                yield from (g.result().to_json() for g in growing)
-            finally:
-                self._drop(growing)
-
-        return [Completion.from_json(item) for item in self._collective(items())]
+        items = self._collective(self._complete_items(lambda: (prompt, sampling), single=False))
+        return [Completion.from_json(item) for item in items]
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> CompletionStream:
         """Text pieces as they are generated; their concatenation is `complete(...).text`, to the character."""
-        return CompletionStream(self._collective(self._stream_items(prompt, sampling or SamplingParams())))
+        sampling = SamplingParams() if sampling is None else sampling
+        return CompletionStream(self._collective(self._stream_items(prompt, sampling)))
 
     def complete_batch(
         self,
@@ -199,7 +200,8 @@ class LLM:
         Prompts are drawn from the iterable as room appears, so it may be endless. A prompt that is refused gives a
         Completion with finish_reason "error"; the others go on.
         """
-        for item in self._collective(self._batch_items(prompts, sampling or SamplingParams(), ordered)):
+        sampling = SamplingParams() if sampling is None else sampling
+        for item in self._collective(self._batch_items(prompts, sampling, ordered)):
             yield Completion.from_json(item)
 
     def close(self) -> None:
@@ -221,16 +223,28 @@ class LLM:
 
     # ---- rank 0 ---------------------------------------------------------------------------------------------------
 
-    def _submit(self, prompt: Prompt, sampling: SamplingParams, prompt_index: int) -> list[GrowingCompletion]:
+    @contextmanager
+    def _undisturbed(self) -> Iterator[None]:
+        """One thread at a time, and no Ctrl-C half-way: other calls' requests are in hand as well."""
+        with self._lock, interrupt_deferred():
+            yield
+
+    def _submit(
+        self, prompt: Prompt, sampling: SamplingParams, *, prompt_index: int, single: bool = False
+    ) -> list[GrowingCompletion]:
         """Encode, validate and queue a prompt: one request per sample."""
         self._engine.ensure_alive()
+        if not isinstance(sampling, SamplingParams):
+            raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
+        if single and sampling.n != 1:
+            raise ValueError("complete() and stream() return one completion; for n > 1 use complete_n()")
         too_high = [i for i in sampling.stop_token_ids if i >= self.model_config.vocab_size]
         if too_high:
             raise ValueError(f"stop_token_ids {too_high} are outside the vocabulary of {self.model_config.vocab_size}")
         ids, stop_ids, dropped = self._encode(prompt, sampling)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         growing = []
-        with self._lock:
+        with self._undisturbed():
             for choice in range(sampling.n):
                 request = Request(next(self._ids), ids, sampling, self.max_model_len, stop_ids)
                 self._engine.add(request, seed=seed, choice=choice)
@@ -255,7 +269,7 @@ class LLM:
             dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
             return encoding.ids, end_ids | frozenset(encoding.stop_token_ids), dropped
         try:
-            ids = [operator.index(i) for i in prompt]
+            ids = [operator.index(i) for i in (None if isinstance(prompt, bytes) else prompt)]  # type: ignore[union-attr]
         except TypeError:
             raise ValueError(f"a prompt must be a FimPrompt, text or token ids, not {type(prompt).__name__}") from None
         vocab = self.model_config.vocab_size
@@ -270,7 +284,7 @@ class LLM:
 
     def _advance(self) -> None:
         """One engine step; its events go to whichever call waits for them."""
-        with self._lock:
+        with self._undisturbed():
             for event in self._engine.step():
                 growing = self._active.get(event.request_id)
                 if growing is None:
@@ -279,23 +293,36 @@ class LLM:
                 if growing.finish_reason is not None:
                     del self._active[event.request_id]
                     self._engine.abort(event.request_id)
+            assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
 
     def _drop(self, growing: Iterable[GrowingCompletion]) -> None:
         """Abort what is unfinished: the caller went away."""
-        with self._lock:
+        with self._undisturbed():
             for g in growing:
                 if self._active.pop(g.request.request_id, None) is not None:
                     self._engine.abort(g.request.request_id)
 
-    def _stream_items(self, prompt: Prompt, sampling: SamplingParams) -> Items:
-        if sampling.n != 1:
-            raise ValueError("stream() returns one completion; for n > 1 use complete_n()")
-        growing = self._submit(prompt, sampling, prompt_index=0)
+    def _complete_items(self, make: Callable[[], tuple[Prompt, SamplingParams]], *, single: bool) -> Items:
+        prompt, sampling = make()
+        growing = self._submit(prompt, sampling, prompt_index=0, single=single)
         try:
-            while growing[0].finish_reason is None:
+            while any(g.finish_reason is None for g in growing):
                 self._advance()
+            yield from (g.result().to_json() for g in growing)
+        finally:
+            self._drop(growing)
+
+    def _stream_items(self, prompt: Prompt, sampling: SamplingParams) -> Items:
+        growing = self._submit(prompt, sampling, prompt_index=0, single=True)
+        try:
+            while True:
+                # Text first: while this generator was suspended, other calls' steps may have finished the request.
                 if piece := growing[0].take_new_text():
                     yield piece
+                elif growing[0].finish_reason is not None:
+                    break
+                else:
+                    self._advance()
             yield growing[0].result().to_json()
         finally:
             self._drop(growing)
@@ -303,6 +330,8 @@ class LLM:
     def _batch_items(
         self, prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], default: SamplingParams, ordered: bool
     ) -> Items:
+        if isinstance(prompts, (str, FimPrompt)):
+            raise ValueError("complete_batch() takes an iterable of prompts; for one prompt use complete()")
         room = 2 * self.config.max_num_seqs
         waiting: deque[GrowingCompletion | Completion] = deque()
         source = enumerate(prompts)
@@ -330,7 +359,7 @@ class LLM:
     ) -> Sequence[GrowingCompletion | Completion]:
         prompt, sampling = _with_sampling(entry, default)
         try:
-            return self._submit(prompt, sampling, index)
+            return self._submit(prompt, sampling, prompt_index=index)
         except ValueError as error:
             refused = Completion("", (), "error", Timings(0.0, 0.0, 0, 0), prompt_index=index, error=str(error))
             return [replace(refused, sample_index=sample) for sample in range(sampling.n)]

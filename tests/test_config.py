@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from megatron_infer.config import EngineConfig, ModelConfig, RopeScaling
+from megatron_infer.config import EngineConfig, ModelConfig, RopeScaling, SamplingParams
 
 LLAMA = {
     "model_type": "llama",
@@ -71,6 +72,16 @@ def test_biases_by_family() -> None:
         ({"hidden_size": -1}, "hidden_size"),
         ({"hidden_size": "64"}, "hidden_size"),
         ({"torch_dtype": "int8"}, "int8"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_scaling": {"type": "longrope", "short_factor": []}}, "longrope"),
+        ({"rope_scaling": ["linear", 2]}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),
+        ({"rope_theta": "1e4"}, "rope_theta"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps"),
+        ({"rms_norm_eps": None}, "rms_norm_eps"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": -1}, "eos_token_id"),
     ],
     ids=str,
 )
@@ -105,3 +116,10 @@ def test_heads_are_divided_and_kv_heads_replicated() -> None:
 def test_bad_engine_options_are_refused_by_name(bad) -> None:
     with pytest.raises(ValueError, match=next(iter(bad))):
         EngineConfig(**bad)
+
+
+def test_numpy_numbers_are_as_good_as_pythons() -> None:
+    params = SamplingParams(max_new_tokens=np.int64(5), temperature=np.float32(0.5), seed=np.uint32(7))
+    assert params == SamplingParams(max_new_tokens=5, temperature=0.5, seed=7)
+    assert type(params.seed) is int
+    assert type(params.temperature) is float

@@ -71,6 +71,39 @@ def test_a_stream_closed_early_leaves_nothing_behind(session: TestInference, exp
     assert session.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
 
 
+def test_open_streams_are_advanced_by_other_calls_and_lose_nothing(session: TestInference) -> None:
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    prompts = [FimPrompt(PREFIX, SUFFIX, PATH), FimPrompt("y = ")]
+    expected = [session.llm.complete(prompt, sampling).text for prompt in prompts]
+    first, second = (session.llm.stream(prompt, sampling) for prompt in prompts)
+    texts = [next(first), next(second)]
+    session.llm.complete("z = ", SamplingParams(max_new_tokens=40, ignore_eos=True))
+    texts[1] += "".join(second)
+    texts[0] += "".join(first)
+    assert texts == expected
+
+
+def test_ctrl_c_ends_one_call_and_costs_the_others_nothing(session: TestInference, monkeypatch) -> None:
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
+    whole = session.llm.complete(FimPrompt(PREFIX, SUFFIX, PATH), sampling).text
+    plain = session.llm._runner.execute
+    for pressed_at in (3, 31):  # in mid-stream, and in the step that ends the stream's request
+        stream = session.llm.stream(FimPrompt(PREFIX, SUFFIX, PATH), sampling)
+        text, calls = next(stream), itertools.count(2)
+
+        def execute(step, draws=(), calls=calls, pressed_at=pressed_at):
+            if next(calls) == pressed_at:
+                signal.raise_signal(signal.SIGINT)
+            return plain(step, draws)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session.llm._runner, "execute", execute)
+            with pytest.raises(KeyboardInterrupt):
+                session.llm.complete("z = ", SamplingParams(max_new_tokens=60, ignore_eos=True))
+        assert text + "".join(stream) == whole
+    assert not session.llm._engine.has_work
+
+
 def test_stop_strings_cut_the_text_exactly(session: TestInference) -> None:
     free = session.llm.complete(FimPrompt(PREFIX, SUFFIX, PATH), SamplingParams(max_new_tokens=24)).text
     stop = free[len(free) // 2 : len(free) // 2 + 3]
@@ -155,6 +188,7 @@ def test_a_bad_prompt_in_a_batch_fails_alone(session: TestInference) -> None:
         (("a", 10**9), "max_new_tokens"),
         (("a", 2.5), "max_new_tokens"),
         ((None, 8), "prefix"),
+        ((b"def f(", 8), "prefix"),
     ],
 )
 def test_bad_input_is_refused_and_the_session_lives_on(session, expected, arguments, message) -> None:
@@ -252,14 +286,20 @@ def test_the_programs_own_torch_defaults_do_not_matter(session: TestInference, e
         torch.set_default_device(None)
 
 
-def test_followers_give_the_same_answers_and_die_with_the_session(tiny_checkpoint: Path, expected: str) -> None:
+def test_followers_give_the_same_answers_and_die_with_the_session(
+    tiny_checkpoint: Path, expected: str, tmp_path: Path, monkeypatch
+) -> None:
     before = shared_memory_files()
+    (tmp_path / "random.py").write_text("raise ImportError('the current directory must not be imported from')")
+    monkeypatch.chdir(tmp_path)
     with TestInference(tiny_checkpoint, tensor_parallel_size=2, **OPTIONS) as pair:
         assert pair.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
         with pytest.raises(ValueError, match="empty"):
             pair.run_infer("")
         assert "".join(pair.llm.stream(FimPrompt(PREFIX, SUFFIX, PATH), SamplingParams(max_new_tokens=20))) == expected
         follower = psutil.Process(pair.llm._followers.processes[0].pid)
+        assert answer_of_a_forked_child(pair) == "refused"
+        assert pair.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
         assert shared_memory_files() == before, "names must be gone as soon as all ranks are attached"
     assert not follower.is_running()
 
@@ -317,6 +357,18 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_read(tiny_checkpoint: P
 def shared_memory_files() -> set[str]:
     """Names in /dev/shm that this package could have made."""
     return {name for name in os.listdir("/dev/shm") if "megatron" in name} if os.path.isdir("/dev/shm") else set()
+
+
+def answer_of_a_forked_child(session: TestInference) -> str:
+    """What a fork of this process gets from a session of several ranks; it must not disturb its parent's."""
+    child = os.fork()
+    if child == 0:
+        try:
+            session.run_infer("a")
+        except RuntimeError as error:
+            os._exit(3 if "forked" in str(error) else 1)
+        os._exit(1)
+    return "refused" if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3 else "answered"
 
 
 def test_completions_survive_json(session: TestInference) -> None:

@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("tensor_parallel.layers", "model.checkpoint", "model.export"),
     ("model.transformer",),
     ("engine.batch", "engine.sampler"),
-    ("engine.runner",),
+    ("engine.runner", "engine.interrupts"),
     ("engine.worker",),
     ("engine.engine", "engine.launch"),
     ("engine.follower",),

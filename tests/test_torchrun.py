@@ -93,6 +93,8 @@ def test_prefix_and_suffix_files(tiny_checkpoint: Path, source: Path, tmp_path: 
         (["--max_new_tokens", "0"], "max_new_tokens"),
         (["--temperature", "nan"], "temperature"),
         (["--tensor_parallel_size", "3"], "tensor_parallel_size"),
+        (["--model_dir", ""], "--model_dir is empty"),
+        (["--stream", "--n", "2", "--temperature", "1"], "--stream shows one"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -124,12 +126,13 @@ rank = int(os.environ["RANK"])
 results = []
 for _ in range(2):  # several sessions, one after the other
     with TestInference(sys.argv[1], kv_cache_memory_bytes=4 << 20, device="cpu") as session:
-        # Other ranks' arguments do not count.
-        results.append(session.run_infer("x = " if rank == 0 else "something else", 8, "\\n", "a.py"))
-        try:
-            session.run_infer("" if rank == 0 else "fine")
-        except ValueError as error:
-            results.append(str(error))
+        # Other ranks' arguments do not count, not even bad ones.
+        results.append(session.run_infer("x = " if rank == 0 else None, 8 if rank == 0 else -1, "\\n", "a.py"))
+        for bad in (("", 8), (None, 8), ("x", 0)):
+            try:
+                session.run_infer(*(bad if rank == 0 else ("fine", 8)))
+            except ValueError as error:
+                results.append(str(error))
         stream = session.llm.stream(FimPrompt("y = "), SamplingParams(max_new_tokens=50, ignore_eos=True))
         results.append(next(stream))
         stream.close()
@@ -156,7 +159,7 @@ def test_calls_are_collective_and_every_rank_gets_the_same(tiny_checkpoint: Path
         assert job.returncode == 0, output
     results = [json.loads((tmp_path / job / f"{rank}.json").read_text()) for job in ("one", "two") for rank in (0, 1)]
     assert all(result == results[0] for result in results), "two jobs at once, two ranks each: one answer"
-    assert results[0][:8] == results[0][8:], "both sessions"
+    assert results[0][:10] == results[0][10:], "both sessions"
 
 
 FAILING_SCRIPT = """

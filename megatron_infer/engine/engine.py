@@ -5,11 +5,7 @@ Speaks token ids only. A failure in one request is an event; a failure of a rank
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from megatron_infer.engine import worker
 from megatron_infer.engine.request import Event, Request
@@ -64,20 +60,19 @@ class Engine:
             EngineDeadError: a rank died or raised, with rank and cause.
         """
         self.ensure_alive()
-        with _interrupt_deferred():
-            plan = self.scheduler.schedule()
-            if plan is None:
-                return []
-            draws = [self._draw(i) for i, wanted in zip(plan.request_ids, plan.sample_S, strict=True) if wanted]
-            try:
-                if self.group.size > 1:
-                    worker.send_step(self.group, plan)
-                sampled = worker.execute(self.runner, plan, draws)
-            except BaseException as error:
-                # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
-                self._fail(error)
-            events = self.scheduler.commit(plan, sampled)
-            self.num_steps += 1
+        plan = self.scheduler.schedule()
+        if plan is None:
+            return []
+        draws = [self._draw(i) for i, wanted in zip(plan.request_ids, plan.sample_S, strict=True) if wanted]
+        try:
+            if self.group.size > 1:
+                worker.send_step(self.group, plan)
+            sampled = worker.execute(self.runner, plan, draws)
+        except BaseException as error:
+            # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
+            self._fail(error)
+        events = self.scheduler.commit(plan, sampled)
+        self.num_steps += 1
         for event in events:
             if event.finish_reason is not None:
                 self._requests.pop(event.request_id, None)
@@ -113,33 +108,3 @@ class Engine:
                 self._failure = f"the engine stopped: {error}"
         self._closed = True
         self.group.close()
-
-
-@contextmanager
-def _interrupt_deferred() -> Iterator[None]:
-    """Hold Ctrl-C back until the step is complete: half a collective would leave the ranks out of step.
-
-    A second Ctrl-C is obeyed at once, for the case that a rank hangs.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    pressed = False
-
-    def note(*_: Any) -> None:
-        nonlocal pressed
-        if pressed:
-            raise KeyboardInterrupt
-        pressed = True
-
-    previous = signal.getsignal(signal.SIGINT)
-    if previous is None:
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-    if pressed:
-        signal.raise_signal(signal.SIGINT)

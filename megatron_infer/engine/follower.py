@@ -1,4 +1,4 @@
-"""The process of a follower rank that this package started itself: `python -m megatron_infer.engine.follower SPEC`.
+"""The process of a follower rank that this package started itself (launch.Followers).
 
 Loads its share of the model, executes rank 0's steps, and dies with its parent, however that dies.
 """
@@ -20,9 +20,10 @@ from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.tensor_parallel.group import TPGroup
 
 
-def main(spec: dict[str, Any]) -> None:
-    """Serve until rank 0 closes the engine; `spec` is what launch.Followers wrote."""
+def main() -> None:
+    """Serve until rank 0 closes the engine; the one argument is what launch.Followers wrote."""
     _die_with_parent()
+    spec: dict[str, Any] = json.loads(sys.argv[1])
     config = EngineConfig(**spec["config"])
     size, rank = config.tensor_parallel_size or 1, spec["rank"]
     store = TCPStore("127.0.0.1", spec["port"], is_master=False)
@@ -47,7 +48,3 @@ def _die_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True, name="die-with-parent").start()
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

@@ -176,9 +176,8 @@ def build_runner(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup) -
     )
     # disable=None: a bar on a terminal only. Rank 0 speaks for all.
     steps = model_config.num_hidden_layers + 2
-    for _ in tqdm(
-        model.load(checkpoint), total=steps, desc="loading weights", disable=True if group.rank else None, leave=False
-    ):
+    hidden = True if group.rank or sys.stderr is None else None
+    for _ in tqdm(model.load(checkpoint), total=steps, desc="loading weights", disable=hidden, leave=False):
         continue
     num_blocks = _num_blocks(config, model_config, group)
     kv = KVCache(
@@ -227,6 +226,12 @@ def _num_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> int
     return fewest
 
 
+_FOLLOWER = (
+    "import sys; sys.path[:] = filter(None, sys.path); from megatron_infer.engine import follower; follower.main()"
+)
+"""What a follower runs: not `-m`, which would import from the current directory first."""
+
+
 class Followers:
     """Ranks 1.. on this host as child processes; they die with this process, however it dies."""
 
@@ -243,7 +248,7 @@ class Followers:
                 "model_name": model_name,
                 "config": asdict(config),
             }
-            command = [sys.executable, "-m", "megatron_infer.engine.follower", json.dumps(spec)]
+            command = [sys.executable, "-c", _FOLLOWER, json.dumps(spec)]
             # A session of its own: Ctrl-C in a terminal or notebook is for rank 0 to handle.
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
             self.processes.append(process)

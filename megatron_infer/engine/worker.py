@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megatron_infer.engine.interrupts import interrupt_left_to_rank_0
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.step import Step
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
@@ -35,7 +36,7 @@ class Kind(IntEnum):
     RESULT = 2
     """an item of the collective call in progress, as JSON"""
     REFUSED = 3
-    """the collective call ends with this error, as `describe` gives it"""
+    """the collective call ends with this error, as `_describe` gives it"""
     END = 4
     """the collective call is over"""
     STOP = 5
@@ -54,11 +55,17 @@ def send_json(group: TPGroup, kind: Kind, payload: Any = None) -> None:
     group.broadcast_ints(np.concatenate([[kind, len(data)], padded]).astype(np.int64))
 
 
-def describe(error: BaseException) -> dict[str, Any]:
+def _describe(error: BaseException) -> dict[str, str]:
     """What followers need to raise the error that ended a call on rank 0."""
-    if isinstance(error, ValueError):
-        return {"is_value_error": True, "text": str(error)}
-    return {"is_value_error": False, "text": f"{type(error).__name__}: {error}"}
+    for kind in (ValueError, KeyboardInterrupt):
+        if isinstance(error, kind):
+            return {"type": kind.__name__, "text": str(error)}
+    return {"type": "RuntimeError", "text": f"rank 0: {type(error).__name__}: {error}"}
+
+
+def _described(error: dict[str, str]) -> BaseException:
+    kinds = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt}
+    return kinds.get(error["type"], RuntimeError)(error["text"])
 
 
 def _read_json(message: Ints) -> Any:
@@ -73,14 +80,18 @@ def lead(group: TPGroup, items: Items) -> Items:
             yield item
     except GeneratorExit:
         items.close()
-        send_json(group, Kind.END)
+        _tell(group, Kind.END)
         raise
     except BaseException as error:
-        # Where a rank failed nobody is left to tell; the error in hand says so.
-        with suppress(RankFailure):
-            send_json(group, Kind.REFUSED, describe(error))
+        _tell(group, Kind.REFUSED, _describe(error))
         raise
     send_json(group, Kind.END)
+
+
+def _tell(group: TPGroup, kind: Kind, payload: Any = None) -> None:
+    """Send, unless a rank failed or the group is closed: then nobody is left to tell, and the error in hand says so."""
+    with suppress(RankFailure, ValueError):
+        send_json(group, kind, payload)
 
 
 def follow(runner: ModelRunner) -> Items:
@@ -89,35 +100,38 @@ def follow(runner: ModelRunner) -> Items:
     Closing it early, as rank 0 does when it stops early, still follows to the end of the call.
 
     Raises:
-        ValueError: rank 0 refused the call; the same text. RuntimeError: another error ended it there.
-        EOFError: rank 0 closed the engine.
-        EngineDeadError: a rank died or raised.
+        ValueError, KeyboardInterrupt: what ended the call on rank 0. RuntimeError: another error ended it there.
+        EngineDeadError: a rank died or raised, or rank 0 closed the session.
     """
     try:
         yield from _follow(runner)
-    except RankFailure as error:
+    except (RankFailure, _Closed) as error:
         raise EngineDeadError(f"the engine stopped: {error}") from error
+
+
+class _Closed(Exception):
+    """Rank 0 closed the engine."""
 
 
 def _follow(runner: ModelRunner) -> Items:
     abandoned = False
     while True:
-        message = runner.tp.broadcast_ints(None)
-        kind = Kind(int(message[0]))
-        if kind is Kind.STEP:
-            execute(runner, Step.decode(message[1:]))
-        elif kind is Kind.RESULT and not abandoned:
+        with interrupt_left_to_rank_0():
+            message = runner.tp.broadcast_ints(None)
+            kind = Kind(int(message[0]))
+            if kind is Kind.STEP:
+                execute(runner, Step.decode(message[1:]))
+        if kind is Kind.RESULT and not abandoned:
             try:
                 yield _read_json(message)
             except GeneratorExit:
                 abandoned = True
         elif kind is Kind.REFUSED:
-            error = _read_json(message)
-            raise (ValueError(error["text"]) if error["is_value_error"] else RuntimeError(f"rank 0: {error['text']}"))
+            raise _described(_read_json(message))
         elif kind is Kind.END:
             return
         elif kind is Kind.STOP:
-            raise EOFError("rank 0 closed the engine")
+            raise _Closed("rank 0 closed the session")
 
 
 def execute(runner: ModelRunner, step: Step, draws: Any = ()) -> Any:
@@ -135,7 +149,7 @@ def serve_follower(runner: ModelRunner) -> None:
     """Follow until rank 0 closes the engine (followers started by this package)."""
     while True:
         try:
-            for _ in follow(runner):
+            for _ in _follow(runner):
                 continue
-        except EOFError:
+        except _Closed:
             return

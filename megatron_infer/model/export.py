@@ -273,7 +273,7 @@ def converted(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if block.dtype == dtype:
         return block
     out = block.to(dtype)
-    if torch.finfo(dtype).max < torch.finfo(block.dtype).max and bool((out.isinf() & block.isfinite()).any()):
+    if torch.finfo(dtype).max < torch.finfo(block.dtype).max and bool(out.isinf().any()) and bool(block.isfinite().all()):
         raise ValueError(f"tensor {name!r} has values that {_dtype_name(dtype)} cannot hold; choose another dtype")
     return out
 

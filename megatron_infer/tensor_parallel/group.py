@@ -210,7 +210,8 @@ class TPGroup:
 
     def abort(self, message: str) -> None:
         """Tell the peers that this rank fails, and why; they raise RankFailure. The first failure of a group stands."""
-        if self._backend is not None and self._failure is None and not self._is_closed:
+        is_member = self._pid == os.getpid()  # a forked child is not
+        if self._backend is not None and self._failure is None and not self._is_closed and is_member:
             self._failure = self._backend.abort(message)
 
     def close(self) -> None:
@@ -227,6 +228,8 @@ class TPGroup:
             raise self._failure.with_traceback(None)
         if self._is_closed:
             raise ValueError("the tensor-parallel group is closed; make a new one")
+        if self._pid != os.getpid():
+            raise ValueError("this process was forked from the one that made the group; make a new one here")
         assert self._backend is not None
         return self._backend
 
