@@ -154,7 +154,7 @@ setup(
         "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
         "megatron_infer.demo": ["*.json", "*.md", "*.model", "*.safetensors"],
     },
-    py_modules=["sess_megatron"],
+    py_modules=["sess_huggingface", "sess_megatron"],
     ext_modules=[Extension(EXTENSION, sources=[])],
     cmdclass={"build_ext": BuildNative},
     entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},

@@ -1,11 +1,11 @@
-"""Conversion of checkpoints: any accepted kind to any other, to another sharding or dtype, with a LoRA adapter merged in.
+"""Conversion of checkpoints: any accepted kind to any other, resharded, in another dtype, with a LoRA merged in.
 
 `python -m checkpoints_convert --help`; the same as functions here. Everything streams: memory does not grow with the
 model. Knows nothing of the engine.
 """
 
 from checkpoints_convert.compare import Comparison, TensorDifference, compare_tensors
-from checkpoints_convert.convert import Summary, hf2megatron, megatron2hf, merge_lora, reshard
+from checkpoints_convert.convert import Options, Summary, hf2megatron, megatron2hf, merge_lora, reshard
 from checkpoints_convert.inspection import Inspection, RankMemory, inspect
 from checkpoints_convert.logits import LogitComparison, compare_logits
 
@@ -13,6 +13,7 @@ __all__ = [
     "Comparison",
     "Inspection",
     "LogitComparison",
+    "Options",
     "RankMemory",
     "Summary",
     "TensorDifference",

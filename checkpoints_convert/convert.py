@@ -5,6 +5,7 @@ Owns the commands' meaning; the formats themselves are megatron_infer.model's bu
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from checkpoints_convert.lora import MergedReader, open_adapter
-from megatron_infer.config import FLOAT_DTYPES, ModelConfig
+from checkpoints_convert.lora import Adapter, MergedReader
+from megatron_infer.config import FLOAT_DTYPES
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
+from megatron_infer.model.tensor_writers import Progress
 from megatron_infer.model.weights import expected_tensors
 
 FORMATS = ("sharded", "pt", "hf")
@@ -27,8 +29,8 @@ class Options:
     """What all conversions share.
 
     model_name: file stem of `.pt` checkpoints, read or written. dtype: convert to it ("bfloat16", "float16",
-    "float32"); None keeps each tensor's. verify: first hash the source against its manifest. force: replace a checkpoint
-    that stands at the output. progress: draw a bar on stderr.
+    "float32"); None keeps each tensor's. verify: first hash the source against its manifest. force: replace a
+    checkpoint that stands at the output. progress: draw a bar on stderr.
     """
 
     model_name: str = DEFAULT_MODEL_NAME
@@ -81,7 +83,10 @@ def megatron2hf(src: str | Path, out: str | Path, *, options: Options | None = N
 
 def reshard(src: str | Path, out: str | Path, *, tp: int, options: Options | None = None) -> Summary:
     """Write `src` for `tp` ranks: `.pt` stays `.pt`, everything else becomes a sharded directory."""
-    return _convert(src, out, None, tp, None, options or Options())
+    options = options or Options()
+    with open_checkpoint(src, options.model_name) as checkpoint:
+        fmt = "pt" if _format_of(checkpoint) == "pt" else "sharded"
+    return _convert(src, out, fmt, tp, None, options)
 
 
 def merge_lora(
@@ -108,21 +113,62 @@ def merge_lora(
 
 
 def _convert(
-    src: str | Path, out: str | Path, fmt: str | None, tp: int, adapter: Path | None, options: Options
+    src: str | Path, out: str | Path, fmt: str, tp: int, adapter_dir: Path | None, options: Options
 ) -> Summary:
     started = time.perf_counter()
     if Path(src).resolve() == Path(out).resolve():
         raise ValueError(f"{out} is the source itself; choose another output directory")
     with open_checkpoint(src, options.model_name, verify=options.verify) as checkpoint:
-        if options.progress:
-            for note in checkpoint.notes:
-                tqdm.write(note, file=None)
         target = None if options.dtype is None else getattr(torch, options.dtype)
         reader: Reader = checkpoint.read
-        if adapter is not None:
-            merged = MergedReader(checkpoint, open_adapter(adapter, checkpoint.config), target)
-            reader, target = merged.read, None
-        total = _output_bytes(checkpoint, options.dtype)
-        with tqdm(total=total, unit="B", unit_scale=True, disable=not options.progress, leave=False) as bar:
-            _write(reader, checkpoint, out, _format_of(checkpoint, fmt), tp, target, options, bar)
-    return Summary(checkpoint.kind, Path(out), total, time.perf_counter() - started)
+        if adapter_dir is not None:
+            reader = MergedReader(checkpoint, Adapter.open(adapter_dir, checkpoint.config), target).read
+        if options.progress:
+            print("\n".join(checkpoint.notes), file=sys.stderr)
+        written = _Written(checkpoint.num_bytes if target is None else _bytes_in(checkpoint, target), options.progress)
+        with written.bar:
+            _write(
+                reader, checkpoint, out, _format_of(checkpoint) if fmt == "same" else fmt, tp, target, options, written
+            )
+    return Summary(checkpoint.kind, Path(out), written.num_bytes, time.perf_counter() - started)
+
+
+class _Written:
+    """Counts written bytes and draws the bar; replicas make the count a little more than the expected size."""
+
+    def __init__(self, expected_bytes: int, show: bool) -> None:
+        self.num_bytes = 0
+        self.bar = tqdm(total=expected_bytes, unit="B", unit_scale=True, disable=not show, leave=False)
+
+    def __call__(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+        self.bar.update(num_bytes)
+
+
+def _write(
+    read: Reader,
+    checkpoint: Checkpoint,
+    out: str | Path,
+    fmt: str,
+    tp: int,
+    dtype: torch.dtype | None,
+    options: Options,
+    progress: Progress,
+) -> None:
+    config, extra, force = checkpoint.config, tokenizer_files(checkpoint.model_dir), options.force
+    if fmt == "hf":
+        save_hf(read, config, out, dtype, extra, force=force, progress=progress)
+    elif fmt == "pt":
+        save_upstream_pt(read, config, out, options.model_name, tp, dtype, extra, force=force, progress=progress)
+    else:
+        save_sharded(read, config, out, tp, dtype, extra, force=force, progress=progress)
+
+
+def _format_of(checkpoint: Checkpoint) -> str:
+    if checkpoint.kind.startswith("megatron-pt"):
+        return "pt"
+    return "sharded" if checkpoint.kind == "sharded-safetensors" else "hf"
+
+
+def _bytes_in(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    return sum(torch.Size(shape).numel() for shape in expected_tensors(checkpoint.config).values()) * dtype.itemsize

@@ -101,11 +101,6 @@ class Network(nn.Module):
         )
         self.register_buffer("cos", angles.cos().repeat(1, 2), persistent=False)
         self.register_buffer("sin", angles.sin().repeat(1, 2), persistent=False)
-        for name, p in self.named_parameters():
-            if p.ndim == 2:
-                nn.init.normal_(p, std=0.02)
-            if name.endswith(("wo.weight", "w2.weight")):
-                nn.init.zeros_(p)
 
     def forward(self, ids: Tensor, caches: list[list[Tensor]] | None = None) -> Tensor:
         """Final hidden states; `caches` holds one list per layer and is filled and extended here."""
@@ -115,6 +110,48 @@ class Network(nn.Module):
         for i, layer in enumerate(self.layers):
             x = layer(x, rope, caches[i] if caches is not None else None)
         return self.norm(x)
+
+
+@torch.no_grad()
+def initialise(net: Network) -> None:
+    """Start with working copy heads: they need millions of tokens to form by themselves, more than a short run sees.
+
+    Layer 0 looks back 1 to 4 ids (a constant in every embedding's first dimension gives the rotary phases something
+    to turn). Layers 1 and 2 look for places whose previous id equals the current one, and copy what stood there.
+    """
+    s, dim, low = net.s, net.s.head_dim, slice(net.s.head_dim // 4, net.s.head_dim // 2)
+    per_group = s.heads // s.kv_heads
+    for p in net.parameters():
+        if p.ndim == 2:
+            nn.init.normal_(p, std=0.02)
+    nn.init.normal_(net.tok_embeddings.weight, std=0.1)
+    net.output.weight.copy_(net.tok_embeddings.weight / 3)
+    net.output.weight[:, 0] = 0.0
+    net.tok_embeddings.weight[:, 0] = 0.7
+    frequency = s.theta ** (-torch.arange(0, dim, 2).float() / dim)
+    near = torch.arange(dim // 2) < dim // 4  # the fast rotary pairs tell positions apart, the slow ones carry content
+    for layer in net.layers:
+        nn.init.zeros_(layer.feed_forward.w2.weight)
+    basis = nn.init.orthogonal_(torch.empty(s.hidden, s.hidden))
+    basis[:, 0] = 0.0
+    for group in range(s.kv_heads):
+        seen, written = basis[2 * group * dim :][: 2 * dim].split(dim)  # what a head reads; where it writes that
+        blocks = [layer.attention.query_key_value.weight.view(s.kv_heads, -1, dim, s.hidden) for layer in net.layers]
+        outs = [layer.attention.wo.weight.view(s.hidden, s.kv_heads, per_group, dim) for layer in net.layers]
+        for head in range(per_group):
+            phase = (head + 1) * frequency
+            blocks[0][group, head, :, 0] = 0.86 * torch.cat([phase.cos() * near, -phase.sin() * near])
+            out = 0.3 * written if head == 0 else 0.05 * nn.init.orthogonal_(torch.empty(dim, s.hidden))
+            outs[0][:, group, head] = out.T
+        blocks[0][group, -2, : dim // 2, 0] = 0.86 * near
+        blocks[0][group, -1] = seen
+        for layer, sharpness in ((1, 3.3), (2, 4.0)):
+            copied = basis[(2 * (layer + 1) + group) * dim :][:dim]
+            for rows in (low, slice(low.start + dim // 2, low.stop + dim // 2)):
+                blocks[layer][group, : per_group // 2, rows] = sharpness * seen[rows]
+                blocks[layer][group, -2, rows] = sharpness * written[rows]
+            blocks[layer][group, -1] = copied
+            outs[layer][:, group, : per_group // 2] = 0.4 * copied.T[:, None]
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -147,15 +184,19 @@ def batches(samples: Samples, rng: random.Random, scale: int) -> Iterator[tuple[
 
 def build_optimizers(net: Network) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for embeddings, output head and norms."""
-    inside = [p for name, p in net.named_parameters() if name.startswith("layers") and p.ndim == 2]
+    inside = [(name, p) for name, p in net.named_parameters() if name.startswith("layers") and p.ndim == 2]
+    matrices = [
+        {"params": [p for name, p in inside if "query_key" in name], "lr": 1e-3},  # faster ones saturate the softmax
+        {"params": [p for name, p in inside if "query_key" not in name], "lr": 3e-3},
+    ]
     norms = [p for p in net.parameters() if p.ndim == 1]
     groups = [
-        {"params": [net.tok_embeddings.weight], "lr": 5e-3},
-        {"params": [net.output.weight], "lr": 3e-3},
-        {"params": norms, "lr": 3e-3},
+        {"params": [net.tok_embeddings.weight], "lr": 3e-3},
+        {"params": [net.output.weight], "lr": 2e-3},
+        {"params": norms, "lr": 1e-3, "weight_decay": 0.0},
     ]
     optimizers = [
-        torch.optim.Muon(inside, lr=6e-3, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01),
     ]
     for optimizer in optimizers:
@@ -267,6 +308,7 @@ class Training:
         torch.manual_seed(0)
         self.net, self.samples = Network(shape), Samples([f for f in files if not f.held_out], self.tokenizer)
         self.held_out = Samples([f for f in files if f.held_out], self.tokenizer)
+        initialise(self.net)
         self.optimizers = build_optimizers(self.net)
         self.step, self.tokens, self.elapsed = 0, 0, 0.0
         if self.state_file.exists():

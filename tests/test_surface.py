@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("ops.reference", "ops.vendor", "tensor_parallel.shared_memory", "tensor_parallel.process_groups"),
     ("ops.dispatch", "tensor_parallel.group"),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
-    ("model.manifest", "model.pieces", "model.tensor_files"),
+    ("model.manifest", "model.pieces", "model.tensor_files", "model.tensor_writers", "model.output_dir"),
     ("tensor_parallel.layers", "model.checkpoint", "model.export"),
     ("model.transformer",),
     ("engine.batch", "engine.sampler"),

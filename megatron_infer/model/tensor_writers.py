@@ -19,7 +19,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Tensors are read, converted and written in blocks of rows of about this size."""
 
 _SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
