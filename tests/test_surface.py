@@ -35,6 +35,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.engine", "engine.launch"),
     ("engine.follower",),
     ("completion",),
+    ("session",),
     ("llm",),
     ("cli",),
     ("__main__",),
