@@ -149,8 +149,8 @@ class Session:
         budget = self._max_model_len - sampling.max_new_tokens
         if budget < 1:
             raise ValueError(
-                f"max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in a context of {self._max_model_len} "
-                "tokens; lower it or raise max_model_len"
+                f"max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in a context of "
+                f"{self._max_model_len} tokens; lower it or raise max_model_len"
             )
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
