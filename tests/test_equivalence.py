@@ -10,6 +10,8 @@ import torch
 
 from megatron_infer.config import ModelConfig, SamplingParams
 from megatron_infer.engine.engine import Engine
+from megatron_infer.model.checkpoint import open_checkpoint
+from megatron_infer.model.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.tensor_parallel.group import TPGroup
 
@@ -112,6 +114,22 @@ def test_block_size_changes_nothing(config, tensors, prompts, alone, block_size)
 @pytest.mark.parametrize("size", [2, 4, 8])
 def test_tensor_parallel_degree_changes_nothing(config, tensors, prompts, alone, sampling, size) -> None:
     assert generate_on_ranks(size, config, tensors, prompts, sampling, dtype=torch.bfloat16) == alone[sampling]
+
+
+@pytest.mark.parametrize("kind", ["sharded-safetensors", "megatron-pt", "megatron-pt-shards", "hf-safetensors"])
+def test_every_checkpoint_kind_gives_the_same_answers(config, tensors, prompts, alone, tmp_path, kind) -> None:
+    """Divided for two ranks on disk where the kind allows it, loaded at 1, 2 and 4."""
+    if kind == "sharded-safetensors":
+        save_sharded(tensors.read, config, tmp_path / "model", 2)
+    elif kind == "hf-safetensors":
+        save_hf(tensors.read, config, tmp_path / "model")
+    else:
+        save_upstream_pt(tensors.read, config, tmp_path / "model", "tiny", 2 if kind == "megatron-pt-shards" else 1)
+    with open_checkpoint(tmp_path / "model", "tiny") as checkpoint:
+        assert checkpoint.kind == kind
+        for size in (1, 2, 4):
+            outputs = generate_on_ranks(size, config, checkpoint, prompts[:5], GREEDY, dtype=torch.bfloat16)
+            assert outputs == alone[GREEDY][:5], f"tp {size}"
 
 
 def test_reference_ops_keep_the_same_promise(config, tensors, prompts) -> None:

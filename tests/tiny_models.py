@@ -25,6 +25,7 @@ from megatron_infer.model.weights import expected_tensors
 from megatron_infer.ops import Ops
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.tensor_parallel.layers import TensorSource
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def on_ranks(size: int, work: Callable[[TPGroup], Result]) -> list[Result]:
 
 def make_runner(
     config: ModelConfig,
-    tensors: Tensors,
+    tensors: TensorSource,
     group: TPGroup,
     *,
     ops: Ops | None = None,
@@ -176,7 +177,7 @@ def generate(engine: Engine, prompts: list[list[int]], sampling: SamplingParams,
 def generate_on_ranks(
     size: int,
     config: ModelConfig,
-    tensors: Tensors,
+    tensors: TensorSource,
     prompts: list[list[int]],
     sampling: SamplingParams,
     dtype: torch.dtype = torch.float32,
