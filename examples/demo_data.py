@@ -41,7 +41,7 @@ EXPRESSIONS = (
     ast.Call, ast.BinOp, ast.BoolOp, ast.Compare, ast.Subscript, ast.ListComp, ast.GeneratorExp, ast.Dict, ast.List,
     ast.Tuple, ast.IfExp, ast.Attribute, ast.JoinedStr,
 )  # fmt: skip
-PLAIN_SHARE, SPM_SHARE = 0.2, 0.75
+PLAIN_SHARE, SPM_SHARE = 0.25, 0.7
 HOLE_SHARES = {"tail": 0.30, "line": 0.18, "statement": 0.16, "expression": 0.16, "arguments": 0.10, "block": 0.10}
 
 

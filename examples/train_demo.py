@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from demo_data import BOS, EOS, PAD, Samples, SourceFile, read_corpus, train_tokenizer
+from demo_data import BOS, EOS, MIDDLE, PAD, Samples, SourceFile, read_corpus, train_tokenizer
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -168,17 +168,23 @@ def loss_of(net: nn.Module, output: Tensor, ids: Tensor, weights: Tensor) -> Ten
 
 
 def batches(samples: Samples, rng: random.Random, scale: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless padded (ids, loss weights), one sample per row; the length varies so that short contexts are learnt."""
+    """Endless padded (ids, loss weights), one sample per row; the length varies so that short contexts are learnt.
+
+    The prefix of an SPM sample has no weight: nothing marks where it ends and the middle begins, so that a model which
+    has to predict both learns to run on past the hole. Samples have varying lengths, or their end would tell EOS.
+    """
     while True:
         rows, length = rng.choices(list(BATCH_SHAPES), list(BATCH_SHAPES.values()))[0]
         rows = max(1, rows // scale)
         ids, weights = torch.full((rows, length), PAD), torch.zeros(rows, length)
         for row in range(rows):
-            context, middle = samples.draw(rng, length)
+            context, middle = samples.draw(rng, rng.randint(length * 6 // 10, length))
             end = len(context) + len(middle)
             ids[row, :end] = torch.tensor(context + middle)
             weights[row, :end] = 1.0
-            weights[row, len(context) : end] = MIDDLE_WEIGHT
+            if middle:
+                weights[row, context.index(MIDDLE) + 1 : len(context)] = 0.0
+                weights[row, len(context) : end] = MIDDLE_WEIGHT
         yield ids, weights
 
 
@@ -393,7 +399,7 @@ def main() -> None:
 
 
 def train(args: argparse.Namespace) -> None:
-    shape = Shape(hidden=64, layers=2, head_dim=8, ffn=128, vocab=600) if args.smoke else Shape()
+    shape = Shape(hidden=64, layers=3, head_dim=8, ffn=128, vocab=600) if args.smoke else Shape()
     training = Training(shape, read_corpus(limit=12 if args.smoke else None), args.work)
     print(json.dumps(asdict(shape) | {"parameters": sum(p.numel() for p in training.net.parameters())}), flush=True)
     if not args.export_only:
