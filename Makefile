@@ -7,13 +7,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 
-# (OMP_NUM_THREADS: said here so that torchrun need not warn; the engine divides the cores among its ranks itself.)
 # One rank per GPU where there are GPUs, else one per core; the demo takes two where it can.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 RANKS := $(shell n=$(GPUS); [ $$n -gt 0 ] || n=$$(nproc); [ $$n -ge 2 ] && echo 2 || echo 1)
 
 .PHONY: demo test lint types clean
 
+# OMP_NUM_THREADS is set so that torchrun need not warn; the engine divides the cores among its ranks itself.
 demo: $(VENV)/.built
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) sess_megatron.py --quiet
 

@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from checkpoints_convert.convert import DEFAULT_MODEL_NAME, Options, megatron2hf
-from megatron_infer.cli import DEMO_DIR, QUICK_SORT, read_source, split_at
+from checkpoints_convert.convert import Options, megatron2hf
+from megatron_infer.cli import DEMO_DIR, QUICK_SORT, project_path, read_source, split_at
+from megatron_infer.config import DEFAULT_MODEL_NAME
 from megatron_infer.fim import FimPrompt, load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.tokenizer import load_tokenizer
@@ -112,7 +113,7 @@ def _prompt(args: argparse.Namespace) -> FimPrompt:
     if not args.file:
         return QUICK_SORT
     prefix, suffix = split_at(read_source(args.file), args.cursor)
-    return FimPrompt(prefix, suffix, args.path or Path(args.file).as_posix())
+    return FimPrompt(prefix, suffix, args.path or project_path(args.file))
 
 
 def _load(directory: Path, dtype: str, device: torch.device) -> Any:

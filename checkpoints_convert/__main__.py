@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from checkpoints_convert.compare import Comparison, compare_tensors
 from checkpoints_convert.convert import (
-    DEFAULT_MODEL_NAME,
     FORMATS,
     Options,
     hf2megatron,
@@ -26,7 +25,7 @@ from checkpoints_convert.convert import (
 )
 from checkpoints_convert.inspection import inspect
 from checkpoints_convert.logits import compare_logits
-from megatron_infer.config import FLOAT_DTYPES
+from megatron_infer.config import DEFAULT_MODEL_NAME, FLOAT_DTYPES
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import verify_manifest
 

@@ -14,14 +14,13 @@ import torch
 from tqdm import tqdm
 
 from checkpoints_convert.lora import Adapter, MergedReader
-from megatron_infer.config import FLOAT_DTYPES
+from megatron_infer.config import DEFAULT_MODEL_NAME, FLOAT_DTYPES
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
 from megatron_infer.model.tensor_writers import Progress
 from megatron_infer.model.weights import expected_tensors
 
 FORMATS = ("sharded", "pt", "hf")
-DEFAULT_MODEL_NAME = "aix3-7b-base"
 
 
 @dataclass(frozen=True)

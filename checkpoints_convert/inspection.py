@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from checkpoints_convert.convert import DEFAULT_MODEL_NAME
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.config import TP_SIZES, ModelConfig
+from megatron_infer.config import DEFAULT_MODEL_NAME, ModelConfig
 from megatron_infer.fim import load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.weights import expected_tensors, memory_estimate
@@ -107,7 +106,7 @@ def inspect(
             num_parameters=numel,
             num_bytes=checkpoint.num_bytes,
             dtypes=dict(dtypes),
-            ranks=tuple(_rank(config, tp, dtype, memory_bytes) for tp in TP_SIZES if _can_split(config, tp)),
+            ranks=tuple(_rank(config, tp, dtype, memory_bytes) for tp in config.tp_sizes),
             notes=checkpoint.notes,
         )
 
@@ -126,14 +125,6 @@ def _rank_line(rank: RankMemory) -> str:
     if rank.fits is None:
         return line
     return f"{line}      {f'fits, with {rank.kv_tokens:,} tokens of KV cache' if rank.fits else 'does not fit'}"
-
-
-def _can_split(config: ModelConfig, tp: int) -> bool:
-    try:
-        config.validate_tp(tp)
-    except ValueError:
-        return False
-    return True
 
 
 def _fim_family(model_dir: Path, config: ModelConfig) -> str:

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import megatron_infer
 from megatron_infer.completion import Completion
-from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.config import DEFAULT_MODEL_NAME, EngineConfig, SamplingParams
 from megatron_infer.fim import MAX_PROMPT_BYTES, FimPrompt
 from megatron_infer.llm import LLM, EngineDeadError
 
@@ -153,13 +153,13 @@ def _prompt(args: argparse.Namespace, model_dir: Path) -> tuple[FimPrompt, bool]
         if args.prefix_file or args.suffix_file:
             raise ValueError("give either --file with --cursor, or --prefix-file and --suffix-file")
         prefix, suffix = split_at(read_source(args.file), args.cursor)
-        return FimPrompt(prefix, suffix, args.path or _project_path(args.file)), False
+        return FimPrompt(prefix, suffix, args.path or project_path(args.file)), False
     if args.cursor:
         raise ValueError("--cursor needs --file")
     if args.prefix_file or args.suffix_file:
         prefix = read_source(args.prefix_file) if args.prefix_file else ""
         suffix = read_source(args.suffix_file) if args.suffix_file else ""
-        path = args.path or _project_path(args.prefix_file or args.suffix_file)
+        path = args.path or project_path(args.prefix_file or args.suffix_file)
         return FimPrompt(prefix, suffix, path), False
     if args.path:
         raise ValueError("--path goes with --file or --prefix-file")
@@ -208,7 +208,7 @@ def split_at(text: str, cursor: str) -> tuple[str, str]:
     return text[:at], text[at:]
 
 
-def _project_path(name: str) -> str:
+def project_path(name: str) -> str:
     """The path the model is told: relative to the current directory where the file lies below it."""
     path = Path(name)
     if path.is_absolute() and path.is_relative_to(Path.cwd()):
@@ -229,7 +229,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     model = parser.add_argument_group("model")
     _add(model, "model_dir", help=f"checkpoint directory (default: the bundled demo, {DEMO_DIR.name}/)")
-    _add(model, "model_name", default="aix3-7b-base", help="file stem of .pt checkpoints (default: %(default)s)")
+    _add(model, "model_name", default=DEFAULT_MODEL_NAME, help="file stem of .pt checkpoints (default: %(default)s)")
     _add(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")
     _add(model, "order", choices=("spm", "psm"), help="suffix first or prefix first (default: the family's)")
     what = parser.add_argument_group("what to complete (default: an example)")

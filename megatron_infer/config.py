@@ -17,6 +17,9 @@ from typing import Any, Literal
 TP_SIZES = (1, 2, 4, 8)
 """Tensor-parallel degrees of the numerics contract: a linear layer has 8 K-chunks, and a rank owns 8/tp whole ones."""
 
+DEFAULT_MODEL_NAME = "aix3-7b-base"
+"""File stem of `.pt` checkpoints where none is given: upstream's default."""
+
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
 _ARCHITECTURES = {
@@ -24,6 +27,7 @@ _ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "mistral": "MistralForCausalLM",
 }
+_ROPE_SCALINGS = ("linear", "yarn")
 _LLAMA_SHAPED = tuple(_ARCHITECTURES)
 
 
@@ -46,7 +50,7 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("rope scaling type", self.rope_type, ("linear", "yarn"))
+        _one_of("rope scaling type", self.rope_type, _ROPE_SCALINGS)
         _finite("rope scaling factor", self.factor, low=1.0)
 
     @classmethod
@@ -55,12 +59,11 @@ class RopeScaling:
         rope_type = raw.get("rope_type", raw.get("type", "default"))
         if rope_type == "default":
             return None
-        if rope_type not in ("linear", "yarn"):
-            raise ValueError(f"config.json: rope scaling type {rope_type!r} is not supported; supported: linear, yarn")
-        fields = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
-        if "factor" not in fields:
+        _one_of("config.json: rope scaling type", rope_type, _ROPE_SCALINGS)
+        given = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
+        if "factor" not in given:
             raise ValueError(f"config.json: rope scaling of type {rope_type!r} has no 'factor'")
-        return cls(**{**fields, "rope_type": rope_type})
+        return cls(**{**given, "rope_type": rope_type})
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face dictionary this was read from, defaults left out."""
@@ -246,15 +249,17 @@ class ModelConfig:
 
     def validate_tp(self, tp: int) -> None:
         """Refuse a tensor-parallel degree this model cannot be split by (ValueError listing those that work)."""
-        if tp not in TP_SIZES or self.num_attention_heads % tp or not self._kv_heads_split(tp):
-            good = [n for n in TP_SIZES if self.num_attention_heads % n == 0 and self._kv_heads_split(n)]
+        if tp not in self.tp_sizes:
             raise ValueError(
                 f"tensor-parallel size {tp} does not fit this model ({self.num_attention_heads} query heads, "
-                f"{self.num_key_value_heads} KV heads); sizes that work: {', '.join(map(str, good))}"
+                f"{self.num_key_value_heads} KV heads); sizes that work: {', '.join(map(str, self.tp_sizes))}"
             )
 
-    def _kv_heads_split(self, tp: int) -> bool:
-        return self.num_key_value_heads % tp == 0 or tp % self.num_key_value_heads == 0
+    @property
+    def tp_sizes(self) -> tuple[int, ...]:
+        """The tensor-parallel degrees that divide the query heads, and divide or replicate the KV heads."""
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        return tuple(n for n in TP_SIZES if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0))
 
     def query_heads_on(self, rank: int, tp: int) -> range:
         """Query heads that tensor-parallel rank `rank` of `tp` computes."""

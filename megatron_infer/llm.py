@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.completion import Completion, CompletionStream, Timings, TokenLogprob
-from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.config import DEFAULT_MODEL_NAME, EngineConfig, SamplingParams
 from megatron_infer.engine import launch, worker
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.runner import ModelRunner
@@ -54,7 +54,7 @@ class LLM:
         model_dir: str | Path,
         config: EngineConfig | None = None,
         *,
-        model_name: str = "aix3-7b-base",
+        model_name: str = DEFAULT_MODEL_NAME,
         fim: str | None = None,
         order: str | None = None,
         **options: Any,

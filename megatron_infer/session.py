@@ -157,10 +157,13 @@ class Session:
             encoding = self._fim.encode(fim_prompt, order=self._order, budget_tokens=budget)
             dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
             return encoding.ids, self._end_ids | encoding.stop_token_ids, dropped
+        not_a_prompt = ValueError(f"a prompt must be a FimPrompt, text or token ids, not {type(prompt).__name__}")
+        if isinstance(prompt, bytes):
+            raise not_a_prompt
         try:
-            ids = [operator.index(i) for i in (None if isinstance(prompt, bytes) else prompt)]  # type: ignore[union-attr]
+            ids = [operator.index(i) for i in prompt]
         except TypeError:
-            raise ValueError(f"a prompt must be a FimPrompt, text or token ids, not {type(prompt).__name__}") from None
+            raise not_a_prompt from None
         vocab = self._vocab_size
         if not ids or not all(0 <= i < vocab for i in ids):
             raise ValueError(f"a prompt of token ids must be non-empty integers from 0 to {vocab - 1}")

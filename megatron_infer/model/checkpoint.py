@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig
+from megatron_infer.config import DEFAULT_MODEL_NAME, ModelConfig
 from megatron_infer.model.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -114,7 +114,7 @@ def _checked_range(name: str, given: tuple[int, int] | None, size: int) -> tuple
     return start, stop
 
 
-def open_checkpoint(model_dir: str | Path, model_name: str = "aix3-7b-base", *, verify: bool = False) -> Checkpoint:
+def open_checkpoint(model_dir: str | Path, model_name: str = DEFAULT_MODEL_NAME, *, verify: bool = False) -> Checkpoint:
     """Open a checkpoint directory of any accepted kind, validated from its headers before a weight is read.
 
     Kinds in order of preference: our sharded safetensors, Hugging Face safetensors, `{model_name}.pt`,
