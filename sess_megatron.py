@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_infer import LLM, EngineConfig, FimPrompt, SamplingParams
-from megatron_infer.cli import DEMO_DIR, main
+from megatron_infer.cli import main
+from megatron_infer.options import DEMO_DIR
 
 __all__ = ["TestInference"]
 

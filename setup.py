@@ -36,7 +36,7 @@ GCC_FLAGS = ["-fno-tree-reassoc"]
 # Only these files may contain instructions beyond the baseline; the CPU is asked before one of them is entered.
 X86_FLAGS = {
     "variant_avx2.cpp": ["-mavx2", "-mfma"],
-    "variant_avx512.cpp": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    "variant_avx512.cpp": ["-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
 }
 
 

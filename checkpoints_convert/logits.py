@@ -108,11 +108,13 @@ def _greedy(checkpoint: Checkpoint, dtype: torch.dtype, num_threads: int) -> tup
 def _load(checkpoint: Checkpoint, dtype: torch.dtype, num_threads: int) -> Transformer:
     cpu = torch.device("cpu")
     ops = select_ops(cpu, num_threads=num_threads)
+    fmt = PlainFormat(ops, dtype, cpu)
     model = Transformer(
         checkpoint.config,
         tp=TPGroup.single(cpu),
         ops=ops,
-        fmt=PlainFormat(ops, dtype, cpu),
+        fmt=fmt,
+        head_fmt=fmt,
         dtype=dtype,
         num_positions=_PROMPT_TOKENS + _NEW_TOKENS,
     )

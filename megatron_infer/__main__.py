@@ -1,21 +1,23 @@
-"""python -m megatron_infer complete ...: the same command line as sess_megatron.py, for installed packages."""
+"""python -m megatron_infer: `complete`, the command line of sess_megatron.py for installed packages, and `bench`."""
 
 from __future__ import annotations
 
 import sys
 
-from megatron_infer import cli
+from megatron_infer import bench, cli
 
-_USAGE = "usage: python -m megatron_infer complete [options]   (options: python -m megatron_infer complete --help)"
+_COMMANDS = {"complete": cli.main, "bench": bench.main}
+_USAGE = "usage: python -m megatron_infer {complete,bench} [options]   (options: ... complete --help)"
 
 
 def main() -> int:
     """Entry point of `megatron-infer`; returns the exit status."""
     arguments = sys.argv[1:]
-    if arguments[:1] != ["complete"]:
+    command = _COMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
         print(_USAGE, file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    return cli.main(arguments[1:])
+    return command(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -31,6 +31,8 @@ class Timings:
     total_seconds: float
     num_prompt_tokens: int
     num_new_tokens: int
+    token_seconds: tuple[float, ...] = ()
+    """When each new token came."""
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -67,7 +69,7 @@ class Completion:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Completion:
         """The Completion that `to_json` wrote."""
-        logprobs = raw["logprobs"]
+        logprobs, timings = raw["logprobs"], raw["timings"]
         if logprobs is not None:
             logprobs = tuple(
                 TokenLogprob(p["token_id"], p["logprob"], tuple((i, value) for i, value in p["top"])) for p in logprobs
@@ -76,7 +78,7 @@ class Completion:
             **{
                 **raw,
                 "token_ids": tuple(raw["token_ids"]),
-                "timings": Timings(**raw["timings"]),
+                "timings": Timings(**{**timings, "token_seconds": tuple(timings["token_seconds"])}),
                 "logprobs": logprobs,
             }
         )
@@ -97,7 +99,7 @@ class GrowingCompletion:
         self._logprobs: list[TokenLogprob] = []
         self._num_cached_tokens = 0
         self._submitted = time.perf_counter()
-        self._first_token_seconds = 0.0
+        self._token_seconds: list[float] = []
         self._finished_seconds = 0.0
         self.finish_reason: str | None = None
         self.error: str | None = None
@@ -107,9 +109,8 @@ class GrowingCompletion:
         now = time.perf_counter() - self._submitted
         self._num_cached_tokens = event.num_cached_tokens
         if event.token_id is not None and event.finish_reason != "error":
-            if not self._token_ids:
-                self._first_token_seconds = now
             self._token_ids.append(event.token_id)
+            self._token_seconds.append(now)
             if event.logprob is not None:
                 self._logprobs.append(TokenLogprob(event.token_id, event.logprob, event.top_logprobs or ()))
             if event.finish_reason != "stop":
@@ -142,7 +143,11 @@ class GrowingCompletion:
             token_ids=tuple(self._token_ids),
             finish_reason=self.finish_reason,
             timings=Timings(
-                self._first_token_seconds, self._finished_seconds, self.request.num_prompt, len(self._token_ids)
+                self._token_seconds[0] if self._token_seconds else 0.0,
+                self._finished_seconds,
+                self.request.num_prompt,
+                len(self._token_ids),
+                tuple(self._token_seconds),
             ),
             num_cached_tokens=self._num_cached_tokens,
             num_dropped_tokens=self.num_dropped_tokens,

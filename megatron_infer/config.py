@@ -287,6 +287,7 @@ class EngineConfig:
     tensor_parallel_size: int | None = _help(None, "tensor-parallel ranks: 1, 2, 4 or 8 (default: the world size)")
     device: str = _help("auto", "auto, cpu or cuda")
     dtype: str = _help("auto", "weights: auto (as stored; float16 becomes bfloat16 on the CPU), bfloat16 or float32")
+    quantization: str = _help("none", "weights, rounded while loading: none, int8 (8.5 bits each) or int4 (4.5 bits)")
     kv_cache_dtype: str = _help("auto", "KV cache: auto (as the weights), bfloat16 or float32")
     max_model_len: int | None = _help(
         None, "longest prompt + completion in tokens (default: what the model was made for)"
@@ -298,12 +299,15 @@ class EngineConfig:
     gpu_memory_utilization: float = _help(0.9, "share of a GPU's memory the engine may use")
     enable_prefix_caching: bool = _help(True, "reuse the KV cache of equal prompt heads")
     num_threads: int | None = _help(None, "CPU threads per rank (default: the host's cores divided among its ranks)")
+    cpu_isa: str = _help("auto", "instructions of the CPU kernels: auto, avx512, avx2, neon or generic; same answers")
     deterministic: bool = _help(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
         _one_of("dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        _one_of("quantization", self.quantization, ("none", "int8", "int4"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "bfloat16", "float32"))
+        _one_of("cpu_isa", self.cpu_isa, ("auto", "avx512", "avx2", "neon", "generic"))
         if self.tensor_parallel_size is not None:
             _one_of("tensor_parallel_size", self.tensor_parallel_size, TP_SIZES)
         for name in ("max_num_seqs", "max_num_batched_tokens"):

@@ -24,6 +24,7 @@ from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError, Items
 from megatron_infer.fim import load_fim
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
+from megatron_infer.profile import Profile
 from megatron_infer.session import Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import load_tokenizer
@@ -44,6 +45,7 @@ class LLM:
         model_name: file stem of `.pt` checkpoints.
         fim: FIM family (see fim_templates.json); by default config.json's "fim" or what the tokenizer's pieces tell.
         order: "spm" or "psm"; by default the family's own.
+        profile: where rank 0 times its ops and collectives into; None times nothing and costs nothing.
     Raises:
         ValueError: anything wrong with the directory, the configuration or the memory, before weights are read.
         EngineDeadError: another rank failed while starting.
@@ -57,6 +59,7 @@ class LLM:
         model_name: str = DEFAULT_MODEL_NAME,
         fim: str | None = None,
         order: str | None = None,
+        profile: Profile | None = None,
         **options: Any,
     ) -> None:
         if not str(model_dir):
@@ -84,7 +87,7 @@ class LLM:
                 weakref.finalize(self, self._followers.close)
             try:
                 self._group = self._join()
-                self._runner = self._build_runner(checkpoint)
+                self._runner = self._build_runner(checkpoint, profile)
             except BaseException as error:
                 if self._followers is not None:
                     self._followers.close()
@@ -94,7 +97,7 @@ class LLM:
         self._engine = self._build_engine()
         self._session = Session(
             self._engine, self.tokenizer, self.fim, self.model_config,
-            order=order, max_model_len=self.max_model_len, max_num_seqs=self.config.max_num_seqs,
+            order=order, max_model_len=self.max_model_len, max_num_seqs=self.config.max_num_seqs, profile=profile,
         )  # fmt: skip
         self._log_config(asked)
 
@@ -113,9 +116,9 @@ class LLM:
             deterministic=deterministic, is_alive=self._followers.is_alive,
         )  # fmt: skip
 
-    def _build_runner(self, checkpoint: Checkpoint) -> ModelRunner:
+    def _build_runner(self, checkpoint: Checkpoint, profile: Profile | None) -> ModelRunner:
         try:
-            return launch.build_runner(checkpoint, self.config, self._group)
+            return launch.build_runner(checkpoint, self.config, self._group, profile if self.is_leader else None)
         except BaseException as error:
             self._group.abort(f"{type(error).__name__}: {error}")
             raise
@@ -152,6 +155,11 @@ class LLM:
     def is_leader(self) -> bool:
         """True on the rank whose arguments count, and in every process outside torchrun."""
         return self._group.rank == 0
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, of all sequences together."""
+        return self._runner.kv.num_blocks * self._runner.kv.block_size
 
     # ---- public calls -------------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.worker import Items
 from megatron_infer.fim import FimFormat, FimPrompt
+from megatron_infer.profile import Profile
 from megatron_infer.tokenizer import Tokenizer
 
 Prompt = FimPrompt | str | Sequence[int]
@@ -34,6 +35,7 @@ class Session:
     Args:
         order: FIM order, None for the family's own. max_model_len: prompt and completion together, in tokens.
         max_num_seqs: sequences the engine computes together; a batch keeps about twice as many queued.
+        profile: told when a step is over.
     """
 
     def __init__(
@@ -46,10 +48,12 @@ class Session:
         order: str | None,
         max_model_len: int,
         max_num_seqs: int,
+        profile: Profile | None = None,
     ) -> None:
         self._engine, self._tokenizer, self._fim, self._order = engine, tokenizer, fim, order
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
+        self._profile = profile
         self._active: dict[int, GrowingCompletion] = {}
         self._ids = itertools.count()
         self._lock = threading.RLock()
@@ -186,6 +190,8 @@ class Session:
                     del self._active[event.request_id]
                     self._engine.abort(event.request_id)
             assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
+            if self._profile is not None:
+                self._profile.end_step()
 
     def _drop(self, growing: Iterable[GrowingCompletion]) -> None:
         """Abort what is unfinished: the caller went away."""

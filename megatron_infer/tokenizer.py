@@ -369,6 +369,8 @@ class TextStream:
     def _take(self, text: str, final: bool) -> str:
         if self.stopped is not None:
             return ""
+        if not self._stop:
+            return text
         self._held += text
         match = min(((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), key=lambda m: m[0], default=None)
         end = len(self._held) if final else self._first_open_start()
@@ -379,7 +381,7 @@ class TextStream:
 
     def _first_open_start(self) -> int:
         """First place in the held text where a stop string may have begun without having ended; else its length."""
-        longest = len(self._stop[-1]) if self._stop else 1
+        longest = len(self._stop[-1])
         for at in range(max(0, len(self._held) - longest + 1), len(self._held)):
             if any(s.startswith(self._held[at:]) and len(s) > len(self._held) - at for s in self._stop):
                 return at

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import PackedLinear, chunk_bounds
+from megatron_infer.model.formats import quantize
+from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear, chunk_bounds
 
 CPU = torch.device("cpu")
 
@@ -21,10 +22,18 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a.contiguous().view(torch.int32), b.contiguous().view(torch.int32))
 
 
+def bounds_of(in_dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """Where weights stored as `dtype` cut K."""
+    return chunk_bounds(in_dim, GROUP if dtype in QUANTIZED else 1)
+
+
 def packed(ops, weight_NK: Tensor, dtype: torch.dtype = torch.float32, bounds: tuple[int, ...] = ()) -> PackedLinear:
     out_dim, in_dim = weight_NK.shape
-    weight = ops.allocate_linear(out_dim, in_dim, bounds or chunk_bounds(in_dim), dtype, CPU)
-    ops.pack_rows(weight, 0, weight_NK)
+    weight = ops.allocate_linear(out_dim, in_dim, bounds or bounds_of(in_dim, dtype), dtype, CPU)
+    if dtype in QUANTIZED:
+        ops.pack_quantized(weight, 0, *quantize(weight_NK, dtype))
+    else:
+        ops.pack_rows(weight, 0, weight_NK)
     return weight
 
 

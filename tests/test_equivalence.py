@@ -116,6 +116,29 @@ def test_tensor_parallel_degree_changes_nothing(config, tensors, prompts, alone,
     assert generate_on_ranks(size, config, tensors, prompts, sampling, dtype=torch.bfloat16) == alone[sampling]
 
 
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_keep_the_promise(config, tensors, prompts, quantization) -> None:
+    """Activations are rounded row by row, group by group: batch, chunks, cache, threads and ranks change nothing."""
+
+    def engine(num_threads: int = 1, **options: int) -> Engine:
+        runner = make_runner(
+            config, tensors, TPGroup.single(CPU),
+            dtype=torch.bfloat16, num_threads=num_threads, quantization=quantization,
+        )  # fmt: skip
+        return make_engine(runner, **options)
+
+    alone = [generate(engine(), [prompt], GREEDY)[0] for prompt in prompts]
+    together = engine(num_threads=3)
+    assert generate(together, prompts, GREEDY) == alone
+    assert generate(together, prompts, GREEDY) == alone, "prefix hits"
+    assert generate(engine(max_num_batched_tokens=5), prompts, GREEDY) == alone
+    for size in (2, 4, 8):
+        outputs = generate_on_ranks(
+            size, config, tensors, prompts, GREEDY, dtype=torch.bfloat16, quantization=quantization
+        )
+        assert outputs == alone, f"tp {size}"
+
+
 @pytest.mark.parametrize("kind", ["sharded-safetensors", "megatron-pt", "megatron-pt-shards", "hf-safetensors"])
 def test_every_checkpoint_kind_gives_the_same_answers(config, tensors, prompts, alone, tmp_path, kind) -> None:
     """Divided for two ranks on disk where the kind allows it, loaded at 1, 2 and 4."""

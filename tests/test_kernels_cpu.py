@@ -17,23 +17,24 @@ import pytest
 import torch
 
 from megatron_infer.kernels.cpu import native
-from megatron_infer.ops import chunk_bounds
+from megatron_infer.ops import QUANTIZED, chunk_bounds
 
-from .ops_cases import CPU, normal, packed, paged_case, same_bits
+from .ops_cases import CPU, bounds_of, normal, packed, paged_case, same_bits
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
 
 VARIANTS = ["avx512", "avx2", "generic"]
 DTYPES = [torch.float32, torch.bfloat16]
+STORED = [*DTYPES, *QUANTIZED]
 _KERNELS: dict[tuple[str, int], native.CpuKernels] = {}
 
 
-def kernels(variant: str = "", threads: int = 1) -> native.CpuKernels:
+def kernels(isa: str = "auto", threads: int = 1) -> native.CpuKernels:
     """One pool per setting for the whole file; skips what this CPU lacks."""
-    key = (variant, threads)
+    key = (isa, threads)
     if key not in _KERNELS:
         try:
-            _KERNELS[key] = native.CpuKernels(threads, variant)
+            _KERNELS[key] = native.CpuKernels(threads, isa)
         except native.Unavailable as refusal:
             pytest.skip(str(refusal))
     return _KERNELS[key]
@@ -41,7 +42,7 @@ def kernels(variant: str = "", threads: int = 1) -> native.CpuKernels:
 
 def settings() -> list[native.CpuKernels]:
     """Every variant of this CPU, with 1, 2 and 3 threads for the fastest."""
-    found = [kernels("", 1), kernels("", 2), kernels("", 3)]
+    found = [kernels("auto", 1), kernels("auto", 2), kernels("auto", 3)]
     for variant in VARIANTS:
         try:
             found.append(kernels(variant, 1))
@@ -79,7 +80,7 @@ def test_linear_is_the_contract_to_the_bit(dtype: torch.dtype, chunks: int) -> N
         assert float(y_TN[t, n]) == float(sums[0] + np.float32(bias_N[n]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize(("out_dim", "in_dim"), [(1, 8), (37, 77), (16, 5), (130, 256), (300, 203), (0, 16)])
 def test_linear_bits_do_not_depend_on_batch_threads_or_variant(dtype: torch.dtype, out_dim: int, in_dim: int) -> None:
     x_TK, weight_NK, bias_N = normal(33, in_dim), normal(out_dim, in_dim, seed=1), normal(out_dim, seed=2)
@@ -95,25 +96,25 @@ def test_linear_bits_do_not_depend_on_batch_threads_or_variant(dtype: torch.dtyp
             assert same_bits(ops.linear(x_TK[first:].contiguous(), again), whole[first:])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 def test_linear_with_many_rows_is_the_sum_of_its_parts(dtype: torch.dtype) -> None:
     """More rows than one task takes, more panels than one task takes."""
     x_TK, weight_NK = normal(501, 72), normal(400, 72, seed=1)
     weight = packed(kernels(), weight_NK, dtype)
-    whole = kernels("", 3).linear(x_TK, weight)
+    whole = kernels("auto", 3).linear(x_TK, weight)
     parts = [kernels().linear(rows.contiguous(), weight) for rows in x_TK.split(29)]
     assert same_bits(whole, torch.cat(parts))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", STORED)
 @pytest.mark.parametrize("degree", [2, 4, 8])
 @pytest.mark.parametrize("tokens", [1, 14])
 def test_linear_bits_do_not_depend_on_the_tensor_parallel_degree(dtype: torch.dtype, degree: int, tokens: int) -> None:
-    ops, x_TK, weight_NK = kernels("", 2), normal(tokens, 203), normal(200, 203, seed=1)
+    ops, x_TK, weight_NK = kernels("auto", 2), normal(tokens, 203), normal(200, 203, seed=1)
     whole = ops.linear(x_TK, packed(ops, weight_NK, dtype))
     columns = [ops.linear(x_TK, packed(ops, rows, dtype)) for rows in weight_NK.split(200 // degree)]
     assert same_bits(torch.cat(columns, dim=1), whole)
-    bounds, partial = chunk_bounds(203), []
+    bounds, partial = bounds_of(203, dtype), []
     for rank in range(degree):
         own = bounds[rank * 8 // degree : (rank + 1) * 8 // degree + 1]
         weight = packed(ops, weight_NK[:, own[0] : own[-1]], dtype, tuple(bound - own[0] for bound in own))
@@ -171,7 +172,7 @@ def test_attention_bits_do_not_depend_on_the_batch(
         assert same_bits(ops.paged_attention(*case.arguments()), whole)
     for s, (length, _) in enumerate(lengths):
         cuts = sorted({0, min(1, length), length // 3, length - 1, length})
-        parts = [kernels("", 2).paged_attention(*case.part(s, a, b).arguments()) for a, b in pairwise(cuts)]
+        parts = [kernels("auto", 2).paged_attention(*case.part(s, a, b).arguments()) for a, b in pairwise(cuts)]
         assert same_bits(torch.cat(parts), whole[case.rows(s)])
     halves = [kernels().paged_attention(*case.heads(g, g + 1).arguments()) for g in range(2)]
     assert same_bits(torch.cat(halves, dim=1), whole)
@@ -182,12 +183,12 @@ def test_attention_bits_do_not_depend_on_the_batch(
 def test_few_queries_over_long_contexts_are_shared_by_threads(dtype: torch.dtype, lengths: list) -> None:
     """One KV head and fewer rows than threads could take: each split of the context is a task of its own."""
     case = paged_case(lengths, num_heads=4, num_kv_heads=1, head_dim=24, dtype=dtype)
-    whole = kernels("", 1).paged_attention(*case.arguments())
-    assert same_bits(kernels("", 3).paged_attention(*case.arguments()), whole)
+    whole = kernels("auto", 1).paged_attention(*case.arguments())
+    assert same_bits(kernels("auto", 3).paged_attention(*case.arguments()), whole)
 
 
 def test_a_spoilt_row_spoils_no_other() -> None:
-    ops = kernels("", 2)
+    ops = kernels("auto", 2)
     x_TK = normal(20, 64)
     clean = ops.linear(x_TK, weight := packed(ops, normal(48, 64, seed=1)))
     x_TK[7, 3] = float("inf")
@@ -253,7 +254,7 @@ GUARD_SCRIPT = """
 import ctypes, mmap, sys, torch
 from megatron_infer.kernels.cpu import native
 sys.path.insert(0, {tests!r})
-from ops_cases import normal, packed, paged_case
+from ops_cases import QUANTIZED, normal, packed, paged_case, quantize
 libc, held = ctypes.CDLL(None, use_errno=True), []
 
 def guarded(tensor):
@@ -281,6 +282,14 @@ for variant in {variants!r}:
             ops.pack_rows(weight, 0, guarded(w))
             weight.data, weight.bias = guarded(weight.data), guarded(bias)
             assert torch.equal(ops.linear(guarded(x), weight), expected)
+        for dtype_, tokens in ((d, t) for d in QUANTIZED for t in (1, 13, 60)):
+            x, weight = normal(tokens, 77), packed(ops, normal(50, 77, seed=1), dtype_)
+            expected = ops.linear(x, weight)
+            values, scales = quantize(normal(50, 77, seed=1), dtype_)
+            weight.data.zero_()
+            ops.pack_quantized(weight, 0, guarded(values), guarded(scales))
+            weight.data = guarded(weight.data)
+            assert torch.equal(ops.linear(guarded(x), weight), expected)
         for head_dim, block_size in ((32, 16), (18, 7)):
             case = paged_case([(3, 21), (1, 1), (9, 280)], head_dim=head_dim, block_size=block_size, dtype=dtype)
             expected = ops.paged_attention(*case.arguments())
@@ -299,7 +308,7 @@ print("unharmed")
 
 def test_nothing_is_read_past_the_end_of_a_tensor() -> None:
     """Each tensor ends right before an inaccessible page, in a process of its own because a fault would kill it."""
-    variants = sorted({ops.variant for ops in settings()})
+    variants = sorted({ops.isa for ops in settings()})
     script = GUARD_SCRIPT.format(tests=os.path.dirname(__file__), variants=variants)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "unharmed", (done.returncode, done.stderr[-2000:])
@@ -368,7 +377,7 @@ def test_wrong_arguments_are_refused() -> None:
     with pytest.raises(native.Unavailable, match="sse9"):
         native.CpuKernels(1, "sse9")
     ops = kernels()
-    with pytest.raises(ValueError, match="bfloat16 or float32"):
+    with pytest.raises(ValueError, match="set dtype to bfloat16"):
         ops.allocate_linear(4, 4, chunk_bounds(4), torch.float16, CPU)
     with pytest.raises(AssertionError):
         ops.linear(normal(2, 5), packed(ops, normal(3, 4)))

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from megatron_infer.kernels.cpu import native
-from megatron_infer.ops import NUM_CHUNKS, Ops, chunk_bounds
+from megatron_infer.model.formats import quantize
+from megatron_infer.ops import GROUP, INT4, NUM_CHUNKS, QUANTIZED, Ops, chunk_bounds
 from megatron_infer.ops.dispatch import OP_NAMES, select_ops
 
-from .ops_cases import CPU, attention_float64, normal, packed, paged_case, same_bits
+from .ops_cases import CPU, attention_float64, bounds_of, normal, packed, paged_case, same_bits
 
 KINDS = ["native", "vendor", "reference"]
 
@@ -44,6 +45,58 @@ def test_linear_is_the_matrix_product(ops: Ops, dtype: torch.dtype, tokens: int,
     weight.bias = bias_N
     expected = x_TK.double() @ weight_NK.to(dtype).double().T + bias_N.double()
     assert close(ops.linear(x_TK, weight), expected, 2e-6)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.int8, 6e-4), (INT4, 1e-2)])
+@pytest.mark.parametrize(("tokens", "out_dim", "in_dim"), [(1, 16, 64), (3, 37, 77), (17, 130, 5), (50, 20, 300)])
+def test_quantized_linear_is_the_product_with_the_rounded_weights(
+    ops: Ops, dtype: torch.dtype, bound: float, tokens: int, out_dim: int, in_dim: int
+) -> None:
+    """What is left is the rounding of the activations: 12 bits beside int8, 8 beside int4."""
+    x_TK, weight_NK = normal(tokens, in_dim), normal(out_dim, in_dim, seed=1)
+    values_NK, scales_NG = quantize(weight_NK, dtype)
+    rounded_NK = values_NK.double() * scales_NG.double().repeat_interleave(GROUP, dim=1)[:, :in_dim]
+    assert close(ops.linear(x_TK, packed(ops, weight_NK, dtype)), x_TK.double() @ rounded_NK.T, bound)
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_quantized_rows_can_be_packed_piecewise(ops: Ops, dtype: torch.dtype) -> None:
+    weight_NK = normal(75, 83)
+    whole, pieces = packed(ops, weight_NK, dtype), ops.allocate_linear(75, 83, bounds_of(83, dtype), dtype, CPU)
+    for begin, end in [(20, 41), (0, 3), (41, 75), (3, 20)]:
+        ops.pack_quantized(pieces, begin, *quantize(weight_NK[begin:end], dtype))
+    x_TK = normal(9, 83, seed=1)
+    assert same_bits(ops.linear(x_TK, pieces), ops.linear(x_TK, whole))
+
+
+@pytest.mark.parametrize("dtype", QUANTIZED)
+def test_a_spoilt_row_or_weight_shows(ops: Ops, dtype: torch.dtype) -> None:
+    """NaN and infinities cannot hide in an integer: the row, or the output column, is NaN and no other is touched."""
+    x_TK, weight_NK = normal(6, 96), normal(20, 96, seed=1)
+    clean = ops.linear(x_TK, packed(ops, weight_NK, dtype))
+    for spoiler in (float("nan"), float("inf"), float("-inf")):
+        x_TK[2, 40], weight_NK[7, 70] = spoiler, spoiler
+        spoilt = ops.linear(x_TK, packed(ops, weight_NK, dtype))
+        assert not spoilt[2].isfinite().any() and not spoilt[:, 7].isfinite().any()
+        spoilt[2], spoilt[:, 7] = clean[2], clean[:, 7]
+        assert same_bits(spoilt, clean)
+        x_TK, weight_NK = normal(6, 96), normal(20, 96, seed=1)
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [(torch.int8, -127, 127), (INT4, -8, 7)])
+def test_quantize_rounds_each_group_to_half_a_step(dtype: torch.dtype, low: int, high: int) -> None:
+    weight_NK = normal(40, 150) * torch.logspace(-6, 6, 40)[:, None]
+    weight_NK[3, 32:64] = 0.0
+    values_NK, scales_NG = quantize(weight_NK, dtype)
+    assert values_NK.dtype == torch.int8 and scales_NG.dtype == torch.bfloat16 and scales_NG.shape == (40, 5)
+    assert int(values_NK.min()) == low and int(values_NK.max()) == high
+    steps_NK = scales_NG.float().repeat_interleave(GROUP, dim=1)[:, :150]
+    error_NK = (values_NK * steps_NK - weight_NK).abs()
+    # Only a value opposite to the largest one of its int4 group can be cut off; the scale itself is rounded to 8 bits.
+    within = error_NK <= steps_NK.abs() * (0.5 + high / 256)
+    assert bool((within | ((values_NK == high) & (high == 7))).all())
+    assert not (error_NK > steps_NK.abs() * 1.04).any()
+    assert torch.equal(quantize(weight_NK[5:6, 64:96], dtype)[0], values_NK[5:6, 64:96])
 
 
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

@@ -22,7 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.step", "engine.request", "cache.block_pool"),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
-    ("kernels",),
+    ("kernels", "profile"),
     ("ops.reference", "ops.vendor", "tensor_parallel.shared_memory", "tensor_parallel.process_groups"),
     ("ops.dispatch", "tensor_parallel.group"),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
@@ -37,7 +37,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("completion",),
     ("session",),
     ("llm",),
-    ("cli",),
+    ("options",),
+    ("cli", "bench"),
     ("__main__",),
 ]
 """Lowest first. A module may import from layers below its own, and from its own package within its layer."""

@@ -19,7 +19,7 @@ from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import serve_follower
-from megatron_infer.model.formats import PlainFormat
+from megatron_infer.model.formats import make_format, stored_dtypes
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.ops import Ops
@@ -115,14 +115,17 @@ def make_runner(
     num_blocks: int = 64,
     block_size: int = 16,
     num_threads: int = 1,
+    quantization: str = "none",
 ) -> ModelRunner:
     """A loaded runner without an LLM around it."""
     ops = ops or select_ops(CPU, num_threads=num_threads)
+    linear_dtype, head_dtype = stored_dtypes(dtype, quantization)
     model = Transformer(
         config,
         tp=group,
         ops=ops,
-        fmt=PlainFormat(ops, dtype, CPU),
+        fmt=make_format(ops, linear_dtype, CPU),
+        head_fmt=make_format(ops, head_dtype, CPU),
         dtype=dtype,
         num_positions=config.max_position_embeddings,
     )
@@ -181,11 +184,12 @@ def generate_on_ranks(
     prompts: list[list[int]],
     sampling: SamplingParams,
     dtype: torch.dtype = torch.float32,
+    quantization: str = "none",
 ) -> list[Output]:
     """The same at tensor-parallel size `size`, over real collectives."""
 
     def work(group: TPGroup) -> list[Output] | None:
-        runner = make_runner(config, tensors, group, dtype=dtype)
+        runner = make_runner(config, tensors, group, dtype=dtype, quantization=quantization)
         if group.rank:
             serve_follower(runner)
             return None

@@ -78,10 +78,10 @@ struct Product {
 
   static void run(int mr, int64_t panels, const float* a, const char* b, int64_t panel_bytes, int64_t k_len, float* c,
                   int64_t stride, bool accumulate) {
-    int step = most_panels(mr);
+    int step = most_panels(mr, kTileVectors);
     for (int64_t p = 0; p < panels; p += step) {
       while (step > panels - p) step /= 2;
-      pick_tile<At>(mr, step)(a, b + p * panel_bytes, panel_bytes, k_len, c + p * kLanes, stride, accumulate);
+      pick_tile<At, kTileVectors, 1>(mr, step)(a, b + p * panel_bytes, panel_bytes, k_len, c + p * kLanes, stride, accumulate);
     }
   }
 };

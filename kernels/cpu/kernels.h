@@ -8,19 +8,24 @@
 
 // To be raised here and in native.py with every change of a signature or a shape: a library that was not rebuilt must be
 // refused, not called.
-constexpr int kAbi = 1;
+constexpr int kAbi = 2;
 
-enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 enum Status { kOk = 0, kOutOfMemory = 1 };
 
 // A packed weight: ceil(out_dim / 16) panels of 16 output columns; panel_bytes apart. Inside a panel the chunks of K
 // follow each other, each k-major: fp32 as 16 floats per k, bf16 as 16 words per two k (even k in the low half), so
 // that one load and an AND or a shift gives the fp32 columns of either. A chunk of odd length ends in half a pair.
+//
+// int8 and int4 are groups of 32 k, of which a chunk has a whole number (the last group of K may be cut short):
+// 16 bf16 scales, one per column, then
+//   int8   16 pairs of k, each 16 columns x 2 signed bytes;
+//   int4   8 quads of k, each 32 bytes: byte 4 n + i has column n in its low and n + 8 in its high nibble, as q + 8.
 struct LinearShape {
   int64_t out_dim;
   int64_t in_dim;
   int64_t panel_bytes;
-  int32_t dtype;              // kFloat32 or kBFloat16
+  int32_t dtype;              // kFloat32, kBFloat16, kInt8 or kInt4
   int32_t num_chunks;         // 1, 2, 4 or 8
   int32_t bounds[9];          // of the chunks in K; bounds[num_chunks] == in_dim
   int32_t chunk_bytes[9];     // where each chunk begins inside a panel
@@ -41,6 +46,9 @@ struct Kernels {
                 const LinearShape*);
   int (*pack_rows)(Pool*, void* weight, const void* rows_NK, int64_t row_stride, int dtype, int64_t row_start,
                    int64_t num_rows, const LinearShape*);
+  // For kInt8 and kInt4: q_NK within [-127, 127] or [-8, 7], one bf16 scale per row and group of 32 k.
+  int (*pack_quantized)(Pool*, void* weight, const int8_t* q_NK, int64_t q_stride, const uint16_t* scales_NG,
+                        int64_t scale_stride, int64_t row_start, int64_t num_rows, const LinearShape*);
   int (*paged_attention)(Pool*, float* o_TNH, const float* q_TNH, const void* k_cache, const void* v_cache,
                          const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
                          int64_t S, const AttentionShape*, float scale);

@@ -1,50 +1,72 @@
-// y_TN = x_TK W^T (+ bias): fp32 FMAs in ascending k inside each chunk of K, the chunk sums added in a binary tree
-// ((c0 + c1) + (c2 + c3)) + ..., the bias last. How T, N and threads are cut never enters an element's arithmetic.
+// y_TN = x_TK W^T (+ bias): fp32 FMAs in ascending k (int8, int4: group) inside each chunk of K, the chunk sums added in
+// a binary tree ((c0 + c1) + (c2 + c3)) + ..., the bias last. How T, N and threads are cut never enters an element's
+// arithmetic.
 #pragma once
 
-#include "tile.h"
+#include "group_tile.h"
 
 constexpr int kLevels = 3;           // chunk sums waiting for their partner: at most log2(8)
 constexpr int kPanelsPerTask = 8;    // their weights and the waiting sums stay in a 2 MB L2 cache
 constexpr int kRowsPerTask = 240;
+constexpr int64_t kCachedRowBytes = 256 * 1024;
+constexpr int kWideTiles = 4;  // so many read the same weights before widening them pays
 
 struct LinearJob {
   float* y_TN;
-  const float* a;  // x, with the rows of each tile interleaved
+  const void* a;  // x with the rows of each tile interleaved, for int8 and int4 quantised
+  int64_t row_bytes;  // of a
   const char* weight;
   const float* bias_N;
   const LinearShape* shape;
   RowTiles tiles;
   int64_t panels, panels_per_task, tiles_per_task, panel_tasks;
+  int panels_per_step;
+  size_t waiting_bytes;
   Pool* pool;
 };
 
-// Where a tile stands: its rows, its first panel, the chunk, and its waiting sums [panel][level][row][16].
+// Where a tile stands: its rows, its first panel, the chunk, its waiting sums [panel][level][row][16], and the weights.
 struct TilePlace {
   int64_t row, panel;
   int chunk;
   float* waiting;
+  const char* weight;
+  int64_t panel_bytes;
 };
 
 INLINE float* waiting_at(float* waiting, int panel, int level) {
   return waiting + (panel * kLevels + level) * kTileRows * kLanes;
 }
 
-template <int DT>
+constexpr bool is_grouped(int dtype) { return dtype == kInt8 || dtype == kInt4; }
+constexpr int tile_vectors(int dtype) { return is_grouped(dtype) ? kGroupTileVectors : kTileVectors; }
+
+// kIsWide: the weights come from widen_chunk, which leaves the tile nothing to do but multiply.
+template <int DT, bool kIsWide>
 struct LinearTile {
   template <int MR, int NP>
   struct At {
     // Adds the sum of chunk c to the sums that wait for it, as a carry runs through a binary counter.
     static void run(const LinearJob& job, const TilePlace& at) {
       const LinearShape& shape = *job.shape;
-      const int64_t k = shape.bounds[at.chunk];
+      const int64_t k = shape.bounds[at.chunk], k_len = shape.bounds[at.chunk + 1] - k;
+      const char* a = static_cast<const char*>(job.a) + at.row * job.row_bytes;
       V acc[MR][NP];
-      UNROLL for (int r = 0; r < MR; ++r) {
-        UNROLL for (int p = 0; p < NP; ++p) acc[r][p] = zero();
+      if constexpr (is_grouped(DT)) {
+        alignas(64) float sums[MR][NP][kLanes] = {};
+        const int64_t words = k / kGroup * GroupFormat<DT>::kWords * MR;
+        multiply_groups<MR, NP, DT, kIsWide>(reinterpret_cast<const int32_t*>(a) + words, at.weight, at.panel_bytes,
+                                             groups_in(k_len), sums);
+        UNROLL for (int r = 0; r < MR; ++r) {
+          UNROLL for (int p = 0; p < NP; ++p) acc[r][p] = load(sums[r][p]);
+        }
+      } else {
+        UNROLL for (int r = 0; r < MR; ++r) {
+          UNROLL for (int p = 0; p < NP; ++p) acc[r][p] = zero();
+        }
+        multiply<MR, NP, kIsWide ? kFloat32 : DT, 1, MR>(reinterpret_cast<const float*>(a) + k * MR, at.weight,
+                                                         at.panel_bytes, k_len, acc);
       }
-      const char* weight = job.weight + at.panel * shape.panel_bytes + shape.chunk_bytes[at.chunk];
-      multiply<MR, NP, DT, 1, MR>(job.a + at.row * shape.in_dim + k * MR, weight, shape.panel_bytes,
-                                  shape.bounds[at.chunk + 1] - k, acc);
       int level = 0;
       for (; (at.chunk >> level) & 1; ++level) {
         UNROLL for (int p = 0; p < NP; ++p) {
@@ -61,10 +83,10 @@ struct LinearTile {
 
     INLINE void finish(const LinearJob& job, const TilePlace& at, V (&acc)[MR][NP]) {
       const int64_t N = job.shape->out_dim;
-      for (int p = 0; p < NP; ++p) {
+      UNROLL for (int p = 0; p < NP; ++p) {
         const int64_t column = (at.panel + p) * kLanes;
         const int width = static_cast<int>(least(kLanes, N - column));
-        for (int r = 0; r < MR; ++r) {
+        UNROLL for (int r = 0; r < MR; ++r) {
           V y = acc[r][p];
           if (job.bias_N) y = add(y, load_n(job.bias_N + column, width));
           store_n(job.y_TN + (at.row + r) * N + column, y, width);
@@ -74,158 +96,120 @@ struct LinearTile {
   };
 };
 
+// Bytes of a chunk's widened panel.
 template <int DT>
+INLINE int64_t wide_bytes(int64_t k_len) {
+  return is_grouped(DT) ? groups_in(k_len) * GroupFormat<DT>::kBytes * 2 : k_len * kVectorBytes;
+}
+
+// One panel's chunk as the tiles compute with it: bf16 as floats, integers at the width of the dot product.
+template <int DT>
+INLINE void widen_chunk(const char* weight, int64_t k_len, char* out) {
+  if constexpr (is_grouped(DT)) {
+    using F = GroupFormat<DT>;
+    for (int64_t g = 0; g < groups_in(k_len); ++g) widen_group<DT>(weight + g * F::kBytes, out + g * F::kBytes * 2);
+  } else {
+    float* rows = reinterpret_cast<float*>(out);
+    for (int64_t k = 0; k < k_len; k += 2, weight += kVectorBytes) {
+      V even, odd;
+      __builtin_prefetch(weight + kPrefetchBytes);
+      load_pair(weight, even, odd);
+      store(rows + k * kLanes, even);
+      if (k + 1 < k_len) store(rows + (k + 1) * kLanes, odd);
+    }
+  }
+}
+
+template <int DT, bool kIsWide>
 void linear_task(void* opaque, int task, int slot) {
   const LinearJob& job = *static_cast<const LinearJob*>(opaque);
+  constexpr int lowest = kIsWide ? kTileRows * (kWideTiles - 1) / kWideTiles : 1;
+  const LinearShape& shape = *job.shape;
   float* waiting = static_cast<float*>(pool_scratch(job.pool, slot, 0));
+  char* wide = reinterpret_cast<char*>(waiting) + job.waiting_bytes;
   const int64_t first_panel = task % job.panel_tasks * job.panels_per_task;
   const int panels = static_cast<int>(least(job.panels_per_task, job.panels - first_panel));
   const int64_t first_tile = task / job.panel_tasks * job.tiles_per_task;
   const int64_t tiles = least(job.tiles_per_task, job.tiles.count - first_tile);
-  const int most = most_panels(static_cast<int>(ceil_div(job.tiles.rows, job.tiles.count)));
-  for (int chunk = 0; chunk < job.shape->num_chunks; ++chunk) {
-    for (int panel = 0, step = most; panel < panels; panel += step) {
+  for (int chunk = 0; chunk < shape.num_chunks; ++chunk) {
+    const int64_t k_len = shape.bounds[chunk + 1] - shape.bounds[chunk];
+    for (int panel = 0, step = job.panels_per_step; panel < panels; panel += step) {
       while (step > panels - panel) step /= 2;
+      TilePlace at{0, first_panel + panel, chunk, nullptr, nullptr, shape.panel_bytes};
+      at.weight = job.weight + at.panel * shape.panel_bytes + shape.chunk_bytes[chunk];
+      if (kIsWide) {
+        at.panel_bytes = wide_bytes<DT>(k_len);
+        for (int p = 0; p < step; ++p) widen_chunk<DT>(at.weight + p * shape.panel_bytes, k_len, wide + p * at.panel_bytes);
+        at.weight = wide;
+      }
       for (int64_t i = 0; i < tiles; ++i) {
-        float* own = waiting_at(waiting, static_cast<int>(i * job.panels_per_task) + panel, 0);
-        const TilePlace at{job.tiles.begin(first_tile + i), first_panel + panel, chunk, own};
-        pick_tile<LinearTile<DT>::template At>(job.tiles.height(first_tile + i), step)(job, at);
+        at.row = job.tiles.begin(first_tile + i);
+        at.waiting = waiting_at(waiting, static_cast<int>(i * job.panels_per_task) + panel, 0);
+        pick_tile<LinearTile<DT, kIsWide>::template At, tile_vectors(DT), lowest>(job.tiles.height(first_tile + i), step)(job, at);
       }
     }
   }
+}
+
+// Lays the rows out as linear_task reads them, into scratch memory unless they lie so already. False: none was left.
+template <int DT>
+bool prepare_rows(LinearJob& job, const float* x_TK) {
+  const LinearShape& shape = *job.shape;
+  const int64_t K = shape.in_dim, T = job.tiles.rows;
+  job.a = x_TK;
+  job.row_bytes = is_grouped(DT) ? groups_in(K) * GroupFormat<DT>::kWords * 4 : K * 4;
+  if (K == 0 || (T == 1 && !is_grouped(DT))) return true;
+  char* a = static_cast<char*>(pool_scratch(job.pool, pool_threads(job.pool), T * job.row_bytes));
+  if (!a) return false;
+  parallel_for(job.pool, job.tiles.count, ceil_div(65536, kTileRows * K), [&](int64_t tile, int64_t count) {
+    for (; count > 0; ++tile, --count) {
+      const int64_t row = job.tiles.begin(tile);
+      const int mr = job.tiles.height(tile);
+      char* out = a + row * job.row_bytes;
+      if constexpr (is_grouped(DT)) quantize_rows<DT>(x_TK + row * K, shape, mr, reinterpret_cast<int32_t*>(out));
+      else interleave_rows(x_TK + row * K, K, mr, K, reinterpret_cast<float*>(out));
+    }
+  });
+  job.a = a;
+  return true;
+}
+
+template <int DT>
+int linear_of(LinearJob& job, const float* x_TK) {
+  const LinearShape& shape = *job.shape;
+  const int64_t T = job.tiles.rows;
+  const bool is_wide = DT != kFloat32 && job.tiles.count >= kWideTiles;
+  if (!prepare_rows<DT>(job, x_TK)) return kOutOfMemory;
+  job.panels_per_step = most_panels(static_cast<int>(ceil_div(T, job.tiles.count)), tile_vectors(DT));
+  job.panels = ceil_div(shape.out_dim, kLanes);
+  job.tiles_per_task = ceil_div(job.tiles.count, ceil_div(T, kRowsPerTask));
+  // Rows that stay in the cache leave the weights to be read in one piece; others are read again for each chunk.
+  const bool stay = job.tiles_per_task * kTileRows * job.row_bytes <= kCachedRowBytes;
+  job.panels_per_task = stay ? job.panels_per_step : kPanelsPerTask;
+  job.panel_tasks = ceil_div(job.panels, job.panels_per_task);
+  job.waiting_bytes = job.tiles_per_task * job.panels_per_task * kLevels * kTileRows * kVectorBytes;
+  int64_t longest = 0;
+  for (int c = 0; c < shape.num_chunks; ++c) {
+    const int64_t k_len = shape.bounds[c + 1] - shape.bounds[c];
+    longest = k_len > longest ? k_len : longest;
+  }
+  const size_t wide = is_wide ? job.panels_per_step * wide_bytes<DT>(longest) : 0;
+  for (int slot = 0; slot < pool_threads(job.pool); ++slot) {
+    if (!pool_scratch(job.pool, slot, job.waiting_bytes + wide)) return kOutOfMemory;
+  }
+  const int64_t tasks = job.panel_tasks * ceil_div(job.tiles.count, job.tiles_per_task);
+  pool_run(job.pool, static_cast<int>(tasks), is_wide ? linear_task<DT, DT != kFloat32> : linear_task<DT, false>, &job);
+  return kOk;
 }
 
 int linear(Pool* pool, float* y_TN, const float* x_TK, const void* weight, const float* bias_N, int64_t T,
            const LinearShape* shape) {
   if (T == 0 || shape->out_dim == 0) return kOk;
-  LinearJob job{y_TN, x_TK, static_cast<const char*>(weight), bias_N, shape, RowTiles(T)};
-  job.pool = pool;
-  job.panels = ceil_div(shape->out_dim, kLanes);
-  job.panels_per_task = job.tiles.count == 1 ? most_panels(static_cast<int>(T)) : kPanelsPerTask;
-  job.panel_tasks = ceil_div(job.panels, job.panels_per_task);
-  job.tiles_per_task = ceil_div(job.tiles.count, ceil_div(T, kRowsPerTask));
-  const size_t waiting_bytes =
-      least(job.tiles_per_task, job.tiles.count) * job.panels_per_task * kLevels * kTileRows * kVectorBytes;
-  for (int slot = 0; slot < pool_threads(pool); ++slot) {
-    if (!pool_scratch(pool, slot, waiting_bytes)) return kOutOfMemory;
+  LinearJob job{y_TN, nullptr, 0, static_cast<const char*>(weight), bias_N, shape, RowTiles(T), 0, 0, 0, 0, 0, 0, pool};
+  switch (shape->dtype) {
+    case kBFloat16: return linear_of<kBFloat16>(job, x_TK);
+    case kInt8: return linear_of<kInt8>(job, x_TK);
+    case kInt4: return linear_of<kInt4>(job, x_TK);
+    default: return linear_of<kFloat32>(job, x_TK);
   }
-  if (T > 1) {
-    float* a = static_cast<float*>(pool_scratch(pool, pool_threads(pool), T * shape->in_dim * sizeof(float)));
-    if (!a) return kOutOfMemory;
-    const int64_t K = shape->in_dim;
-    const int64_t grain = ceil_div(65536, kTileRows * K);
-    parallel_for(pool, job.tiles.count, grain, [&](int64_t tile, int64_t count) {
-      for (; count > 0; ++tile, --count) {
-        const int64_t row = job.tiles.begin(tile);
-        interleave_rows(x_TK + row * K, K, job.tiles.height(tile), K, a + row * K);
-      }
-    });
-    job.a = a;
-  }
-  const int64_t tasks = job.panel_tasks * ceil_div(job.tiles.count, job.tiles_per_task);
-  pool_run(pool, static_cast<int>(tasks), shape->dtype == kBFloat16 ? linear_task<kBFloat16> : linear_task<kFloat32>,
-           &job);
-  return kOk;
-}
-
-// One element of a packed weight; `lane` is the column inside the panel.
-INLINE char* packed_element(char* panel, const LinearShape& shape, int chunk, int64_t k, int64_t lane) {
-  char* begin = panel + shape.chunk_bytes[chunk];
-  k -= shape.bounds[chunk];
-  if (shape.dtype == kFloat32) return begin + k * kVectorBytes + lane * 4;
-  return begin + k / 2 * kVectorBytes + lane * 4 + k % 2 * 2;
-}
-
-// Writes columns [k, bounds[chunk + 1]) of the given rows, lanes `lane`... of the panel, element by element.
-INLINE void pack_elements(char* panel, const LinearShape& shape, int chunk, int64_t k, int64_t lane, const void* rows_NK,
-                          int64_t row_stride, int dtype, int64_t row, int64_t num_rows) {
-  for (int64_t r = 0; r < num_rows; ++r) {
-    for (int64_t i = k; i < shape.bounds[chunk + 1]; ++i) {
-      char* out = packed_element(panel, shape, chunk, i, lane + r);
-      const float value = read_float(rows_NK, (row + r) * row_stride + i, dtype);
-      if (shape.dtype == kFloat32) {
-        __builtin_memcpy(out, &value, sizeof value);
-      } else {
-        // An even k clears its odd neighbour, which comes next or is the padding of a chunk of odd length.
-        const uint32_t half = bf16_of(value);
-        __builtin_memcpy(out, &half, (i - shape.bounds[chunk]) % 2 ? 2 : 4);
-      }
-    }
-  }
-}
-
-// Rows of a whole panel that have its type already: columns [k, k_end) of a chunk, transposed 16 x 16 words at a time.
-// `rows` points to column k. Returns the first k left to do.
-INLINE int64_t pack_blocks(char* panel, const LinearShape& shape, int chunk, int64_t k, int64_t k_end, const char* rows,
-                           int64_t row_stride) {
-  const int64_t per_word = shape.dtype == kFloat32 ? 1 : 2, blocks = (k_end - k) / per_word / kLanes;
-  const uint32_t* row[kLanes];
-  for (int r = 0; r < kLanes; ++r) {
-    row[r] = reinterpret_cast<const uint32_t*>(rows + r * row_stride * (4 / per_word));
-  }
-  uint32_t* out = reinterpret_cast<uint32_t*>(packed_element(panel, shape, chunk, k, 0));
-  for (int64_t i = 0; i < blocks; ++i) transpose16(row, i * kLanes, out + i * kLanes * kLanes);
-  return k + blocks * kLanes * per_word;
-}
-
-template <int FROM, int TO>
-INLINE void convert_row(const void* row, int64_t k, int64_t n, void* out) {
-  for (int64_t i = 0; i < n; ++i) {
-    const float value = read_float(row, k + i, FROM);
-    if constexpr (TO == kFloat32) static_cast<float*>(out)[i] = value;
-    else static_cast<uint16_t*>(out)[i] = bf16_of(value);
-  }
-}
-
-// Rows of a whole panel, of any type, through a buffer that stays in the L1 cache. Returns the first k left to do.
-template <int FROM, int TO>
-int64_t pack_converted(char* panel, const LinearShape& shape, int chunk, const char* rows, int64_t row_stride) {
-  constexpr int64_t kColumns = 256, kElement = TO == kFloat32 ? 4 : 2;
-  alignas(64) char buffer[kLanes * kColumns * kElement];
-  const int64_t k_end = shape.bounds[chunk + 1];
-  int64_t k = shape.bounds[chunk], done = -1;
-  while (k != done) {
-    const int64_t n = least(kColumns, k_end - k);
-    for (int r = 0; r < kLanes; ++r) {
-      const char* row = rows + r * row_stride * (FROM == kFloat32 ? 4 : 2);
-      convert_row<FROM, TO>(row, k, n, buffer + r * kColumns * kElement);
-    }
-    done = k;
-    k = pack_blocks(panel, shape, chunk, k, k + n, buffer, kColumns);
-  }
-  return k;
-}
-
-INLINE int64_t pack_whole_panel(char* panel, const LinearShape& shape, int chunk, const char* rows, int64_t row_stride,
-                                int dtype) {
-  const int64_t begin = shape.bounds[chunk], end = shape.bounds[chunk + 1];
-  if (dtype == shape.dtype) {
-    return pack_blocks(panel, shape, chunk, begin, end, rows + begin * (dtype == kFloat32 ? 4 : 2), row_stride);
-  }
-  if (shape.dtype == kBFloat16) {
-    return dtype == kFloat32 ? pack_converted<kFloat32, kBFloat16>(panel, shape, chunk, rows, row_stride)
-                             : pack_converted<kFloat16, kBFloat16>(panel, shape, chunk, rows, row_stride);
-  }
-  return dtype == kBFloat16 ? pack_converted<kBFloat16, kFloat32>(panel, shape, chunk, rows, row_stride)
-                            : pack_converted<kFloat16, kFloat32>(panel, shape, chunk, rows, row_stride);
-}
-
-int pack_rows(Pool* pool, void* weight, const void* rows_NK, int64_t row_stride, int dtype, int64_t row_start,
-              int64_t num_rows, const LinearShape* shape) {
-  const int64_t first = row_start / kLanes, panels = ceil_div(row_start + num_rows, kLanes) - first;
-  const int64_t element = dtype == kFloat32 ? 4 : 2;
-  parallel_for(pool, panels, 1, [&](int64_t panel, int64_t) {
-    panel += first;
-    char* out = static_cast<char*>(weight) + panel * shape->panel_bytes;
-    const int64_t begin = panel * kLanes < row_start ? row_start : panel * kLanes;
-    const int64_t end = least((panel + 1) * kLanes, row_start + num_rows);
-    const char* rows = static_cast<const char*>(rows_NK) + (begin - row_start) * row_stride * element;
-    for (int chunk = 0; chunk < shape->num_chunks; ++chunk) {
-      int64_t k = shape->bounds[chunk];
-      if (end - begin == kLanes) k = pack_whole_panel(out, *shape, chunk, rows, row_stride, dtype);
-      pack_elements(out, *shape, chunk, k, begin - panel * kLanes, rows_NK, row_stride, dtype, begin - row_start,
-                    end - begin);
-    }
-  });
-  return kOk;
 }

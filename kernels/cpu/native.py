@@ -14,16 +14,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import PackedLinear
+from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear
 
 LIBRARY = Path(__file__).with_name("libmegatron_infer_cpu.so")
-_ABI = 1
+_ABI = 2
 _LANES = 16
 _VECTOR_BYTES = 64
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int4: 4}
+_STEP_BYTES = {
+    torch.float32: (1, _VECTOR_BYTES),
+    torch.bfloat16: (2, _VECTOR_BYTES),
+    torch.int8: (GROUP, 32 + 16 * GROUP),
+    torch.int4: (GROUP, 32 + 8 * GROUP),
+}
+"""A panel's smallest step along K: how many k, and how many bytes; see LinearShape in kernels.h."""
 _SIGNATURES: dict[str, list[type]] = {
     "mi_linear": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_void_p],
     "mi_pack_rows": [c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int64, c_int64, c_void_p],
+    "mi_pack_quantized": [*[c_void_p] * 3, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p],
     "mi_paged_attention": [*[c_void_p] * 8, c_int64, c_void_p, c_float],
     "mi_rms_norm": [c_void_p, c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_float],
     "mi_rope_store_kv": [*[c_void_p] * 9, c_int64, c_void_p],
@@ -103,21 +111,19 @@ class CpuKernels:
 
     Args:
         num_threads: the calling thread counts; 1 starts no threads.
-        variant: "avx512", "avx2" or "generic"; "" takes the best this CPU has. All give the same bits.
+        isa: "avx512", "avx2" or "generic"; "auto" takes the best this CPU has. All give the same bits.
 
     Raises:
-        Unavailable: no library, or the CPU lacks the variant.
+        Unavailable: no library, or the CPU lacks the instruction set.
     """
 
-    def __init__(self, num_threads: int, variant: str = "") -> None:
+    def __init__(self, num_threads: int, isa: str = "auto") -> None:
         library = load_library()
-        handle = library.mi_pool_create(num_threads, variant.encode())
+        handle = library.mi_pool_create(num_threads, b"" if isa == "auto" else isa.encode())
         if not handle:
-            raise Unavailable(
-                f"this CPU lacks the {variant or 'generic'} variant, or {num_threads} threads are too many"
-            )
+            raise Unavailable(f"this CPU lacks {isa}, or {num_threads} threads are too many")
         self._library, self._pool = library, handle
-        self.variant: str = library.mi_pool_variant(handle).decode()
+        self.isa: str = library.mi_pool_variant(handle).decode()
         self.num_threads = num_threads
         self._attention_shapes: dict[tuple[object, ...], tuple[int, AttentionShape]] = {}
         self._linear, self._pack_rows = library.mi_linear, library.mi_pack_rows
@@ -129,15 +135,16 @@ class CpuKernels:
         self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> PackedLinear:
         """See megatron_infer.ops; panels of 16 columns as kernels.h describes, on huge pages where they fit."""
-        if dtype not in (torch.float32, torch.bfloat16):
+        if dtype not in _STEP_BYTES:
             raise ValueError(
-                f"the CPU kernels hold weights as bfloat16 or float32, not {dtype}; set dtype to one of them"
+                f"the CPU kernels hold weights as bfloat16, float32, int8 or int4, not {dtype}; set dtype to bfloat16"
             )
         assert device.type == "cpu"
-        step = 1 if dtype == torch.float32 else 2
+        step, step_bytes = _STEP_BYTES[dtype]
+        assert dtype not in QUANTIZED or not any(bound % GROUP for bound in chunk_bounds[:-1])
         chunk_bytes = [0]
         for begin, end in zip(chunk_bounds, chunk_bounds[1:], strict=False):
-            chunk_bytes.append(chunk_bytes[-1] + -(-(end - begin) // step) * _VECTOR_BYTES)
+            chunk_bytes.append(chunk_bytes[-1] + -(-(end - begin) // step) * step_bytes)
         shape = LinearShape(out_dim, in_dim, chunk_bytes[-1], _DTYPES[dtype], len(chunk_bounds) - 1)
         shape.bounds[: len(chunk_bounds)] = chunk_bounds
         shape.chunk_bytes[: len(chunk_bytes)] = chunk_bytes
@@ -161,6 +168,28 @@ class CpuKernels:
             weight_NK.data_ptr(),
             weight_NK.stride(0),
             _DTYPES[weight_NK.dtype],
+            row_start,
+            num_rows,
+            packed.layout[0],
+        )
+        _check(status)
+
+    def pack_quantized(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+        """See megatron_infer.ops."""
+        num_rows, in_dim = values_NK.shape
+        assert in_dim == packed.in_dim and row_start >= 0 and row_start + num_rows <= packed.out_dim
+        assert packed.dtype in QUANTIZED and values_NK.dtype is torch.int8 and scales_NG.dtype is torch.bfloat16
+        assert scales_NG.shape == (num_rows, -(-in_dim // GROUP))
+        if not values_NK.numel():
+            return
+        values_NK, scales_NG = (t if t.stride(1) == 1 else t.contiguous() for t in (values_NK, scales_NG))
+        status = self._library.mi_pack_quantized(
+            self._pool,
+            packed.data.data_ptr(),
+            values_NK.data_ptr(),
+            values_NK.stride(0),
+            scales_NG.data_ptr(),
+            scales_NG.stride(0),
             row_start,
             num_rows,
             packed.layout[0],

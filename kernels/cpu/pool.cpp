@@ -222,6 +222,13 @@ int mi_pack_rows(Pool* pool, void* weight, const void* rows_NK, int64_t row_stri
   return pool->kernels->pack_rows(pool, weight, rows_NK, row_stride, dtype, row_start, num_rows, shape);
 }
 
+int mi_pack_quantized(Pool* pool, void* weight, const int8_t* q_NK, int64_t q_stride, const uint16_t* scales_NG,
+                      int64_t scale_stride, int64_t row_start, int64_t num_rows, const LinearShape* shape) {
+  Turn turn(pool);
+  return pool->kernels->pack_quantized(pool, weight, q_NK, q_stride, scales_NG, scale_stride, row_start, num_rows,
+                                       shape);
+}
+
 int mi_paged_attention(Pool* pool, float* o_TNH, const float* q_TNH, const void* k_cache, const void* v_cache,
                        const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
                        int64_t S, const AttentionShape* shape, float scale) {

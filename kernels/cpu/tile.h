@@ -51,21 +51,22 @@ INLINE void multiply(const float* a, const char* b, int64_t panel_bytes, int64_t
   }
 }
 
-// The most panels (a power of two) whose accumulators fit the registers beside mr rows.
-constexpr int most_panels(int mr) {
+// The most panels (a power of two) whose accumulators, `vectors` at most, fit the registers beside mr rows.
+constexpr int most_panels(int mr, int vectors) {
   int np = 8;
-  while (np > 1 && np * mr > kTileVectors) np /= 2;
+  while (np > 1 && np * mr > vectors) np /= 2;
   return np;
 }
 
-// Picks Function<MR, NP>::run for run-time mr <= kTileRows and np <= most_panels(mr), a power of two.
-template <template <int, int> class Function, int MR = kTileRows, int NP = most_panels(MR)>
+// Picks Function<MR, NP>::run for run-time mr from `lowest` to kTileRows and np <= most_panels(mr, vectors), a power of two.
+template <template <int, int> class Function, int vectors, int lowest, int MR = kTileRows,
+          int NP = most_panels(MR, vectors)>
 INLINE auto pick_tile(int mr, int np) -> decltype(&Function<1, 1>::run) {
   if (mr == MR && np == NP) return &Function<MR, NP>::run;
   if constexpr (NP > 1) {
-    if (mr == MR) return pick_tile<Function, MR, NP / 2>(mr, np);
+    if (mr == MR) return pick_tile<Function, vectors, lowest, MR, NP / 2>(mr, np);
   }
-  if constexpr (MR > 1) return pick_tile<Function, MR - 1>(mr, np);
+  if constexpr (MR > lowest) return pick_tile<Function, vectors, lowest, MR - 1>(mr, np);
   return nullptr;
 }
 

@@ -4,7 +4,8 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
+#include "pack.h"
 
 constexpr Kernels table_named(const char* name) {
-  return {name, linear, pack_rows, paged_attention, rms_norm, rope_store_kv, silu_mul, argmax, gather_rows};
+  return {name, linear, pack_rows, pack_quantized, paged_attention, rms_norm, rope_store_kv, silu_mul, argmax, gather_rows};
 }

@@ -9,8 +9,10 @@
 #define INLINE static inline __attribute__((always_inline))
 #if defined(__clang__)
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("nounroll")
 #else
 #define UNROLL _Pragma("GCC unroll 64")
+#define NO_UNROLL _Pragma("GCC unroll 1")
 #endif
 
 #if defined(MI_VARIANT_AVX512)
@@ -80,6 +82,7 @@ INLINE V exp_(V x) {
 // Calls body(first, count) for [0, total) cut into pieces of `grain`, on several threads if there are several pieces.
 template <class Body>
 void parallel_for(Pool* pool, int64_t total, int64_t grain, const Body& body) {
+  if (total == 0) return;
   struct Context {
     const Body* body;
     int64_t total, grain;

@@ -9,6 +9,7 @@ struct V {
 
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 6;
+constexpr int kGroupTileVectors = 6;
 
 // Lanes below n get the sign bit that maskload and maskstore look at.
 INLINE __m256i first(int n) {
@@ -119,4 +120,59 @@ INLINE void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* o
   transpose8(rows + 8, column, out + 8);
   transpose8(rows, column + 8, out + 128);
   transpose8(rows + 8, column + 8, out + 136);
+}
+
+// 16 int32 lanes.
+struct I {
+  __m256i a, b;
+};
+
+INLINE I zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+INLINE I spread(const int32_t* p) { return {_mm256_set1_epi32(*p), _mm256_set1_epi32(*p)}; }
+INLINE I load(const int32_t* p) {
+  const __m256i* vectors = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(vectors), _mm256_loadu_si256(vectors + 1)};
+}
+INLINE void store(int32_t* p, I x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), x.b);
+}
+INLINE I sub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+INLINE V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+INLINE I round_to_int(V x) { return {_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b)}; }
+
+// 16 x 2 signed bytes as 16 x 2 int16; see LinearShape.
+INLINE I load_pairs(const void* p) {
+  const __m128i* bytes = static_cast<const __m128i*>(p);
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(bytes)), _mm256_cvtepi8_epi16(_mm_loadu_si128(bytes + 1))};
+}
+
+// 16 x 4 nibbles as 16 x 4 bytes; see LinearShape.
+INLINE I load_quads(const void* p) {
+  const __m256i both = _mm256_loadu_si256(static_cast<const __m256i*>(p)), low = _mm256_set1_epi32(0x0f0f0f0f);
+  return {_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi32(both, 4), low)};
+}
+
+// Left to itself GCC multiplies for all rows before it adds, and runs out of registers; this keeps a sum's steps in order.
+INLINE I in_order(I x) {
+  asm volatile("" : "+x"(x.a), "+x"(x.b));
+  return x;
+}
+
+// sum + w . x, of 2 x int16 in each lane.
+INLINE I dot_pairs(I sum, I w, I x) {
+  return in_order({_mm256_add_epi32(sum.a, _mm256_madd_epi16(w.a, x.a)),
+                   _mm256_add_epi32(sum.b, _mm256_madd_epi16(w.b, x.b))});
+}
+
+// sum + w . x, of 4 x (0..15 times a signed byte) in each lane. After up to 8 of them finish_quads gives the lanes:
+// until then these are int16 sums of pairs, at most 8 x 2 x 15 x 127.
+INLINE I dot_quads(I sum, I w, I x) {
+  return in_order({_mm256_add_epi16(sum.a, _mm256_maddubs_epi16(w.a, x.a)),
+                   _mm256_add_epi16(sum.b, _mm256_maddubs_epi16(w.b, x.b))});
+}
+
+INLINE I finish_quads(I sum) {
+  const __m256i ones = _mm256_set1_epi16(1);
+  return {_mm256_madd_epi16(sum.a, ones), _mm256_madd_epi16(sum.b, ones)};
 }

@@ -9,6 +9,7 @@ struct V {
 
 constexpr int kTileRows = 12;  // most rows of a register tile
 constexpr int kTileVectors = 24;  // most accumulators of one
+constexpr int kGroupTileVectors = 16;
 
 INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 
@@ -84,4 +85,43 @@ INLINE void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* o
     _mm512_storeu_si512(out + 16 * (8 + j), _mm512_shuffle_i32x4(x1, y1, 0x88));
     _mm512_storeu_si512(out + 16 * (12 + j), _mm512_shuffle_i32x4(x1, y1, 0xdd));
   }
+}
+
+// 16 int32 lanes.
+struct I {
+  __m512i v;
+};
+
+INLINE I zero_int() { return {_mm512_setzero_si512()}; }
+INLINE I spread(const int32_t* p) { return {_mm512_set1_epi32(*p)}; }
+INLINE I load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+INLINE void store(int32_t* p, I x) { _mm512_storeu_si512(p, x.v); }
+INLINE I sub(I x, I y) { return {_mm512_sub_epi32(x.v, y.v)}; }
+INLINE V to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
+INLINE I round_to_int(V x) { return {_mm512_cvtps_epi32(x.v)}; }
+
+// 16 x 2 signed bytes as 16 x 2 int16; see LinearShape.
+INLINE I load_pairs(const void* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(static_cast<const __m256i*>(p)))};
+}
+
+// 16 x 4 nibbles as 16 x 4 bytes; see LinearShape.
+INLINE I load_quads(const void* p) {
+  const __m512i both = _mm512_broadcast_i64x4(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  const __m512i shift = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4);
+  return {_mm512_and_si512(_mm512_srlv_epi32(both, shift), _mm512_set1_epi32(0x0f0f0f0f))};
+}
+
+// sum + w . x, of 2 x int16 in each lane.
+INLINE I dot_pairs(I sum, I w, I x) {
+  return {_mm512_dpwssd_epi32(sum.v, w.v, x.v)};
+}
+
+// sum + w . x, of 4 x (0..15 times a signed byte) in each lane.
+INLINE I dot_quads(I sum, I w, I x) {
+  return {_mm512_dpbusd_epi32(sum.v, w.v, x.v)};
+}
+
+INLINE I finish_quads(I sum) {
+  return sum;
 }

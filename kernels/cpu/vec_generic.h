@@ -10,6 +10,7 @@ struct V {
 
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = 4;
+constexpr int kGroupTileVectors = 4;
 
 #define EACH_QUARTER(expression)                       \
   V r;                                                 \
@@ -91,3 +92,67 @@ INLINE void transpose16(const uint32_t* const* rows, int64_t column, uint32_t* o
     for (int c = 0; c < 16; ++c) out[16 * c + r] = row[c];
   }
 }
+
+// 16 int32 lanes.
+struct I {
+  int32_t lane[16];
+};
+
+#define EACH_INT(expression)                               \
+  I r;                                                     \
+  UNROLL for (int i = 0; i < 16; ++i) r.lane[i] = expression; \
+  return r
+
+INLINE I zero_int() { EACH_INT(0); }
+INLINE I spread(const int32_t* p) { EACH_INT(*p); }
+INLINE I load(const int32_t* p) {
+  I r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+INLINE void store(int32_t* p, I x) { __builtin_memcpy(p, &x, sizeof x); }
+INLINE I sub(I x, I y) { EACH_INT(x.lane[i] - y.lane[i]); }
+INLINE V to_float(I x) { EACH_LANE(static_cast<float>(x.lane[4 * i + j])); }
+
+// To nearest even, for magnitudes below 2^22: the sum with 1.5 * 2^23 has the integer in its low bits.
+INLINE I round_to_int(V x) {
+  EACH_INT([](float sum) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &sum, sizeof bits);
+    return static_cast<int32_t>(bits - 0x4b400000u);
+  }(x.q[i / 4][i % 4] + 12582912.0f));
+}
+
+// Byte i of a lane, signed.
+INLINE int32_t byte_of(int32_t lane, int i) { return static_cast<int8_t>(static_cast<uint32_t>(lane) >> (8 * i)); }
+INLINE int32_t half_of(int32_t lane, int i) { return static_cast<int16_t>(static_cast<uint32_t>(lane) >> (16 * i)); }
+
+// 16 x 2 signed bytes as 16 x 2 int16; see LinearShape.
+INLINE I load_pairs(const void* p) {
+  int8_t bytes[32];
+  __builtin_memcpy(bytes, p, sizeof bytes);
+  EACH_INT(static_cast<int32_t>(static_cast<uint32_t>(bytes[2 * i + 1]) << 16 | static_cast<uint16_t>(bytes[2 * i])));
+}
+
+// 16 x 4 nibbles as 16 x 4 bytes; see LinearShape.
+INLINE I load_quads(const void* p) {
+  uint32_t words[8];
+  __builtin_memcpy(words, p, sizeof words);
+  EACH_INT(static_cast<int32_t>(words[i % 8] >> (i / 8 * 4) & 0x0f0f0f0f));
+}
+
+// sum + w . x, of 2 x int16 in each lane.
+INLINE I dot_pairs(I sum, I w, I x) {
+  EACH_INT(sum.lane[i] + half_of(w.lane[i], 0) * half_of(x.lane[i], 0) + half_of(w.lane[i], 1) * half_of(x.lane[i], 1));
+}
+
+// sum + w . x, of 4 x (0..15 times a signed byte) in each lane.
+INLINE I dot_quads(I sum, I w, I x) {
+  I r = sum;
+  for (int b = 0; b < 4; ++b) {
+    UNROLL for (int i = 0; i < 16; ++i) r.lane[i] += byte_of(w.lane[i], b) * byte_of(x.lane[i], b);
+  }
+  return r;
+}
+
+INLINE I finish_quads(I sum) { return sum; }

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from megatron_infer.engine.step import Step
 
+_ZERO = np.zeros(1, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -35,33 +37,25 @@ class Batch:
 
     @classmethod
     def load(cls, step: Step, block_size: int, device: torch.device) -> Batch:
-        """Lay out `step` on the host and move it over in one copy."""
-        query_lens = np.asarray(step.query_lens_S, dtype=np.int64)
-        context_lens = np.asarray(step.context_lens_S, dtype=np.int64)
-        ends = np.cumsum(query_lens)
-        num_tokens, num_seqs = int(ends[-1]), len(query_lens)
-        starts = ends - query_lens
-        sequence_T = np.repeat(np.arange(num_seqs), query_lens)
-        positions_T = np.arange(num_tokens) - starts[sequence_T] + (context_lens - query_lens)[sequence_T]
-        width = max(len(table) for table in step.block_tables)
-        tables_SB = np.zeros((num_seqs, width), dtype=np.int64)
+        """Lay out `step` on the host and move it over in one copy: first what is int64, then what is int32."""
+        num_seqs = len(step.query_lens_S)
+        ends = step.query_lens_S.cumsum()
+        sequence_T = np.arange(num_seqs).repeat(step.query_lens_S)
+        positions_T = np.arange(len(sequence_T)) + (step.context_lens_S - ends)[sequence_T]
+        tables_SB = np.zeros((num_seqs, max(map(len, step.block_tables))), dtype=np.int64)
         for row, table in enumerate(step.block_tables):
             tables_SB[row, : len(table)] = table
         slots_T = tables_SB[sequence_T, positions_T // block_size] * block_size + positions_T % block_size
-        sample_rows = (ends - 1)[np.asarray(step.sample_S, dtype=bool)]
-        parts = [
-            step.token_ids_T,
-            slots_T,
-            sample_rows,
-            positions_T,
-            np.concatenate(([0], ends)),
-            context_lens,
-            tables_SB.reshape(-1),
-        ]
-        buffer = torch.from_numpy(np.concatenate(parts).astype(np.int64, copy=False)).to(device)
-        ids, slots, rows, positions, query_start, contexts, tables = buffer.split([len(part) for part in parts])
-        narrow = buffer[len(ids) + len(slots) + len(rows) :].to(torch.int32)
-        positions, query_start, contexts, tables = narrow.split(
-            [len(positions), len(query_start), len(contexts), len(tables)]
+        wide = (step.token_ids_T, slots_T, (ends - 1)[step.sample_S != 0])
+        narrow = (positions_T, _ZERO, ends, step.context_lens_S, tables_SB.reshape(-1))
+        num_wide, num_narrow = sum(map(len, wide)), sum(map(len, narrow))
+        host = np.empty(num_wide + (num_narrow + 1) // 2, dtype=np.int64)
+        np.concatenate(wide, out=host[:num_wide])
+        np.concatenate(narrow, out=host.view(np.int32)[2 * num_wide :][:num_narrow], casting="same_kind")
+        buffer = torch.from_numpy(host).to(device)
+        num_tokens, num_table = len(positions_T), tables_SB.size
+        ids, slots, rows, _ = buffer.split_with_sizes([num_tokens, num_tokens, len(wide[2]), len(host) - num_wide])
+        _, positions, query_start, contexts, tables, _ = buffer.view(torch.int32).split_with_sizes(
+            [2 * num_wide, num_tokens, num_seqs + 1, num_seqs, num_table, num_narrow % 2]
         )
-        return cls(ids, positions, slots, query_start, contexts, tables.view(num_seqs, width), rows)
+        return cls(ids, positions, slots, query_start, contexts, tables.view(tables_SB.shape), rows)

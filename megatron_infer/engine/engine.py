@@ -63,7 +63,9 @@ class Engine:
         plan = self.scheduler.schedule()
         if plan is None:
             return []
-        draws = [self._draw(i) for i, wanted in zip(plan.request_ids, plan.sample_S, strict=True) if wanted]
+        draws = []
+        if plan.full_logits:
+            draws = [self._draw(i) for i, wanted in zip(plan.request_ids, plan.sample_S, strict=True) if wanted]
         try:
             if self.group.size > 1:
                 worker.send_step(self.group, plan)

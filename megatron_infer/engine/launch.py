@@ -23,10 +23,11 @@ from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig, ModelConfig
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.model.checkpoint import Checkpoint
-from megatron_infer.model.formats import PlainFormat
+from megatron_infer.model.formats import make_format, stored_dtypes
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
 
 log = logging.getLogger("megatron_infer")
@@ -124,7 +125,7 @@ def rank_device(config: EngineConfig, local_rank: int) -> torch.device:
 def check_memory(config: EngineConfig, model: ModelConfig) -> None:
     """Refuse, before anything is read, a model whose weights and one full context cannot fit (ValueError)."""
     size = config.tensor_parallel_size or 1
-    weights = memory_estimate(model, size, _TORCH_DTYPES[config.dtype])
+    weights = memory_estimate(model, size, _TORCH_DTYPES[config.dtype], config.quantization)
     cache = _block_bytes(config, model, 0) * -(-(config.max_model_len or 0) // config.block_size)
     if config.device == "cuda":
         sharing, free = 1, int(torch.cuda.mem_get_info()[0] * config.gpu_memory_utilization)
@@ -137,7 +138,8 @@ def check_memory(config: EngineConfig, model: ModelConfig) -> None:
     if weights * sharing > free:
         raise ValueError(
             f"the weights need {_gib(weights)} on each of {sharing} rank(s) here, but {_gib(free)} are free; use more "
-            f"tensor-parallel ranks on more devices, a machine with more memory, or dtype='bfloat16'"
+            f"tensor-parallel ranks on more devices, a machine with more memory, dtype='bfloat16', or quantization "
+            f"'int8' or 'int4'"
         )
 
 
@@ -151,26 +153,36 @@ def _block_bytes(config: EngineConfig, model: ModelConfig, rank: int) -> int:
     return KVCache.block_bytes(model.num_hidden_layers, heads, config.block_size, model.head_dim, dtype)
 
 
-def build_runner(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup) -> ModelRunner:
+def build_runner(
+    checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, profile: Profile | None = None
+) -> ModelRunner:
     """Load this rank's share of the model and allocate its KV cache; collective over the group.
 
     Args:
         checkpoint: an open checkpoint of any kind.
         config: a resolved EngineConfig.
         group: this rank's tensor-parallel group.
+        profile: where ops and collectives are timed into, if anywhere.
     """
     model_config = checkpoint.config
-    ops = select_ops(group.device, num_threads=config.num_threads or 1, deterministic=config.deterministic)
+    ops = select_ops(
+        group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa, deterministic=config.deterministic
+    )
     dtype = _TORCH_DTYPES[config.dtype]
+    linear_dtype, head_dtype = stored_dtypes(dtype, config.quantization)
     if group.rank == 0:
         for chosen, names in _grouped(ops.report).items():
             log.info("ops: %s: %s", chosen, ", ".join(names))
+    if profile is not None:
+        ops = profile.timed_ops(ops, group.device)
+        group.record(profile)
     assert config.max_model_len is not None
     model = Transformer(
         model_config,
         tp=group,
         ops=ops,
-        fmt=PlainFormat(ops, dtype, group.device),
+        fmt=make_format(ops, linear_dtype, group.device),
+        head_fmt=make_format(ops, head_dtype, group.device),
         dtype=dtype,
         num_positions=config.max_model_len,
     )

@@ -5,9 +5,10 @@ Every rank runs the same code; rank 0 alone samples and returns tokens. It does 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import itemgetter
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,11 +37,14 @@ class ModelRunner:
             Rank 0: one Sampled per marked row. Other ranks: nothing.
         """
         batch = Batch.load(step, self.kv.block_size, self.tp.device)
-        self.kv.copy_heads([(int(s), int(d), int(n)) for s, d, n in step.copies_C3])
+        self.kv.copy_heads(step.copies_C3.tolist())
         hidden_TD = self.model.forward(batch, self.kv)
-        if not len(batch.sample_rows):
+        num_sampled = batch.sample_rows.shape[0]
+        if not num_sampled:
             return []
-        local_SV = self.model.logits(hidden_TD.index_select(0, batch.sample_rows))
+        # While all decode, every row is sampled.
+        sampled_SD = hidden_TD if num_sampled == hidden_TD.shape[0] else hidden_TD.index_select(0, batch.sample_rows)
+        local_SV = self.model.logits(sampled_SD)
         if step.full_logits:
             return self._sample(local_SV, draws)
         return self._argmax(local_SV)
@@ -55,13 +59,17 @@ class ModelRunner:
     def _argmax(self, local_SV: Tensor) -> list[Sampled]:
         """Greedy: ranks exchange (max, index) pairs. A vocabulary below 2^24 keeps the index exact in fp32."""
         values_S, indices_S = self.model.ops.argmax(local_SV)
+        if self.tp.size == 1:
+            return [_best([pair]) for pair in zip(values_S.tolist(), indices_S.tolist(), strict=True)]
         pairs_S2 = torch.stack([values_S.float(), (indices_S + self.model.head.start).float()], dim=1)
         gathered = self.tp.all_gather(pairs_S2)
         if self.tp.rank:
             return []
-        by_rank = gathered.cpu().numpy().reshape(len(values_S), self.tp.size, 2)
-        best = by_rank[:, :, 0].argmax(axis=1)
-        return [
-            Sampled(int(row[winner, 1])) if np.isfinite(row[:, 0]).all() else Sampled(0, error=NOT_FINITE)
-            for row, winner in zip(by_rank, best, strict=True)
-        ]
+        return [_best(list(zip(row[::2], row[1::2], strict=True))) for row in gathered.tolist()]
+
+
+def _best(pairs: Sequence[tuple[float, float]]) -> Sampled:
+    """The index with the largest value among (value, index) of every rank; the first rank's among equals."""
+    if not all(math.isfinite(value) for value, _ in pairs):
+        return Sampled(0, error=NOT_FINITE)
+    return Sampled(int(max(pairs, key=itemgetter(0))[1]))

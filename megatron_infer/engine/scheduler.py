@@ -182,6 +182,8 @@ class Scheduler:
 
     def _admit(self, plan: _Plan, budget: int) -> None:
         """Move waiting requests into the step, in order, while budget, sequences and blocks last."""
+        if not self._waiting:
+            return
         being_written = {key: row for row in plan.rows if (key := self._first_block_written(*row)) is not None}
         while self._waiting and budget and len(self._running) < self.max_num_seqs:
             request = self._waiting[0]

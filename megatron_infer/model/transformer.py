@@ -54,6 +54,7 @@ class Attention:
         self.scale = dim**-0.5
         self.ops = ops
         self.qkv = ColumnParallelLinear(
+            "attention.qkv",
             config.hidden_size,
             [
                 Rows(f"{name}.wq", query.start * dim, query.stop * dim),
@@ -64,6 +65,7 @@ class Attention:
             fmt=fmt,
         )
         self.out = RowParallelLinear(
+            "attention.out",
             f"{name}.wo",
             config.num_attention_heads * dim,
             config.hidden_size,
@@ -81,7 +83,7 @@ class Attention:
         o_TNH = self.ops.paged_attention(
             q_TNH, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S, self.scale
         )
-        return self.out(o_TNH.flatten(1))
+        return self.out(o_TNH.view(o_TNH.shape[0], -1))
 
 
 class FeedForward:
@@ -91,9 +93,16 @@ class FeedForward:
         name = f"layers.{layer}.feed_forward"
         self.ops = ops
         self.down = RowParallelLinear(
-            f"{name}.w2", config.intermediate_size, config.hidden_size, bias=config.mlp_bias, tp=tp, fmt=fmt
+            "feed_forward.down",
+            f"{name}.w2",
+            config.intermediate_size,
+            config.hidden_size,
+            bias=config.mlp_bias,
+            tp=tp,
+            fmt=fmt,
         )
         self.gate_up = ColumnParallelLinear(
+            "feed_forward.gate_up",
             config.hidden_size,
             [Rows(f"{name}.w1", *self.down.cols), Rows(f"{name}.w3", *self.down.cols)],
             bias=config.mlp_bias,
@@ -131,7 +140,8 @@ class Transformer:
     Args:
         config: the model's shape.
         tp: this rank's group; the layers divide themselves by it.
-        ops: the op table. fmt: how linear weights are stored. dtype: of the embedding table.
+        ops: the op table. dtype: of the embedding table.
+        fmt, head_fmt: how the weights of the blocks and of the head are stored.
         num_positions: how many positions the rotary tables cover.
     """
 
@@ -142,6 +152,7 @@ class Transformer:
         tp: TPGroup,
         ops: Ops,
         fmt: WeightFormat,
+        head_fmt: WeightFormat,
         dtype: torch.dtype,
         num_positions: int,
     ) -> None:
@@ -153,7 +164,7 @@ class Transformer:
         self.blocks = [Block(config, i, tp=tp, ops=ops, fmt=fmt) for i in range(config.num_hidden_layers)]
         self.norm = Norm("norm", config, tp.device)
         head = "tok_embeddings" if config.tie_word_embeddings else "output"
-        self.head = VocabParallelHead(head, config.hidden_size, config.vocab_size, tp=tp, fmt=fmt)
+        self.head = VocabParallelHead(head, config.hidden_size, config.vocab_size, tp=tp, fmt=head_fmt)
         cos_PH, sin_PH = rope_tables(config, num_positions)
         self.rope = (cos_PH.to(tp.device), sin_PH.to(tp.device))
 

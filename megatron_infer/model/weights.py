@@ -6,11 +6,13 @@ Megatron divides each tensor among ranks. Knows no files and reads nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from megatron_infer.config import ModelConfig
+from megatron_infer.model.formats import bytes_per_weight, stored_dtypes
 
 RowRange = tuple[int, int]
 """Rows [start, stop) of a tensor's first dimension."""
@@ -190,8 +192,8 @@ def check_num_shards(config: ModelConfig, num_shards: int) -> None:
         )
 
 
-def memory_estimate(config: ModelConfig, tp: int, dtype: torch.dtype) -> int:
-    """Bytes of weights on the fullest of `tp` ranks: matrices in `dtype`, norms and biases in fp32.
+def memory_estimate(config: ModelConfig, tp: int, dtype: torch.dtype, quantization: str = "none") -> int:
+    """Bytes of weights on the fullest of `tp` ranks: matrices in `dtype` or quantised, norms and biases in fp32.
 
     A tied head counts twice, as the embedding is looked up by rows and the head is packed for multiplication; KV heads
     count on every rank that holds a copy. Padding of the packed layout (well under 1%) is left out.
@@ -207,4 +209,6 @@ def memory_estimate(config: ModelConfig, tp: int, dtype: torch.dtype) -> int:
     vectors += (2 * ffn + hidden) * config.mlp_bias
     layers = config.num_hidden_layers
     fp32_bytes = 4
-    return (layers * matrices + 2 * vocab * hidden) * dtype.itemsize + (layers * vectors + hidden) * fp32_bytes
+    linear_bytes, head_bytes = map(bytes_per_weight, stored_dtypes(dtype, quantization))
+    weight_bytes = layers * matrices * linear_bytes + vocab * hidden * (dtype.itemsize + head_bytes)
+    return math.ceil(weight_bytes) + (layers * vectors + hidden) * fp32_bytes

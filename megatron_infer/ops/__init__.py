@@ -13,6 +13,10 @@ import torch
 from torch import Tensor
 
 NUM_CHUNKS = 8
+GROUP = 32
+"""Consecutive k of one output row that share a scale in the int8 and int4 formats."""
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]  # torch's stubs do not list it
+QUANTIZED = (torch.int8, INT4)
 
 
 def chunk_bounds(in_dim: int, unit: int = 1) -> tuple[int, ...]:
@@ -27,9 +31,11 @@ class PackedLinear:
 
     Attributes:
         data: opaque; only the ops of the same table read it.
+        dtype: of the weights as stored: floating, or torch.int8 or torch.int4 with a bf16 scale per row and GROUP of k.
         chunk_bounds: of the chunks of K this rank owns, from 0 to in_dim; 8, 4, 2 or 1 chunks.
         bias: fp32 [out_dim], added last; None where it is added after the all-reduce.
         layout: whatever the owner keeps about `data`.
+        name: what it is in the network ("attention.qkv"), for profiles.
     """
 
     data: Tensor
@@ -39,6 +45,7 @@ class PackedLinear:
     chunk_bounds: tuple[int, ...]
     bias: Tensor | None = None
     layout: Any = None
+    name: str = "linear"
 
     def __post_init__(self) -> None:
         owned = len(self.chunk_bounds) - 1
@@ -61,9 +68,19 @@ class PackRows(Protocol):
         ...
 
 
+class PackQuantized(Protocol):
+    def __call__(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+        """Store rows of an int8 or int4 weight: int8 values, within [-127, 127] or [-8, 7], and bf16 scales."""
+        ...
+
+
 class Linear(Protocol):
     def __call__(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
-        """y_TN: fp32 sums over ascending k inside each chunk, the chunks added in a binary tree, the bias last."""
+        """y_TN: fp32 sums over ascending k inside each chunk, the chunks added in a binary tree, the bias last.
+
+        An int8 or int4 weight sums group by group, dot * (weight scale * row scale): the row's group is rounded to 12
+        bits (int8) or 8 (int4) of its largest magnitude, so that dot, a sum of integers, is exact.
+        """
         ...
 
 
@@ -141,6 +158,7 @@ class Ops:
 
     allocate_linear: AllocateLinear
     pack_rows: PackRows
+    pack_quantized: PackQuantized
     linear: Linear
     rms_norm: RmsNorm
     add_rms_norm: AddRmsNorm

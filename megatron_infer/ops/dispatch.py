@@ -14,10 +14,11 @@ import torch
 from megatron_infer.kernels.cpu import native
 from megatron_infer.ops import Ops, reference, vendor
 
-# A packed weight is read only by whoever packed it, so these three are always of one kind.
-_LINEAR = ("allocate_linear", "pack_rows", "linear")
 OP_NAMES = (
-    *_LINEAR,
+    "allocate_linear",
+    "pack_rows",
+    "pack_quantized",
+    "linear",
     "rms_norm",
     "add_rms_norm",
     "rope_store_kv",
@@ -40,15 +41,15 @@ class Candidate:
     refusal: str = ""
 
 
-def _native(device: torch.device, num_threads: int) -> Candidate:
+def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
     if device.type != "cpu":
         return Candidate("native", refusal=f"runs on the CPU, not on {device.type}")
     try:
-        kernels = native.CpuKernels(num_threads)
+        kernels = native.CpuKernels(num_threads, isa)
     except native.Unavailable as error:
         return Candidate("native", refusal=str(error))
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
-    return Candidate("native", f"{kernels.variant}, {threads}", {name: getattr(kernels, name) for name in OP_NAMES})
+    return Candidate("native", f"{kernels.isa}, {threads}", {name: getattr(kernels, name) for name in OP_NAMES})
 
 
 def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidate:
@@ -63,11 +64,19 @@ def _reference() -> Candidate:
     return Candidate("reference", "plain torch, slow", {name: getattr(reference, name) for name in OP_NAMES})
 
 
-def select_ops(device: torch.device, *, num_threads: int, deterministic: bool = False, force: str | None = None) -> Ops:
+def select_ops(
+    device: torch.device,
+    *,
+    num_threads: int,
+    isa: str = "auto",
+    deterministic: bool = False,
+    force: str | None = None,
+) -> Ops:
     """The best implementation of every op on `device`.
 
     Args:
         num_threads: of the CPU kernels; the calling thread counts.
+        isa: their instruction set; "auto" takes the best this CPU has, and all give the same bits.
         deterministic: only implementations whose bits do not depend on the batch.
         force: "native", "vendor" or "reference" only, else ValueError.
 
@@ -80,7 +89,7 @@ def select_ops(device: torch.device, *, num_threads: int, deterministic: bool = 
         raise ValueError(f"force is {force!r}; it must be native, vendor or reference")
     wanted = [force] if force else ["native", "vendor", "reference"]
     make: dict[str, Callable[[], Candidate]] = {
-        "native": lambda: _native(device, num_threads),
+        "native": lambda: _native(device, num_threads, isa),
         "vendor": lambda: _vendor(device, deterministic, force is not None),
         "reference": _reference,
     }
@@ -91,5 +100,7 @@ def select_ops(device: torch.device, *, num_threads: int, deterministic: bool = 
             because = "".join(f"; {other.name} refused: {other.refusal}" for other in refused)
             report = tuple(f"{op}: {candidate.name} ({candidate.detail}){because}" for op in OP_NAMES)
             return Ops(**candidate.ops, report=report)
+        if name == "native" and device.type == "cpu" and isa != "auto":
+            raise ValueError(f"cpu_isa {isa!r} cannot be used: {candidate.refusal}. Leave it at auto.")
         refused.append(candidate)
     raise ValueError(f"{force} ops cannot be used on {device}: {refused[-1].refusal}")

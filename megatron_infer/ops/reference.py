@@ -10,23 +10,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import PackedLinear
+from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
 
 KV_SPLIT = 256
 _LANES = 16
+_LIMITS = {torch.int8: 2047.0, INT4: 127.0}
+"""Largest magnitude of a quantised activation beside weights of that type."""
 
 
 def allocate_linear(
     out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> PackedLinear:
-    """The transposed matrix, [in_dim, out_dim]."""
-    data = torch.empty(in_dim, out_dim, dtype=dtype, device=device)
-    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds)
+    """The transposed matrix, [in_dim, out_dim], int4 as int8; the scales of a quantised one, fp32 [groups, out_dim]."""
+    is_quantized = dtype in QUANTIZED
+    data = torch.empty(in_dim, out_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
+    scales_GN = torch.empty(-(-in_dim // GROUP), out_dim, device=device) if is_quantized else None
+    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales_GN)
 
 
 def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
     """Store rows row_start .. row_start + N."""
     packed.data[:, row_start : row_start + weight_NK.shape[0]] = weight_NK.T
+
+
+def pack_quantized(packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+    """Store rows row_start .. row_start + N of a quantised weight."""
+    rows = slice(row_start, row_start + values_NK.shape[0])
+    packed.data[:, rows] = values_NK.T
+    packed.layout[:, rows] = scales_NG.T
 
 
 def _tree(parts: list[Tensor]) -> Tensor:
@@ -37,10 +48,16 @@ def _tree(parts: list[Tensor]) -> Tensor:
 
 
 def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
-    """Step i adds the product of every chunk's i-th k."""
+    """The sums of the chunks, added in a binary tree; the bias last."""
+    sums_of = _quantized_sums if packed.dtype in QUANTIZED else _plain_sums
+    y_TN = _tree(sums_of(x_TK.float(), packed))
+    return y_TN if packed.bias is None else y_TN + packed.bias
+
+
+def _plain_sums(x_TK: Tensor, packed: PackedLinear) -> list[Tensor]:
+    """Per chunk; step i adds the product of every chunk's i-th k."""
     bounds = packed.chunk_bounds
     lengths = [end - begin for begin, end in zip(bounds, bounds[1:], strict=False)]
-    x_TK = x_TK.float()
     sums_TCN = torch.zeros(x_TK.shape[0], len(lengths), packed.out_dim, dtype=torch.float32, device=x_TK.device)
     starts_C = torch.tensor(bounds[:-1], device=x_TK.device)
     longer_C = torch.tensor(lengths, device=x_TK.device)
@@ -52,8 +69,27 @@ def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
             active = (longer_C > i).nonzero()[:, 0]
             k_C = starts_C[active] + i
             sums_TCN[:, active] += x_TK[:, k_C, None] * packed.data[k_C].float()
-    y_TN = _tree(list(sums_TCN.unbind(1)))
-    return y_TN if packed.bias is None else y_TN + packed.bias
+    return list(sums_TCN.unbind(1))
+
+
+def _quantized_sums(x_TK: Tensor, packed: PackedLinear) -> list[Tensor]:
+    """Per chunk; each group adds float(dot) * (weight scale * row scale)."""
+    limit, bounds = _LIMITS[packed.dtype], packed.chunk_bounds
+    x_TGK = torch.nn.functional.pad(x_TK, (0, -x_TK.shape[1] % GROUP)).reshape(x_TK.shape[0], -1, GROUP)
+    size_TG = x_TGK.abs().amax(dim=2)
+    inverse_TG = torch.where(size_TG > 1e-30, limit / size_TG, 0.0)
+    values_TK = torch.round(x_TGK * inverse_TG[..., None]).reshape(x_TK.shape[0], -1)
+    scale_TG = size_TG / limit + (x_TGK * 0.0).amax(dim=2)  # NaN where the group has NaN or infinity
+    sums = []
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        total_TN = torch.zeros(x_TK.shape[0], packed.out_dim, dtype=torch.float32, device=x_TK.device)
+        for k in range(begin, end, GROUP):
+            group, span = k // GROUP, slice(k, min(k + GROUP, end))
+            # A matrix product, but of integers whose sums stay below 2^24: exact in any order.
+            dot_TN = values_TK[:, span] @ packed.data[span].float()
+            total_TN = total_TN + dot_TN * (packed.layout[group] * scale_TG[:, group, None])
+        sums.append(total_TN)
+    return sums
 
 
 def _sum_lanes(x: Tensor, lanes: int) -> Tensor:

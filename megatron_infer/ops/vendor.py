@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_infer.ops import PackedLinear
+from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear
 from megatron_infer.ops.reference import argmax as argmax
 from megatron_infer.ops.reference import rope_store_kv as _rope_store_kv
 
@@ -17,9 +17,13 @@ from megatron_infer.ops.reference import rope_store_kv as _rope_store_kv
 def allocate_linear(
     out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> PackedLinear:
-    """The matrix as it is, [out_dim, in_dim]."""
-    data = torch.empty(out_dim, in_dim, dtype=dtype, device=device)
-    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds)
+    """The matrix as it is, [out_dim, in_dim], int4 as int8; the scales of a quantised one, bf16 [out_dim, groups]."""
+    is_quantized = dtype in QUANTIZED
+    data = torch.empty(out_dim, in_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
+    scales_NG = None
+    if is_quantized:
+        scales_NG = torch.empty(out_dim, -(-in_dim // GROUP), dtype=torch.bfloat16, device=device)
+    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales_NG)
 
 
 def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
@@ -27,10 +31,19 @@ def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
     packed.data[row_start : row_start + weight_NK.shape[0]] = weight_NK
 
 
+def pack_quantized(packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+    """Store rows row_start .. row_start + N of a quantised weight."""
+    rows = slice(row_start, row_start + values_NK.shape[0])
+    packed.data[rows], packed.layout[rows] = values_NK, scales_NG
+
+
 def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
-    """x W^T + b in the dtype of x; whole K at once."""
+    """x W^T + b in the dtype of x; whole K at once. A quantised weight is expanded anew: saves memory, not time."""
     bias_N = None if packed.bias is None else packed.bias.to(x_TK.dtype)
-    return F.linear(x_TK, packed.data.to(x_TK.dtype), bias_N)
+    weight_NK = packed.data.to(x_TK.dtype)
+    if packed.dtype in QUANTIZED:
+        weight_NK *= packed.layout.to(x_TK.dtype).repeat_interleave(GROUP, dim=1)[:, : packed.in_dim]
+    return F.linear(x_TK, weight_NK, bias_N)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch._C._distributed_c10d import Store
 from torch.distributed import is_gloo_available, is_nccl_available
 
 from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
+from megatron_infer.profile import Profile, named
 from megatron_infer.tensor_parallel.process_groups import GlooBackend, NcclBackend
 from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, World
 from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
@@ -40,6 +41,17 @@ class Backend(Protocol):
     def broadcast_ints(self, ints: Ints | None) -> Ints: ...
     def abort(self, message: str) -> RankFailure: ...
     def close(self) -> None: ...
+
+
+class TimedBackend:
+    """A backend whose collectives are recorded in a profile; what peers keep this rank waiting counts."""
+
+    def __init__(self, backend: Backend, profile: Profile, device: torch.device) -> None:
+        self.name = backend.name
+        self.all_reduce = profile.timed(device, named("all_reduce"), backend.all_reduce)
+        self.all_gather = profile.timed(device, named("all_gather"), backend.all_gather)
+        self.broadcast_ints = profile.timed(device, named("broadcast"), backend.broadcast_ints)
+        self.abort, self.close = backend.abort, backend.close
 
 
 class TPGroup:
@@ -207,6 +219,11 @@ class TPGroup:
             return self._ready().broadcast_ints(ints)
         except BaseException as error:
             self._failed(error, "broadcast_ints")
+
+    def record(self, profile: Profile) -> None:
+        """Time this rank's collectives into `profile`; with one rank there are none."""
+        if self._backend is not None:
+            self._backend = TimedBackend(self._backend, profile, self.device)
 
     def abort(self, message: str) -> None:
         """Tell the peers that this rank fails, and why; they raise RankFailure. The first failure of a group stands."""

@@ -36,14 +36,16 @@ class Rows:
 class ColumnParallelLinear:
     """y_TN = x_TK W^T + b with the output features divided among the ranks; needs no communication.
 
-    Several layers that read the same input (q, k, v; gate, up) are one matrix here: `parts` in order.
+    Several layers that read the same input (q, k, v; gate, up) are one matrix here: `parts` in order. `label` is the
+    name of that matrix in profiles.
     """
 
-    def __init__(self, in_dim: int, parts: Sequence[Rows], *, bias: bool, fmt: WeightFormat) -> None:
+    def __init__(self, label: str, in_dim: int, parts: Sequence[Rows], *, bias: bool, fmt: WeightFormat) -> None:
         self.parts = tuple(parts)
         self.has_bias = bias
         self.fmt = fmt
         self.packed = fmt.allocate(sum(p.stop - p.start for p in parts), fmt.chunk_bounds(in_dim))
+        self.packed.name = label
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's rows."""
@@ -68,7 +70,9 @@ class RowParallelLinear:
     the result has the same bits at every tensor-parallel degree.
     """
 
-    def __init__(self, name: str, in_dim: int, out_dim: int, *, bias: bool, tp: TPGroup, fmt: WeightFormat) -> None:
+    def __init__(
+        self, label: str, name: str, in_dim: int, out_dim: int, *, bias: bool, tp: TPGroup, fmt: WeightFormat
+    ) -> None:
         bounds = fmt.chunk_bounds(in_dim)
         per_rank = NUM_CHUNKS // tp.size
         own = bounds[tp.rank * per_rank : (tp.rank + 1) * per_rank + 1]
@@ -76,6 +80,7 @@ class RowParallelLinear:
         self.has_bias, self.tp, self.fmt = bias, tp, fmt
         self.bias_N: Tensor | None = None
         self.packed = fmt.allocate(out_dim, tuple(b - own[0] for b in own))
+        self.packed.name = label
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's columns; the bias is whole on every rank and added once, after the reduction."""
@@ -95,27 +100,27 @@ def vocab_range(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
 
 
 class VocabParallelEmbedding:
-    """Token embedding with the vocabulary divided among the ranks; foreign ids give zeros, summed away."""
+    """Token embedding with the vocabulary divided among the ranks; foreign ids give zeros, summed away.
+
+    The table's last row is those zeros. A sum of ranks turns -0.0 into +0.0, so the table holds no -0.0 to begin with
+    and one rank alone gives the same bits.
+    """
 
     def __init__(self, name: str, vocab_size: int, dim: int, *, tp: TPGroup, ops: Ops, dtype: torch.dtype) -> None:
         self.name, self.tp, self.ops = name, tp, ops
         self.start, self.stop = vocab_range(vocab_size, tp.rank, tp.size)
-        self.table_VD = torch.empty(self.stop - self.start, dim, dtype=dtype, device=tp.device)
+        self.table_VD = torch.zeros(self.stop - self.start + 1, dim, dtype=dtype, device=tp.device)
 
     def load(self, source: TensorSource) -> None:
         """Read this rank's rows of the table."""
-        self.table_VD.copy_(source.read(f"{self.name}.weight", rows=(self.start, self.stop)))
+        self.table_VD[:-1].copy_(source.read(f"{self.name}.weight", rows=(self.start, self.stop))).add_(0.0)
 
     def __call__(self, ids_T: Tensor) -> Tensor:
         if self.tp.size == 1:
-            hidden_TD = self.ops.gather_rows(self.table_VD, ids_T)
-        else:
-            foreign_T = (ids_T < self.start) | (ids_T >= self.stop)
-            local_T = (ids_T - self.start).masked_fill_(foreign_T, 0)
-            hidden_TD = self.ops.gather_rows(self.table_VD, local_T)
-            hidden_TD = self.tp.all_reduce(hidden_TD.masked_fill_(foreign_T[:, None], 0.0))
-        # A sum of ranks turns -0.0 into +0.0; one rank alone must do the same to give the same bits.
-        return hidden_TD.add_(0.0)
+            return self.ops.gather_rows(self.table_VD, ids_T)
+        local_T = ids_T - self.start
+        local_T.masked_fill_((ids_T < self.start) | (ids_T >= self.stop), self.stop - self.start)
+        return self.tp.all_reduce(self.ops.gather_rows(self.table_VD, local_T))
 
 
 class VocabParallelHead:
@@ -125,7 +130,7 @@ class VocabParallelHead:
         self.vocab_size, self.tp = vocab_size, tp
         self.start, self.stop = vocab_range(vocab_size, tp.rank, tp.size)
         self.width = -(-vocab_size // tp.size)
-        self.linear = ColumnParallelLinear(dim, [Rows(name, self.start, self.stop)], bias=False, fmt=fmt)
+        self.linear = ColumnParallelLinear("head", dim, [Rows(name, self.start, self.stop)], bias=False, fmt=fmt)
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's rows."""

@@ -1,0 +1,140 @@
+"""What the commands share: options derived from the dataclasses, errors in one line, and that rank 0 alone speaks.
+
+A new field of EngineConfig or SamplingParams is an option of every command without code here. Knows no command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import typing
+from collections.abc import Callable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import megatron_infer
+from megatron_infer.config import DEFAULT_MODEL_NAME
+from megatron_infer.llm import EngineDeadError
+
+
+def _find_demo() -> Path:
+    for root in megatron_infer.__path__:
+        if (Path(root) / "demo" / "config.json").is_file():
+            return Path(root) / "demo"
+    return Path(megatron_infer.__path__[0]) / "demo"
+
+
+DEMO_DIR = _find_demo()
+"""The checkpoint that comes with the package; used where none is named."""
+
+
+class Parser(argparse.ArgumentParser):
+    """Rank 0 alone reports a wrong option."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        if is_first_rank():
+            super().error(message)
+        raise SystemExit(_refused())
+
+
+def run_command(command: Callable[[], int]) -> int:
+    """Run a command; what its user can mend becomes one line on stderr. Returns the exit status."""
+    try:
+        return command()
+    except ValueError as error:
+        say(f"error: {error}")
+        return _refused()
+    except EngineDeadError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of stdout went away (`| head`): not an error, but Python must not try to flush again.
+        sys.stdout = None
+        return 0
+
+
+def _refused() -> int:
+    """Exit status for bad input. The first rank to exit has torchrun end the others; rank 0 must have spoken first."""
+    if not is_first_rank():
+        time.sleep(1)
+    return 2
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(line: str) -> None:
+    """Print a line to stderr, on rank 0 alone."""
+    if is_first_rank() and sys.stderr is not None:
+        print(line, file=sys.stderr, flush=True)
+
+
+def log_to_stderr(level: int) -> None:
+    """Have rank 0 report what it does at start."""
+    if is_first_rank():
+        logging.basicConfig(format="%(message)s", stream=sys.stderr, level=level)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> Any:
+    """--model_dir and --model_name; returns their group."""
+    group = parser.add_argument_group("model")
+    add_option(group, "model_dir", help=f"checkpoint directory (default: the bundled demo, {DEMO_DIR.name}/)")
+    add_option(
+        group, "model_name", default=DEFAULT_MODEL_NAME, help="file stem of .pt checkpoints (default: %(default)s)"
+    )
+    return group
+
+
+def model_dir_of(args: argparse.Namespace) -> Path:
+    """The checkpoint directory that was asked for. Raises ValueError."""
+    if args.model_dir == "":
+        raise ValueError("--model_dir is empty; give a checkpoint directory, or leave it out for the demo")
+    return Path(args.model_dir or DEMO_DIR)
+
+
+def add_option(group: Any, name: str, **settings: Any) -> None:
+    """One option, in both spellings: with _ and with -."""
+    spellings = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+    group.add_argument(*spellings, dest=name, **settings)
+
+
+def add_options_of(cls: type, parser: argparse.ArgumentParser, title: str) -> None:
+    """A group with one option per field of a dataclass whose fields carry help texts."""
+    group = parser.add_argument_group(title)
+    for spec in fields(cls):
+        _add_field(group, cls, spec)
+
+
+def _add_field(group: Any, cls: type, spec: Field[Any]) -> None:
+    """One option for a dataclass field, typed by its annotation: bool, tuple (repeatable), or a scalar."""
+    kind = typing.get_type_hints(cls)[spec.name]
+    options = [t for t in typing.get_args(kind) if t is not type(None)] or [kind]
+    help_text = spec.metadata["help"] + (
+        f" (default: {spec.default})" if "default" not in spec.metadata["help"] else ""
+    )
+    if kind is bool:
+        add_option(group, spec.name, action=argparse.BooleanOptionalAction, default=None, help=spec.metadata["help"])
+    elif typing.get_origin(kind) is tuple:
+        add_option(
+            group, spec.name, action="append", type=options[0], metavar="VALUE", help=help_text + "; may be repeated"
+        )
+    else:
+        add_option(group, spec.name, type=options[0], metavar=options[0].__name__.upper(), help=help_text)
+
+
+def build(cls: type, args: argparse.Namespace) -> Any:
+    """The dataclass from what was given; its own defaults for the rest."""
+    assert all(spec.default is not MISSING for spec in fields(cls))
+    given = {spec.name: getattr(args, spec.name) for spec in fields(cls)}
+    return cls(**{name: value for name, value in given.items() if value is not None})

@@ -1,0 +1,165 @@
+"""Where a step's time goes: seconds, bytes and floating-point operations of every op, by phase.
+
+Who wants to know passes a Profile to LLM, which then times the ops and collectives of rank 0 into it. Without one
+nothing is wrapped and nothing is paid. On a GPU every timed call waits for the device, so a profiled run is slower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from megatron_infer.ops import Ops, PackedLinear
+
+Phase = Literal["prefill", "decode"]
+Call = TypeVar("Call", bound=Callable[..., Any])
+ATTENTION = "attention"
+COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
+_LOADING = ("allocate_linear", "pack_rows", "pack_quantized", "report")
+"""Fields of Ops that a step does not call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a call is called in the profile, the bytes it must read, and the floating-point operations it must do."""
+
+    name: str
+    num_bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class OpTotals:
+    """Sums over all calls of one op."""
+
+    calls: int = 0
+    seconds: float = 0.0
+    num_bytes: int = 0
+    flops: int = 0
+
+
+@dataclass
+class PhaseTotals:
+    """Sums over the steps of one phase. `engine_seconds` has an entry per step: its time outside all timed calls."""
+
+    num_steps: int = 0
+    seconds: float = 0.0
+    ops: dict[str, OpTotals] = field(default_factory=dict)
+    engine_seconds: list[float] = field(default_factory=list)
+
+
+class Profile:
+    """Records while recording(), for one rank and one thread.
+
+    A step lasts from the end of the one before it, or from the start of the recording, to its own end: queueing,
+    planning and text count. It is a prefill step when some sequence has more than one query token in it, else a decode
+    step. The recording itself is left out of every figure.
+    """
+
+    def __init__(self) -> None:
+        self.is_active = False
+        self.phases: dict[Phase, PhaseTotals] = {"prefill": PhaseTotals(), "decode": PhaseTotals()}
+        self._calls: list[tuple[Work, float]] = []
+        self._has_prefill = False
+        self._step_began = 0.0
+        self._recording_seconds = 0.0
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record the steps within, in addition to what is recorded already."""
+        self._begin_step()
+        self.is_active = True
+        try:
+            yield
+        finally:
+            self.is_active = False
+
+    def timed(self, device: torch.device, work_of: Callable[..., Work], call: Call) -> Call:
+        """`call`, recorded under what `work_of` makes of its arguments."""
+        wait = torch.cuda.synchronize if device.type == "cuda" else None
+
+        def run(*args: Any) -> Any:
+            if not self.is_active:
+                return call(*args)
+            if wait is not None:
+                wait(device)
+            began = time.perf_counter()
+            result = call(*args)
+            if wait is not None:
+                wait(device)
+            ended = time.perf_counter()
+            self._calls.append((work_of(*args), ended - began))
+            self._recording_seconds += time.perf_counter() - ended
+            return result
+
+        return cast(Call, run)
+
+    def timed_ops(self, ops: Ops, device: torch.device) -> Ops:
+        """The same op table with every op of a step recorded; linear layers go by the name of their weight."""
+        works: dict[str, Callable[..., Work]] = {"linear": _linear_work, "paged_attention": self._attention_work}
+        names = [spec.name for spec in fields(ops) if spec.name not in _LOADING]
+        return replace(
+            ops, **{name: self.timed(device, works.get(name, named(name)), getattr(ops, name)) for name in names}
+        )
+
+    def end_step(self) -> None:
+        """The step is over, its text included."""
+        if not self.is_active:
+            return
+        seconds = time.perf_counter() - self._step_began - self._recording_seconds
+        totals = self.phases["prefill" if self._has_prefill else "decode"]
+        totals.num_steps += 1
+        totals.seconds += seconds
+        for work, call_seconds in self._calls:
+            op = totals.ops.setdefault(work.name, OpTotals())
+            op.calls += 1
+            op.seconds += call_seconds
+            op.num_bytes += work.num_bytes
+            op.flops += work.flops
+        totals.engine_seconds.append(seconds - sum(call_seconds for _, call_seconds in self._calls))
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._calls.clear()
+        self._has_prefill = False
+        self._recording_seconds = 0.0
+        self._step_began = time.perf_counter()
+
+    def _attention_work(
+        self,
+        q_TNH: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables_SB: Tensor,
+        query_start_S1: Tensor,
+        context_lens_S: Tensor,
+        *_: Any,
+    ) -> Work:
+        """Every sequence's keys and values read once; two products (q k, p v) with each position a query row sees."""
+        num_tokens, num_heads, head_dim = q_TNH.shape
+        starts, contexts = query_start_S1.tolist(), context_lens_S.tolist()
+        self._has_prefill |= num_tokens > len(contexts)
+        position_bytes = 2 * k_cache.shape[1] * head_dim * k_cache.element_size()
+        seen = 0
+        for start, end, context in zip(starts, starts[1:], contexts, strict=False):
+            rows = end - start
+            seen += rows * (context - rows) + rows * (rows + 1) // 2
+        return Work(ATTENTION, sum(contexts) * position_bytes, 4 * num_heads * head_dim * seen)
+
+
+def named(name: str) -> Callable[..., Work]:
+    """Recorded as `name`, whatever the arguments."""
+    work = Work(name)
+    return lambda *_: work
+
+
+def _linear_work(x_TK: Tensor, packed: PackedLinear) -> Work:
+    """The packed weight read once; a multiplication and an addition per weight and token."""
+    num_bytes = packed.data.numel() * packed.data.element_size()
+    return Work(packed.name, num_bytes, 2 * x_TK.shape[0] * packed.out_dim * packed.in_dim)
