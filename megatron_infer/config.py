@@ -304,6 +304,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        if self.dtype in ("int8", "int4"):
+            raise ValueError(f"dtype is that of activations and unrounded weights; use quantization={self.dtype!r}")
         _one_of("dtype", self.dtype, ("auto", "bfloat16", "float32"))
         _one_of("quantization", self.quantization, ("none", "int8", "int4"))
         _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "bfloat16", "float32"))

@@ -70,6 +70,10 @@ def test_memory_estimate_counts_what_ranks_hold() -> None:
     assert whole == (7_432_572_928 - norms) * 2 + norms * 4
     assert memory_estimate(config, 8, torch.bfloat16) == (7_432_572_928 - norms) // 8 * 2 + norms * 4
     assert memory_estimate(config, 1, torch.float32) == 7_432_572_928 * 4
+    linears, table = 7_432_572_928 - norms - 2 * 49152 * 4096, 49152 * 4096
+    int8, int4 = (memory_estimate(config, 1, torch.bfloat16, quantization) for quantization in ("int8", "int4"))
+    assert int8 == (linears + table) * 17 // 16 + table * 2 + norms * 4
+    assert int4 == linears * 9 // 16 + table * 17 // 16 + table * 2 + norms * 4
     tied = replace(PLAIN, tie_word_embeddings=True)
     assert memory_estimate(tied, 1, torch.float32) == memory_estimate(PLAIN, 1, torch.float32)
 

@@ -110,7 +110,16 @@ def test_heads_are_divided_and_kv_heads_replicated() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"tensor_parallel_size": 3}, {"device": "tpu"}, {"max_num_seqs": 0}, {"block_size": 7}, {"dtype": "int4"}],
+    [
+        {"tensor_parallel_size": 3},
+        {"device": "tpu"},
+        {"max_num_seqs": 0},
+        {"block_size": 7},
+        {"dtype": "fp8"},
+        {"dtype": "int4"},
+        {"quantization": "q4_0"},
+        {"cpu_isa": "sse"},
+    ],
     ids=str,
 )
 def test_bad_engine_options_are_refused_by_name(bad) -> None:

@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -41,6 +42,24 @@ def expected(session: TestInference) -> str:
 def test_upstreams_readme_example_runs(session: TestInference) -> None:
     text = session.run_infer(code_string="# 快速排序算法", later_code="\n", file_path="test.py", max_new_tokens=16)
     assert isinstance(text, str)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_weights_can_be_rounded_while_loading(tiny_checkpoint: Path, quantization: str) -> None:
+    """Two ranks that each round their own slices answer like one that rounds everything."""
+    sampling = SamplingParams(max_new_tokens=12, logprobs=2)
+    prompt = FimPrompt(PREFIX, SUFFIX, PATH)
+    with LLM(tiny_checkpoint, quantization=quantization, **OPTIONS) as llm:
+        alone = llm.complete(prompt, sampling)
+    with LLM(tiny_checkpoint, quantization=quantization, tensor_parallel_size=2, **OPTIONS) as llm:
+        both = llm.complete(prompt, sampling)
+    assert alone.token_ids == both.token_ids and alone.logprobs == both.logprobs
+
+
+def test_instructions_the_cpu_lacks_are_refused_before_loading(tiny_checkpoint: Path) -> None:
+    foreign = "neon" if platform.machine() == "x86_64" else "avx2"
+    with pytest.raises(ValueError, match=f"cpu_isa '{foreign}' cannot be used: .*auto"):
+        LLM(tiny_checkpoint, cpu_isa=foreign, **OPTIONS)
 
 
 def test_answers_repeat(session: TestInference, expected: str) -> None:

@@ -20,6 +20,7 @@ INLINE V zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 INLINE V set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
 INLINE V load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 INLINE V load_n(const float* p, int n) {
+  if (n == 16) return load(p);
   return {_mm256_maskload_ps(p, first(n)), n > 8 ? _mm256_maskload_ps(p + 8, first(n - 8)) : _mm256_setzero_ps()};
 }
 INLINE void store(float* p, V x) {
@@ -27,6 +28,7 @@ INLINE void store(float* p, V x) {
   _mm256_storeu_ps(p + 8, x.b);
 }
 INLINE void store_n(float* p, V x, int n) {
+  if (n == 16) return store(p, x);  // masked stores take dozens of cycles on some CPUs
   _mm256_maskstore_ps(p, first(n), x.a);
   if (n > 8) _mm256_maskstore_ps(p + 8, first(n - 8), x.b);
 }

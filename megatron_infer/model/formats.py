@@ -111,7 +111,7 @@ def quantize(weight_NK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         scales_NG = w_NGK.abs().amax(dim=2) / high
     else:
         low, high = -8, 7
-        smallest_NG, largest_NG = w_NGK.aminmax(dim=2)
+        smallest_NG, largest_NG = w_NGK.amin(dim=2), w_NGK.amax(dim=2)
         scales_NG = torch.where(largest_NG > -smallest_NG, largest_NG, smallest_NG) / low
     scales_NG = torch.where(scales_NG.isfinite(), scales_NG, float("nan")).to(torch.bfloat16)
     steps_NG1 = scales_NG.float()[..., None]
