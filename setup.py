@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -69,22 +70,41 @@ def replace_by(command: list[str], target: Path) -> None:
         partial.unlink(missing_ok=True)
 
 
-def build_library(compiler: list[str], objects_dir: Path, library: Path) -> None:
-    """Compile every kernels/cpu/*.cpp that changed and link them into `library`."""
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    flags = FLAGS + ([] if "clang" in version.lower() else GCC_FLAGS)
-    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
-    headers = [*sorted((ROOT / SOURCES).glob("*.h")), Path(__file__)]
+def is_clang(compiler: list[str]) -> bool:
+    command = [*compiler, "--version"]
+    return "clang" in subprocess.run(command, capture_output=True, text=True, check=True).stdout.lower()
+
+
+def kernel_sources() -> list[Path]:
+    return sorted((ROOT / SOURCES).glob("*.cpp"))
+
+
+def compile_sources(
+    compiler: list[str],
+    sources: list[Path],
+    objects_dir: Path,
+    extra_flags: Sequence[str] = (),
+    machine: str = platform.machine(),
+) -> list[Path]:
+    """Compile those of `sources` that changed, several at a time, for `machine`; the object files."""
+    flags = [*FLAGS, *([] if is_clang(compiler) else GCC_FLAGS), *extra_flags]
+    is_x86 = machine.lower() in ("x86_64", "amd64")
+    headers = [header for folder in {source.parent for source in sources} for header in folder.glob("*.h")]
 
     def compile_one(source: Path) -> Path:
         target = objects_dir / f"{source.stem}.o"
         extra = X86_FLAGS.get(source.name, []) if is_x86 else []
-        if not is_current(target, [source, *headers]):
+        if not is_current(target, [source, *headers, Path(__file__)]):
             replace_by([*compiler, *flags, *extra, "-c", str(source)], target)
         return target
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compile_one, sorted((ROOT / SOURCES).glob("*.cpp"))))
+        return list(pool.map(compile_one, sources))
+
+
+def build_library(compiler: list[str], objects_dir: Path, library: Path) -> None:
+    """Compile every kernels/cpu/*.cpp that changed and link them into `library`."""
+    objects = compile_sources(compiler, kernel_sources(), objects_dir)
     if not is_current(library, objects):
         replace_by([*compiler, "-shared", "-pthread", *map(str, objects)], library)
 
@@ -137,27 +157,28 @@ def requirements(name: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-setup(
-    name="megatron_infer",
-    version="0.1.0",
-    description="Megatron-style tensor-parallel inference for fill-in-the-middle code models",
-    license="Apache-2.0",
-    python_requires=">=3.10",
-    packages=[
-        *find_packages(include=["megatron_infer", "megatron_infer.*", "checkpoints_convert", "checkpoints_convert.*"]),
-        *kernel_packages(),
-        "megatron_infer.demo",
-    ],
-    package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
-    package_data={
-        "megatron_infer": ["*.json", "py.typed"],
-        "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
-        "megatron_infer.demo": ["*.json", "*.md", "*.model", "*.safetensors"],
-    },
-    py_modules=["sess_huggingface", "sess_megatron"],
-    ext_modules=[Extension(EXTENSION, sources=[])],
-    cmdclass={"build_ext": BuildNative},
-    entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
-    install_requires=requirements("requirements.txt"),
-    extras_require={"dev": requirements("requirements-dev.txt")},
-)
+if __name__ == "__main__":
+    setup(
+        name="megatron_infer",
+        version="0.1.0",
+        description="Megatron-style tensor-parallel inference for fill-in-the-middle code models",
+        license="Apache-2.0",
+        python_requires=">=3.10",
+        packages=[
+            *find_packages(include=["megatron_infer*", "checkpoints_convert*"]),
+            *kernel_packages(),
+            "megatron_infer.demo",
+        ],
+        package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
+        package_data={
+            "megatron_infer": ["*.json", "py.typed"],
+            "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
+            "megatron_infer.demo": ["*.json", "*.md", "*.model", "*.safetensors"],
+        },
+        py_modules=["sess_huggingface", "sess_megatron"],
+        ext_modules=[Extension(EXTENSION, sources=[])],
+        cmdclass={"build_ext": BuildNative},
+        entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
+        install_requires=requirements("requirements.txt"),
+        extras_require={"dev": requirements("requirements-dev.txt")},
+    )

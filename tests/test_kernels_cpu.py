@@ -23,7 +23,7 @@ from .ops_cases import CPU, bounds_of, normal, packed, paged_case, same_bits
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
 
-VARIANTS = ["avx512", "avx2", "generic"]
+VARIANTS = ["avx512", "avx2", "neon", "generic"]
 DTYPES = [torch.float32, torch.bfloat16]
 STORED = [*DTYPES, *QUANTIZED]
 _KERNELS: dict[tuple[str, int], native.CpuKernels] = {}

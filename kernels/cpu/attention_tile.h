@@ -81,7 +81,8 @@ struct Product {
     int step = most_panels(mr, kTileVectors);
     for (int64_t p = 0; p < panels; p += step) {
       while (step > panels - p) step /= 2;
-      pick_tile<At, kTileVectors, 1>(mr, step)(a, b + p * panel_bytes, panel_bytes, k_len, c + p * kLanes, stride, accumulate);
+      const auto run = pick_tile<At, kTileVectors, 1>(mr, step);
+      run(a, b + p * panel_bytes, panel_bytes, k_len, c + p * kLanes, stride, accumulate);
     }
   }
 };

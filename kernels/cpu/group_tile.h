@@ -64,7 +64,7 @@ INLINE void quantize_rows(const float* x, const LinearShape& shape, int mr, int3
   }
 }
 
-// What a tile reads in a group's place: the packed group itself, or the same widened to a vector a step (see widen_group).
+// What a tile reads in a group's place: the packed group itself, or the same widened to a vector a step by widen_group.
 template <int DT, bool kIsWide>
 INLINE I load_step(const char* group, int step) {
   const char* source = group + (1 + step) * (kIsWide ? kVectorBytes : kVectorBytes / 2);
@@ -82,7 +82,7 @@ INLINE void widen_group(const char* group, char* out) {
   }
 }
 
-// a: the tile's blocks from the first of `groups` on; b: the first panel there. The sums of a group's FMAs stay in memory,
+// a: the tile's blocks from the first of `groups` on; b: the first panel there. The sums over groups stay in memory,
 // acc[r][p], so that all registers are left for the dot products.
 template <int MR, int NP, int DT, bool kIsWide>
 INLINE void multiply_groups(const int32_t* a, const char* b, int64_t panel_bytes, int64_t groups,

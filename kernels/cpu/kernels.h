@@ -1,4 +1,4 @@
-// The ops every variant (avx512, avx2, generic) implements, and the shapes they take. Plain data only; see pool.h.
+// The ops every variant (avx512, avx2, neon, generic) implements, and the shapes they take. Plain data; see pool.h.
 //
 // Every op returns 0, or kOutOfMemory when its scratch memory could not be had. Results are the same bits for every
 // variant, thread count, batch and number of local heads or columns.
@@ -67,4 +67,5 @@ struct Kernels {
 // Null when this machine cannot run the variant.
 const Kernels* mi_kernels_avx512();
 const Kernels* mi_kernels_avx2();
+const Kernels* mi_kernels_neon();
 const Kernels* mi_kernels_generic();

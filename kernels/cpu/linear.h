@@ -1,6 +1,6 @@
-// y_TN = x_TK W^T (+ bias): fp32 FMAs in ascending k (int8, int4: group) inside each chunk of K, the chunk sums added in
-// a binary tree ((c0 + c1) + (c2 + c3)) + ..., the bias last. How T, N and threads are cut never enters an element's
-// arithmetic.
+// y_TN = x_TK W^T (+ bias): fp32 FMAs in ascending k (for int8 and int4: group) inside each chunk of K, the chunk sums
+// added in a binary tree ((c0 + c1) + (c2 + c3)) + ..., the bias last. How T, N and threads are cut never enters an
+// element's arithmetic.
 #pragma once
 
 #include "group_tile.h"
@@ -139,13 +139,16 @@ void linear_task(void* opaque, int task, int slot) {
       at.weight = job.weight + at.panel * shape.panel_bytes + shape.chunk_bytes[chunk];
       if (kIsWide) {
         at.panel_bytes = wide_bytes<DT>(k_len);
-        for (int p = 0; p < step; ++p) widen_chunk<DT>(at.weight + p * shape.panel_bytes, k_len, wide + p * at.panel_bytes);
+        for (int p = 0; p < step; ++p) {
+          widen_chunk<DT>(at.weight + p * shape.panel_bytes, k_len, wide + p * at.panel_bytes);
+        }
         at.weight = wide;
       }
       for (int64_t i = 0; i < tiles; ++i) {
         at.row = job.tiles.begin(first_tile + i);
         at.waiting = waiting_at(waiting, static_cast<int>(i * job.panels_per_task) + panel, 0);
-        pick_tile<LinearTile<DT, kIsWide>::template At, tile_vectors(DT), lowest>(job.tiles.height(first_tile + i), step)(job, at);
+        const int height = job.tiles.height(first_tile + i);
+        pick_tile<LinearTile<DT, kIsWide>::template At, tile_vectors(DT), lowest>(height, step)(job, at);
       }
     }
   }

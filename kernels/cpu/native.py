@@ -111,7 +111,7 @@ class CpuKernels:
 
     Args:
         num_threads: the calling thread counts; 1 starts no threads.
-        isa: "avx512", "avx2" or "generic"; "auto" takes the best this CPU has. All give the same bits.
+        isa: "avx512", "avx2", "neon" or "generic"; "auto" takes the best this CPU has. All give the same bits.
 
     Raises:
         Unavailable: no library, or the CPU lacks the instruction set.

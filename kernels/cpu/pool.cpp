@@ -154,7 +154,7 @@ class Turn {
 };
 
 const Kernels* pick_kernels(const char* wanted) {
-  const Kernels* candidates[] = {mi_kernels_avx512(), mi_kernels_avx2(), mi_kernels_generic()};
+  const Kernels* candidates[] = {mi_kernels_avx512(), mi_kernels_avx2(), mi_kernels_neon(), mi_kernels_generic()};
   for (const Kernels* kernels : candidates) {
     if (kernels && (!*wanted || !__builtin_strcmp(wanted, kernels->name))) return kernels;
   }
@@ -167,7 +167,8 @@ extern "C" {
 
 int mi_abi() { return kAbi; }
 
-// threads >= 1; variant: "avx512", "avx2", "generic" or "" for the best one. Null when this CPU lacks it or on failure.
+// threads >= 1; variant: "avx512", "avx2", "neon", "generic" or "" for the best one. Null on failure or when this CPU
+// lacks it.
 Pool* mi_pool_create(int threads, const char* variant) {
   const Kernels* kernels = pick_kernels(variant);
   if (!kernels || threads < 1) return nullptr;

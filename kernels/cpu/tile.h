@@ -58,16 +58,22 @@ constexpr int most_panels(int mr, int vectors) {
   return np;
 }
 
-// Picks Function<MR, NP>::run for run-time mr from `lowest` to kTileRows and np <= most_panels(mr, vectors), a power of two.
-template <template <int, int> class Function, int vectors, int lowest, int MR = kTileRows,
-          int NP = most_panels(MR, vectors)>
-INLINE auto pick_tile(int mr, int np) -> decltype(&Function<1, 1>::run) {
-  if (mr == MR && np == NP) return &Function<MR, NP>::run;
+template <template <int, int> class Function, int MR, int NP>
+INLINE auto pick_panels(int np) -> decltype(&Function<1, 1>::run) {
   if constexpr (NP > 1) {
-    if (mr == MR) return pick_tile<Function, vectors, lowest, MR, NP / 2>(mr, np);
+    if (np < NP) return pick_panels<Function, MR, NP / 2>(np);
   }
-  if constexpr (MR > lowest) return pick_tile<Function, vectors, lowest, MR - 1>(mr, np);
-  return nullptr;
+  return &Function<MR, NP>::run;
+}
+
+// Picks Function<MR, NP>::run for run-time mr from `lowest` to kTileRows and np <= most_panels(mr, vectors), a power of
+// two. First mr, then np: were the two searches one, each step would contain two copies of all that follow.
+template <template <int, int> class Function, int vectors, int lowest, int MR = kTileRows>
+INLINE auto pick_tile(int mr, int np) -> decltype(&Function<1, 1>::run) {
+  if constexpr (MR > lowest) {
+    if (mr < MR) return pick_tile<Function, vectors, lowest, MR - 1>(mr, np);
+  }
+  return pick_panels<Function, MR, most_panels(MR, vectors)>(np);
 }
 
 // Rows are cut into tiles of nearly equal height, so that no tile is left with a row or two.

@@ -7,5 +7,6 @@
 #include "pack.h"
 
 constexpr Kernels table_named(const char* name) {
-  return {name, linear, pack_rows, pack_quantized, paged_attention, rms_norm, rope_store_kv, silu_mul, argmax, gather_rows};
+  return {name,     linear,        pack_rows, pack_quantized, paged_attention,
+          rms_norm, rope_store_kv, silu_mul,  argmax,         gather_rows};
 }

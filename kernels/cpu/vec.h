@@ -19,6 +19,8 @@
 #include "vec_avx512.h"
 #elif defined(MI_VARIANT_AVX2)
 #include "vec_avx2.h"
+#elif defined(MI_VARIANT_NEON)
+#include "vec_neon.h"
 #else
 #include "vec_generic.h"
 #endif

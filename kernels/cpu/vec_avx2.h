@@ -1,4 +1,4 @@
-// 16 fp32 lanes in two 256-bit registers. The three vec_*.h define the same functions with the same bits.
+// 16 fp32 lanes in two 256-bit registers. The four vec_*.h define the same functions with the same bits.
 #pragma once
 
 #include <immintrin.h>
@@ -155,7 +155,7 @@ INLINE I load_quads(const void* p) {
   return {_mm256_and_si256(both, low), _mm256_and_si256(_mm256_srli_epi32(both, 4), low)};
 }
 
-// Left to itself GCC multiplies for all rows before it adds, and runs out of registers; this keeps a sum's steps in order.
+// Left to itself GCC multiplies for all rows before it adds, and runs out of registers; this keeps the order.
 INLINE I in_order(I x) {
   asm volatile("" : "+x"(x.a), "+x"(x.b));
   return x;

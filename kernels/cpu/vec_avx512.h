@@ -1,4 +1,4 @@
-// 16 fp32 lanes in one 512-bit register. The three vec_*.h define the same functions with the same bits.
+// 16 fp32 lanes in one 512-bit register. The four vec_*.h define the same functions with the same bits.
 #pragma once
 
 #include <immintrin.h>

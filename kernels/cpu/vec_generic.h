@@ -1,5 +1,5 @@
 // 16 fp32 lanes in four 128-bit compiler vectors, for CPUs without a variant of their own. An FMA that the CPU lacks
-// becomes an exact library call. The three vec_*.h define the same functions with the same bits.
+// becomes an exact library call. The four vec_*.h define the same functions with the same bits.
 #pragma once
 
 typedef float F4 __attribute__((vector_size(16)));
