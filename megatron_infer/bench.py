@@ -44,7 +44,8 @@ _ENGINE = "engine: planning and Python"
 _NOTES = """\
 Times are rank 0's. An op's time includes its launch from Python, a collective's the wait for other ranks{sync}.
 GB/s counts a linear's packed weight, and the keys and values attention looks at, as read once. GFLOP/s counts 2 per
-weight and token for a linear, 4 x heads x head_dim per query and position it sees for attention."""
+weight and token for a linear, 4 x heads x head_dim per query and position it sees for attention. With --profile every
+op is a launch of its own, in the figures above as well; without it a decoder layer is two where the kernels can."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _run(args: argparse.Namespace) -> int:
             f"--batch {workload.batch} exceeds --max_num_seqs {config.max_num_seqs}; raise the one or lower the other"
         )
     log_to_stderr(logging.WARNING)
-    profile = Profile()
+    profile = Profile(op_by_op=args.profile)
     began = time.perf_counter()
     with LLM(model_dir, config, model_name=args.model_name, profile=profile) as llm:
         load_seconds = time.perf_counter() - began

@@ -60,10 +60,14 @@ class Profile:
     A step lasts from the end of the one before it, or from the start of the recording, to its own end: queueing,
     planning and text count. It is a prefill step when some sequence has more than one query token in it, else a decode
     step. The recording itself is left out of every figure.
+
+    Args:
+        op_by_op: have the halves of a layer made of single ops, so that each is seen. The answers are the same; steps
+            take longer by the launches.
     """
 
-    def __init__(self) -> None:
-        self.is_active = False
+    def __init__(self, *, op_by_op: bool) -> None:
+        self.is_active, self._op_by_op = False, op_by_op
         self.phases: dict[Phase, PhaseTotals] = {"prefill": PhaseTotals(), "decode": PhaseTotals()}
         self._calls: list[tuple[Work, float]] = []
         self._has_prefill = False
@@ -102,8 +106,15 @@ class Profile:
 
     def timed_ops(self, ops: Ops, device: torch.device) -> Ops:
         """The same op table with every op of a step recorded; linear layers go by the name of their weight."""
-        works: dict[str, Callable[..., Work]] = {"linear": _linear_work, "paged_attention": self._attention_work}
-        names = [spec.name for spec in fields(ops) if spec.name not in _LOADING]
+        works: dict[str, Callable[..., Work]] = {
+            "linear": _linear_work,
+            "paged_attention": self._attention_work,
+            "attention_layer": self._attention_layer_work,
+            "feed_forward_layer": _feed_forward_layer_work,
+        }
+        if self._op_by_op:
+            ops = replace(ops, attention_layer=None, feed_forward_layer=None)
+        names = [s.name for s in fields(ops) if s.name not in _LOADING and getattr(ops, s.name) is not None]
         return replace(
             ops, **{name: self.timed(device, works.get(name, named(name)), getattr(ops, name)) for name in names}
         )
@@ -142,9 +153,13 @@ class Profile:
         *_: Any,
     ) -> Work:
         """Every sequence's keys and values read once; two products (q k, p v) with each position a query row sees."""
-        num_tokens, num_heads, head_dim = q_TNH.shape
+        num_heads = q_TNH.shape[1]
+        return self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
+
+    def _attention_of(self, num_heads: int, k_cache: Tensor, query_start_S1: Tensor, context_lens_S: Tensor) -> Work:
+        head_dim = k_cache.shape[3]
         starts, contexts = query_start_S1.tolist(), context_lens_S.tolist()
-        self._has_prefill |= num_tokens > len(contexts)
+        self._has_prefill |= starts[-1] > len(contexts)
         position_bytes = 2 * k_cache.shape[1] * head_dim * k_cache.element_size()
         seen = 0
         for start, end, context in zip(starts, starts[1:], contexts, strict=False):
@@ -152,11 +167,35 @@ class Profile:
             seen += rows * (context - rows) + rows * (rows + 1) // 2
         return Work(ATTENTION, sum(contexts) * position_bytes, 4 * num_heads * head_dim * seen)
 
+    def _attention_layer_work(
+        self,
+        x_TD: Tensor | None,
+        residual_TD: Tensor,
+        norm_D: Tensor,
+        eps: float,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        *others: Any,
+    ) -> Work:
+        """Of the bytes only the weights', so that they can be told from attention's."""
+        _, _, _, _, k_cache, _, _, query_start_S1, context_lens_S, num_heads, *_ = others
+        attention = self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
+        linears = [_linear_work(residual_TD, packed) for packed in (qkv, out)]
+        flops = sum(work.flops for work in (attention, *linears))
+        return Work("attention_layer", sum(work.num_bytes for work in linears), flops)
+
 
 def named(name: str) -> Callable[..., Work]:
     """Recorded as `name`, whatever the arguments."""
     work = Work(name)
     return lambda *_: work
+
+
+def _feed_forward_layer_work(
+    x_TD: Tensor, residual_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedLinear, down: PackedLinear
+) -> Work:
+    first, second = _linear_work(x_TD, gate_up), _linear_work(x_TD, down)
+    return Work("feed_forward_layer", first.num_bytes + second.num_bytes, first.flops + second.flops)
 
 
 def _linear_work(x_TK: Tensor, packed: PackedLinear) -> Work:

@@ -57,12 +57,18 @@ def test_a_profile_changes_no_answer_and_counts_what_was_done(tiny_checkpoint: P
     options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "num_threads": 1}
     with LLM(tiny_checkpoint, **options) as llm:
         plain = [c.token_ids for c in llm.complete_batch(prompts, sampling)]
-    profile = Profile()
+    profile, by_layer = Profile(op_by_op=True), Profile(op_by_op=False)
     with LLM(tiny_checkpoint, profile=profile, **options) as llm:
         with profile.recording():
             profiled = list(llm.complete_batch(prompts, sampling))
         idle = [c.token_ids for c in llm.complete_batch(prompts, sampling)]
         config = llm.model_config
+    with LLM(tiny_checkpoint, profile=by_layer, **options) as llm, by_layer.recording():
+        assert [c.token_ids for c in llm.complete_batch(prompts, sampling)] == plain
+    for phase, totals in profile.phases.items():
+        whole = by_layer.phases[phase]
+        assert whole.num_steps == totals.num_steps
+        assert sum(op.flops for op in whole.ops.values()) == sum(op.flops for op in totals.ops.values())
     assert [c.token_ids for c in profiled] == plain == idle
     prefill, decode = profile.phases["prefill"], profile.phases["decode"]
     assert (prefill.num_steps, decode.num_steps) == (1, 11), "nothing is recorded when it is over"

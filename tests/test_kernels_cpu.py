@@ -187,6 +187,48 @@ def test_few_queries_over_long_contexts_are_shared_by_threads(dtype: torch.dtype
     assert same_bits(kernels("auto", 3).paged_attention(*case.arguments()), whole)
 
 
+@pytest.mark.parametrize("dtype", STORED)
+@pytest.mark.parametrize("lengths", [[(1, 30), (1, 300)], [(37, 37), (1, 1), (600, 700)]])
+def test_half_a_layer_in_one_launch_is_the_single_ops(dtype: torch.dtype, lengths: list) -> None:
+    heads, kv_heads, head_dim, dim, ffn = 4, 2, 24, 80, 96
+    case = paged_case(lengths, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+    tokens = case.q_TNH.shape[0]
+    x_TD, residual_TD, norm_D = normal(tokens, dim), normal(tokens, dim, seed=1), normal(dim, seed=2)
+    angle = normal(800, head_dim // 2, seed=3)
+    positions_T = torch.arange(tokens, dtype=torch.int32)
+    slots_T = torch.randperm(case.k_cache.shape[0] * case.k_cache.shape[2])[:tokens]
+    for ops in settings():
+        qkv, out = (
+            packed(ops, normal(rows, cols, seed=4) / 9, dtype)
+            for rows, cols in (((heads + 2 * kv_heads) * head_dim, dim), (dim, heads * head_dim))
+        )
+        qkv.bias = normal(qkv.out_dim, seed=5)
+        for x in (x_TD, None):
+            results = []
+            for whole in (False, True):
+                residual, caches = residual_TD.clone(), (case.k_cache.clone(), case.v_cache.clone())
+                rope = (angle.cos(), angle.sin(), positions_T, slots_T, *caches)
+                tables = case.arguments()[3:6]
+                if whole:
+                    y_TD = ops.attention_layer(
+                        x, residual, norm_D, 1e-5, qkv, out, *rope, *tables, heads, kv_heads, case.scale
+                    )
+                else:
+                    given = (x, residual) if x is not None else (residual,)
+                    norm = ops.rms_norm if x is None else ops.add_rms_norm
+                    q_TNH = ops.rope_store_kv(ops.linear(norm(*given, norm_D, 1e-5), qkv), *rope, heads, kv_heads)
+                    o_TNH = ops.paged_attention(q_TNH, *caches, *tables, case.scale)
+                    y_TD = ops.linear(o_TNH.flatten(1), out)
+                results.append([y_TD, residual, *(cache.nan_to_num() for cache in caches)])
+            assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
+        gate_up, down = packed(ops, normal(2 * ffn, dim, seed=6) / 9, dtype), packed(ops, normal(dim, ffn) / 9, dtype)
+        gate_up.bias = normal(2 * ffn, seed=7)
+        ours, theirs = residual_TD.clone(), residual_TD.clone()
+        whole_TD = ops.feed_forward_layer(x_TD, ours, norm_D, 1e-5, gate_up, down)
+        single_TD = ops.linear(ops.silu_mul(ops.linear(ops.add_rms_norm(x_TD, theirs, norm_D, 1e-5), gate_up)), down)
+        assert same_bits(whole_TD, single_TD) and same_bits(ours, theirs)
+
+
 def test_a_spoilt_row_spoils_no_other() -> None:
     ops = kernels("auto", 2)
     x_TK = normal(20, 64)

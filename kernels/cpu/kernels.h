@@ -8,7 +8,7 @@
 
 // To be raised here and in native.py with every change of a signature or a shape: a library that was not rebuilt must be
 // refused, not called.
-constexpr int kAbi = 2;
+constexpr int kAbi = 3;
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 enum Status { kOk = 0, kOutOfMemory = 1 };
@@ -40,6 +40,12 @@ struct AttentionShape {
   int32_t max_blocks;    // columns of the block tables
 };
 
+struct LayerLinear {
+  const void* weight;
+  const float* bias_N;  // may be null
+  const LinearShape* shape;
+};
+
 struct Kernels {
   const char* name;
   int (*linear)(Pool*, float* y_TN, const float* x_TK, const void* weight, const float* bias_N, int64_t T,
@@ -62,6 +68,13 @@ struct Kernels {
   int (*argmax)(Pool*, float* values_S, int64_t* indices_S, const float* logits_SV, int64_t S, int64_t V);
   int (*gather_rows)(Pool*, float* y_TD, const void* table_VD, int dtype, const void* ids_T, int ids_are_64_bit,
                      int64_t T, int64_t D);
+  int (*attention_layer)(Pool*, float* y_TD, const float* x_TD, float* residual_TD, const float* norm_D, float eps,
+                         const LayerLinear* qkv, const LayerLinear* out, const float* cos_PH, const float* sin_PH,
+                         const int32_t* positions_T, const int64_t* slots_T, void* k_cache, void* v_cache,
+                         const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
+                         int64_t T, int64_t S, const AttentionShape*, float scale);
+  int (*feed_forward_layer)(Pool*, float* y_TD, const float* x_TD, float* residual_TD, const float* norm_D, float eps,
+                            const LayerLinear* gate_up, const LayerLinear* down, int64_t T);
 };
 
 // Null when this machine cannot run the variant.

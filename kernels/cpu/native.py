@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from ctypes import c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear
 
 LIBRARY = Path(__file__).with_name("libmegatron_infer_cpu.so")
-_ABI = 2
+_ABI = 3
 _LANES = 16
 _VECTOR_BYTES = 64
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int4: 4}
@@ -37,6 +38,8 @@ _SIGNATURES: dict[str, list[type]] = {
     "mi_rope_store_kv": [*[c_void_p] * 9, c_int64, c_void_p],
     "mi_silu_mul": [c_void_p, c_void_p, c_void_p, c_int64, c_int64],
     "mi_argmax": [c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int64],
+    "mi_attention_layer": [*[c_void_p] * 5, c_float, *[c_void_p] * 11, c_int64, c_int64, c_void_p, c_float],
+    "mi_feed_forward_layer": [*[c_void_p] * 5, c_float, c_void_p, c_void_p, c_int64],
     "mi_gather_rows": [c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_int64, c_int64],
 }
 
@@ -57,6 +60,22 @@ class LinearShape(ctypes.Structure):
         ("bounds", c_int32 * 9),
         ("chunk_bytes", c_int32 * 9),
     ]
+
+
+class LayerLinear(ctypes.Structure):
+    """kernels.h: LayerLinear."""
+
+    _fields_ = [("weight", c_void_p), ("bias_N", c_void_p), ("shape", c_void_p)]
+
+
+@dataclass
+class Layout:
+    """What a PackedLinear of these kernels carries: its shape, and itself as an argument of a whole layer."""
+
+    shape: LinearShape
+    shape_address: int
+    argument: LayerLinear | None = None
+    argument_address: int = 0
 
 
 class AttentionShape(ctypes.Structure):
@@ -106,6 +125,17 @@ def _check(status: int) -> None:
         raise MemoryError("no memory left for the scratch space of a CPU kernel; lower max_num_batched_tokens")
 
 
+def _layer_linear(packed: PackedLinear) -> int:
+    """Address of the weight as an argument of a whole layer, made anew when it or its bias has moved."""
+    layout, weight, bias = packed.layout, packed.data.data_ptr(), packed.bias
+    known = layout.argument
+    bias_address = None if bias is None else bias.data_ptr()
+    if known is None or known.weight != weight or known.bias_N != bias_address:
+        known = layout.argument = LayerLinear(weight, bias_address, layout.shape_address)
+        layout.argument_address = ctypes.addressof(known)
+    return layout.argument_address
+
+
 class CpuKernels:
     """The ops of megatron_infer.ops on one thread pool.
 
@@ -129,6 +159,7 @@ class CpuKernels:
         self._linear, self._pack_rows = library.mi_linear, library.mi_pack_rows
         self._rms_norm, self._silu_mul = library.mi_rms_norm, library.mi_silu_mul
         self._rope, self._attention = library.mi_rope_store_kv, library.mi_paged_attention
+        self._attention_layer, self._feed_forward_layer = library.mi_attention_layer, library.mi_feed_forward_layer
         weakref.finalize(self, library.mi_pool_destroy, handle)
 
     def allocate_linear(
@@ -152,7 +183,7 @@ class CpuKernels:
         self._library.mi_advise_huge_pages(data.data_ptr(), data.numel())
         if out_dim % _LANES:
             data[-chunk_bytes[-1] :] = 0  # columns that are multiplied, though never stored
-        return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=(ctypes.addressof(shape), shape))
+        return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=Layout(shape, ctypes.addressof(shape)))
 
     def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
         """See megatron_infer.ops; reads the rows where they are."""
@@ -170,7 +201,7 @@ class CpuKernels:
             _DTYPES[weight_NK.dtype],
             row_start,
             num_rows,
-            packed.layout[0],
+            packed.layout.shape_address,
         )
         _check(status)
 
@@ -192,7 +223,7 @@ class CpuKernels:
             scales_NG.stride(0),
             row_start,
             num_rows,
-            packed.layout[0],
+            packed.layout.shape_address,
         )
         _check(status)
 
@@ -204,7 +235,9 @@ class CpuKernels:
         bias_N = packed.bias
         bias = None if bias_N is None else bias_N.data_ptr()
         data = packed.data.data_ptr()
-        if self._linear(self._pool, y_TN.data_ptr(), x_TK.data_ptr(), data, bias, num_tokens, packed.layout[0]):
+        if self._linear(
+            self._pool, y_TN.data_ptr(), x_TK.data_ptr(), data, bias, num_tokens, packed.layout.shape_address
+        ):
             _check(1)
         return y_TN
 
@@ -307,6 +340,84 @@ class CpuKernels:
         )
         _check(status)
         return o_TNH
+
+    def attention_layer(
+        self,
+        x_TD: Tensor | None,
+        residual_TD: Tensor,
+        norm_D: Tensor,
+        eps: float,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        cos_PH: Tensor,
+        sin_PH: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables_SB: Tensor,
+        query_start_S1: Tensor,
+        context_lens_S: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+    ) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, dim = residual_TD.shape
+        num_sequences, max_blocks = block_tables_SB.shape
+        head_dim = k_cache.shape[3]
+        assert residual_TD.dtype is torch.float32 and residual_TD.is_contiguous() and dim == qkv.in_dim
+        assert x_TD is None or (
+            x_TD.dtype is torch.float32 and x_TD.is_contiguous() and x_TD.shape == residual_TD.shape
+        )
+        assert qkv.out_dim == (num_heads + 2 * num_kv_heads) * head_dim and out.in_dim == num_heads * head_dim
+        y_TD = _fp32(num_tokens, out.out_dim)
+        status = self._attention_layer(
+            self._pool,
+            y_TD.data_ptr(),
+            None if x_TD is None else x_TD.data_ptr(),
+            residual_TD.data_ptr(),
+            norm_D.data_ptr(),
+            eps,
+            _layer_linear(qkv),
+            _layer_linear(out),
+            cos_PH.data_ptr(),
+            sin_PH.data_ptr(),
+            positions_T.data_ptr(),
+            slots_T.data_ptr(),
+            k_cache.data_ptr(),
+            v_cache.data_ptr(),
+            block_tables_SB.data_ptr(),
+            query_start_S1.data_ptr(),
+            context_lens_S.data_ptr(),
+            num_tokens,
+            num_sequences,
+            self._attention_shape(num_heads, k_cache, max_blocks),
+            scale,
+        )
+        _check(status)
+        return y_TD
+
+    def feed_forward_layer(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        norm_D: Tensor,
+        eps: float,
+        gate_up: PackedLinear,
+        down: PackedLinear,
+    ) -> Tensor:
+        """See megatron_infer.ops."""
+        num_tokens, dim = x_TD.shape
+        assert x_TD.dtype is torch.float32 is residual_TD.dtype and residual_TD.shape == x_TD.shape
+        assert x_TD.is_contiguous() and residual_TD.is_contiguous() and dim == gate_up.in_dim
+        assert gate_up.out_dim == 2 * down.in_dim
+        y_TD = _fp32(num_tokens, down.out_dim)
+        y, x, residual = y_TD.data_ptr(), x_TD.data_ptr(), residual_TD.data_ptr()
+        first, second = _layer_linear(gate_up), _layer_linear(down)
+        status = self._feed_forward_layer(self._pool, y, x, residual, norm_D.data_ptr(), eps, first, second, num_tokens)
+        _check(status)
+        return y_TD
 
     def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
         """See megatron_infer.ops."""

@@ -178,7 +178,7 @@ Pool* mi_pool_create(int threads, const char* variant) {
     pool->threads = threads;
     pool->kernels = kernels;
     pool->owner = getpid();
-    pool->scratch.resize(threads + 1);
+    pool->scratch.resize(threads + 2);
     for (int slot = 1; slot < threads; ++slot) pool->workers.emplace_back(&Pool::loop, pool, slot);
   } catch (...) {
     pool->threads = static_cast<int>(pool->workers.size()) + 1;
@@ -266,6 +266,23 @@ int mi_gather_rows(Pool* pool, float* y_TD, const void* table_VD, int dtype, con
                    int64_t T, int64_t D) {
   Turn turn(pool);
   return pool->kernels->gather_rows(pool, y_TD, table_VD, dtype, ids_T, ids_are_64_bit, T, D);
+}
+
+int mi_attention_layer(Pool* pool, float* y_TD, const float* x_TD, float* residual_TD, const float* norm_D,
+                       float eps, const LayerLinear* qkv, const LayerLinear* out, const float* cos_PH, const float* sin_PH,
+                       const int32_t* positions_T, const int64_t* slots_T, void* k_cache, void* v_cache,
+                       const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
+                       int64_t T, int64_t S, const AttentionShape* shape, float scale) {
+  Turn turn(pool);
+  return pool->kernels->attention_layer(pool, y_TD, x_TD, residual_TD, norm_D, eps, qkv, out, cos_PH, sin_PH, positions_T,
+                                        slots_T, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, T,
+                                        S, shape, scale);
+}
+
+int mi_feed_forward_layer(Pool* pool, float* y_TD, const float* x_TD, float* residual_TD, const float* norm_D,
+                          float eps, const LayerLinear* gate_up, const LayerLinear* down, int64_t T) {
+  Turn turn(pool);
+  return pool->kernels->feed_forward_layer(pool, y_TD, x_TD, residual_TD, norm_D, eps, gate_up, down, T);
 }
 
 }  // extern "C"

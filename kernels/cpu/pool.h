@@ -18,6 +18,7 @@ void pool_run(Pool* pool, int num_tasks, PoolTask function, void* context);
 
 int pool_threads(const Pool* pool);
 
-// 64-byte aligned memory that keeps its contents until the next request for the same slot. Slot `threads` is shared by
-// all threads and may be requested only outside of tasks. Null when there is no memory left.
+// 64-byte aligned memory that keeps its contents until the next request for the same slot. Slots `threads` and
+// `threads + 1` are shared by all threads and may be requested only outside of tasks: the first by single ops, the second
+// by what is made of several. Null when there is no memory left.
 void* pool_scratch(Pool* pool, int slot, size_t num_bytes);

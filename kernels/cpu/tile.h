@@ -5,7 +5,7 @@
 #include "vec.h"
 
 // Weights come from memory faster than the hardware prefetcher alone asks for them; it stops at every 4 KB.
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 512;
 
 // Row r, index k of the left factor is a[r * AR + k * AK]; the right factor is panels as in LinearShape.
 template <int MR, int NP, int DT, int AR, int AK>

@@ -1,12 +1,11 @@
 // Everything a variant_*.cpp compiles for its own instruction set, and the table that leads to it.
 #pragma once
 
-#include "attention.h"
-#include "elementwise.h"
-#include "linear.h"
+#include "layer.h"
 #include "pack.h"
 
 constexpr Kernels table_named(const char* name) {
   return {name,     linear,        pack_rows, pack_quantized, paged_attention,
-          rms_norm, rope_store_kv, silu_mul,  argmax,         gather_rows};
+          rms_norm, rope_store_kv, silu_mul,  argmax,         gather_rows,
+          attention_layer,         feed_forward_layer};
 }

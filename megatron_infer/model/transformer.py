@@ -75,8 +75,22 @@ class Attention:
         )
 
     def __call__(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], batch: BatchView, kv: tuple[Tensor, Tensor]
+        self,
+        x_TD: Tensor | None,
+        residual_TD: Tensor,
+        norm: Norm,
+        rope: tuple[Tensor, Tensor],
+        batch: BatchView,
+        kv: tuple[Tensor, Tensor],
     ) -> Tensor:
+        if self.ops.attention_layer is not None:
+            partial_TD = self.ops.attention_layer(
+                x_TD, residual_TD, norm.weight_D, norm.eps, self.qkv.packed, self.out.packed, *rope, batch.positions_T,
+                batch.slots_T, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S,
+                self.num_heads, self.num_kv_heads, self.scale,
+            )  # fmt: skip
+            return self.out.reduce(partial_TD)
+        x_TD = norm(x_TD, residual_TD)
         q_TNH = self.ops.rope_store_kv(
             self.qkv(x_TD), *rope, batch.positions_T, batch.slots_T, *kv, self.num_heads, self.num_kv_heads
         )
@@ -109,28 +123,39 @@ class FeedForward:
             fmt=fmt,
         )
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return self.down(self.ops.silu_mul(self.gate_up(x_TD)))
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, norm: Norm) -> Tensor:
+        if self.ops.feed_forward_layer is not None:
+            partial_TD = self.ops.feed_forward_layer(
+                x_TD, residual_TD, norm.weight_D, norm.eps, self.gate_up.packed, self.down.packed
+            )
+            return self.down.reduce(partial_TD)
+        return self.down(self.ops.silu_mul(self.gate_up(norm(x_TD, residual_TD))))
 
 
 class Norm:
-    """The weight of an RMSNorm, whole on every rank."""
+    """RMSNorm of the residual stream, whole on every rank."""
 
-    def __init__(self, name: str, config: ModelConfig, device: torch.device) -> None:
-        self.name, self.eps = name, config.rms_norm_eps
+    def __init__(self, name: str, config: ModelConfig, *, ops: Ops, device: torch.device) -> None:
+        self.name, self.eps, self.ops = name, config.rms_norm_eps, ops
         self.weight_D = torch.empty(config.hidden_size, dtype=torch.float32, device=device)
 
     def load(self, source: TensorSource) -> None:
         self.weight_D.copy_(source.read(f"{self.name}.weight"))
+
+    def __call__(self, x_TD: Tensor | None, residual_TD: Tensor) -> Tensor:
+        """Adds x, what the last half layer gave (None before the first), to the residual in place; the norm of that."""
+        if x_TD is None:
+            return self.ops.rms_norm(residual_TD, self.weight_D, self.eps)
+        return self.ops.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)
 
 
 class Block:
     """One decoder layer. The residual stream is updated in place; norms are fused with the additions."""
 
     def __init__(self, config: ModelConfig, layer: int, *, tp: TPGroup, ops: Ops, fmt: WeightFormat) -> None:
-        self.attention_norm = Norm(f"layers.{layer}.attention_norm", config, tp.device)
+        self.attention_norm = Norm(f"layers.{layer}.attention_norm", config, ops=ops, device=tp.device)
         self.attention = Attention(config, layer, tp=tp, ops=ops, fmt=fmt)
-        self.ffn_norm = Norm(f"layers.{layer}.ffn_norm", config, tp.device)
+        self.ffn_norm = Norm(f"layers.{layer}.ffn_norm", config, ops=ops, device=tp.device)
         self.feed_forward = FeedForward(config, layer, tp=tp, ops=ops, fmt=fmt)
 
 
@@ -162,7 +187,7 @@ class Transformer:
             "tok_embeddings", config.vocab_size, config.hidden_size, tp=tp, ops=ops, dtype=dtype
         )
         self.blocks = [Block(config, i, tp=tp, ops=ops, fmt=fmt) for i in range(config.num_hidden_layers)]
-        self.norm = Norm("norm", config, tp.device)
+        self.norm = Norm("norm", config, ops=ops, device=tp.device)
         head = "tok_embeddings" if config.tie_word_embeddings else "output"
         self.head = VocabParallelHead(head, config.hidden_size, config.vocab_size, tp=tp, fmt=head_fmt)
         cos_PH, sin_PH = rope_tables(config, num_positions)
@@ -189,17 +214,11 @@ class Transformer:
 
     def forward(self, batch: BatchView, kv: KVCache) -> Tensor:
         """hidden_TD after the final norm, fp32 on the CPU; writes this step's keys and values into `kv`."""
-        ops = self.ops
-        residual_TD = self.embedding(batch.token_ids_T)
-        first = self.blocks[0].attention_norm
-        x_TD = ops.rms_norm(residual_TD, first.weight_D, first.eps)
-        following = [block.attention_norm for block in self.blocks[1:]] + [self.norm]
-        for block, layer_kv, next_norm in zip(self.blocks, kv.layers, following, strict=True):
-            x_TD = block.attention(x_TD, self.rope, batch, layer_kv)
-            x_TD = ops.add_rms_norm(x_TD, residual_TD, block.ffn_norm.weight_D, block.ffn_norm.eps)
-            x_TD = block.feed_forward(x_TD)
-            x_TD = ops.add_rms_norm(x_TD, residual_TD, next_norm.weight_D, next_norm.eps)
-        return x_TD
+        residual_TD, x_TD = self.embedding(batch.token_ids_T), None
+        for block, layer_kv in zip(self.blocks, kv.layers, strict=True):
+            x_TD = block.attention(x_TD, residual_TD, block.attention_norm, self.rope, batch, layer_kv)
+            x_TD = block.feed_forward(x_TD, residual_TD, block.ffn_norm)
+        return self.norm(x_TD, residual_TD)
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """This rank's logits [S, its share of the vocabulary]; see VocabParallelHead.gather for all of them."""

@@ -152,9 +152,53 @@ class GatherRows(Protocol):
         ...
 
 
+class AttentionLayer(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor | None,
+        residual_TD: Tensor,
+        norm_D: Tensor,
+        eps: float,
+        qkv: PackedLinear,
+        out: PackedLinear,
+        cos_PH: Tensor,
+        sin_PH: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        block_tables_SB: Tensor,
+        query_start_S1: Tensor,
+        context_lens_S: Tensor,
+        num_heads: int,
+        num_kv_heads: int,
+        scale: float,
+    ) -> Tensor:
+        """The first half of a decoder layer up to where ranks add their sums: add_rms_norm (rms_norm of the residual
+        where x is None), linear, rope_store_kv, paged_attention, linear; to the bit what those ops give."""
+        ...
+
+
+class FeedForwardLayer(Protocol):
+    def __call__(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        norm_D: Tensor,
+        eps: float,
+        gate_up: PackedLinear,
+        down: PackedLinear,
+    ) -> Tensor:
+        """The second half: add_rms_norm, linear, silu_mul, linear; to the bit what those ops give."""
+        ...
+
+
 @dataclass(frozen=True)
 class Ops:
-    """One callable per op, chosen once, and the report of how they were chosen."""
+    """One callable per op, chosen once, and the report of how they were chosen.
+
+    A table may also have the halves of a decoder layer as single launches; None: they are made of the ops above.
+    """
 
     allocate_linear: AllocateLinear
     pack_rows: PackRows
@@ -167,4 +211,6 @@ class Ops:
     silu_mul: SiluMul
     argmax: Argmax
     gather_rows: GatherRows
+    attention_layer: AttentionLayer | None = None
+    feed_forward_layer: FeedForwardLayer | None = None
     report: tuple[str, ...] = ()

@@ -28,6 +28,9 @@ OP_NAMES = (
     "gather_rows",
 )
 
+LAYER_OPS = ("attention_layer", "feed_forward_layer")
+"""Single launches for several ops, where a candidate has them."""
+
 OpTable = dict[str, Callable[..., Any]]
 
 
@@ -48,8 +51,9 @@ def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
         kernels = native.CpuKernels(num_threads, isa)
     except native.Unavailable as error:
         return Candidate("native", refusal=str(error))
+    names = (*OP_NAMES, *LAYER_OPS)
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
-    return Candidate("native", f"{kernels.isa}, {threads}", {name: getattr(kernels, name) for name in OP_NAMES})
+    return Candidate("native", f"{kernels.isa}, {threads}", {name: getattr(kernels, name) for name in names})
 
 
 def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidate:

@@ -89,7 +89,11 @@ class RowParallelLinear:
             self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        y_TN = self.tp.all_reduce(self.fmt.matmul(x_TK, self.packed))
+        return self.reduce(self.fmt.matmul(x_TK, self.packed))
+
+    def reduce(self, partial_TN: Tensor) -> Tensor:
+        """Add this rank's partial sums to the other ranks', and the bias to that."""
+        y_TN = self.tp.all_reduce(partial_TN)
         return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 
 
