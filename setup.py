@@ -89,7 +89,8 @@ def compile_sources(
     """Compile those of `sources` that changed, several at a time, for `machine`; the object files."""
     flags = [*FLAGS, *([] if is_clang(compiler) else GCC_FLAGS), *extra_flags]
     is_x86 = machine.lower() in ("x86_64", "amd64")
-    headers = [header for folder in {source.parent for source in sources} for header in folder.glob("*.h")]
+    folders = {ROOT / SOURCES, *(source.parent for source in sources)}
+    headers = [header for folder in folders for header in folder.glob("*.h")]
 
     def compile_one(source: Path) -> Path:
         target = objects_dir / f"{source.stem}.o"

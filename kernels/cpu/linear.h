@@ -9,7 +9,6 @@ constexpr int kLevels = 3;           // chunk sums waiting for their partner: at
 constexpr int kPanelsPerTask = 8;    // their weights and the waiting sums stay in a 2 MB L2 cache
 constexpr int kRowsPerTask = 240;
 constexpr int64_t kCachedRowBytes = 256 * 1024;
-constexpr int kWideTiles = 4;  // so many read the same weights before widening them pays
 
 struct LinearJob {
   float* y_TN;
@@ -112,12 +111,15 @@ INLINE void widen_chunk(const char* weight, int64_t k_len, char* out) {
     float* rows = reinterpret_cast<float*>(out);
     for (int64_t k = 0; k < k_len; k += 2, weight += kVectorBytes) {
       V even, odd;
-      __builtin_prefetch(weight + kPrefetchBytes);
       load_pair(weight, even, odd);
       store(rows + k * kLanes, even);
       if (k + 1 < k_len) store(rows + (k + 1) * kLanes, odd);
     }
   }
+}
+
+INLINE void prefetch_lines(const char* begin, const char* end) {
+  for (; begin < end; begin += kVectorBytes) __builtin_prefetch(begin);
 }
 
 template <int DT, bool kIsWide>
@@ -136,15 +138,24 @@ void linear_task(void* opaque, int task, int slot) {
     for (int panel = 0, step = job.panels_per_step; panel < panels; panel += step) {
       while (step > panels - panel) step /= 2;
       TilePlace at{0, first_panel + panel, chunk, nullptr, nullptr, shape.panel_bytes};
-      at.weight = job.weight + at.panel * shape.panel_bytes + shape.chunk_bytes[chunk];
+      const char* packed = job.weight + at.panel * shape.panel_bytes + shape.chunk_bytes[chunk];
+      const int64_t num_bytes = shape.chunk_bytes[chunk + 1] - shape.chunk_bytes[chunk];
+      at.weight = packed;
       if (kIsWide) {
         at.panel_bytes = wide_bytes<DT>(k_len);
         for (int p = 0; p < step; ++p) {
-          widen_chunk<DT>(at.weight + p * shape.panel_bytes, k_len, wide + p * at.panel_bytes);
+          widen_chunk<DT>(packed + p * shape.panel_bytes, k_len, wide + p * at.panel_bytes);
         }
         at.weight = wide;
       }
       for (int64_t i = 0; i < tiles; ++i) {
+        if (kIsWide) {
+          // What comes next in memory is widened next: each tile asks for a share of it.
+          for (int p = 0; p < step; ++p) {
+            const char* next = packed + p * shape.panel_bytes + num_bytes;
+            prefetch_lines(next + num_bytes * i / tiles, next + num_bytes * (i + 1) / tiles);
+          }
+        }
         at.row = job.tiles.begin(first_tile + i);
         at.waiting = waiting_at(waiting, static_cast<int>(i * job.panels_per_task) + panel, 0);
         const int height = job.tiles.height(first_tile + i);

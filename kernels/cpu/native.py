@@ -125,6 +125,31 @@ def _check(status: int) -> None:
         raise MemoryError("no memory left for the scratch space of a CPU kernel; lower max_num_batched_tokens")
 
 
+class _Arena:
+    """Room for weights, one behind the other in blocks of huge pages. A weight by itself would have few of them: they
+    begin at multiples of 2 MB. What a block has left over is never touched and takes no memory."""
+
+    _BLOCK_BYTES = 256 << 20
+    _HUGE_PAGE_BYTES = 2 << 20
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self._block = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._used = 0
+
+    def take(self, num_bytes: int) -> Tensor:
+        """uint8 [num_bytes], 64-byte aligned; its block lives as long as any part of it is in use."""
+        if self._used + num_bytes > self._block.numel():
+            size = max(num_bytes, self._BLOCK_BYTES)
+            block = torch.empty(size + self._HUGE_PAGE_BYTES, dtype=torch.uint8, device="cpu")
+            self._block = block[-block.data_ptr() % self._HUGE_PAGE_BYTES :][:size]
+            self._library.mi_advise_huge_pages(self._block.data_ptr(), size)
+            self._used = 0
+        taken = self._block[self._used : self._used + num_bytes]
+        self._used += -(-num_bytes // _VECTOR_BYTES) * _VECTOR_BYTES
+        return taken
+
+
 def _layer_linear(packed: PackedLinear) -> int:
     """Address of the weight as an argument of a whole layer, made anew when it or its bias has moved."""
     layout, weight, bias = packed.layout, packed.data.data_ptr(), packed.bias
@@ -155,6 +180,7 @@ class CpuKernels:
         self._library, self._pool = library, handle
         self.isa: str = library.mi_pool_variant(handle).decode()
         self.num_threads = num_threads
+        self._arena = _Arena(library)
         self._attention_shapes: dict[tuple[object, ...], tuple[int, AttentionShape]] = {}
         self._linear, self._pack_rows = library.mi_linear, library.mi_pack_rows
         self._rms_norm, self._silu_mul = library.mi_rms_norm, library.mi_silu_mul
@@ -179,8 +205,7 @@ class CpuKernels:
         shape = LinearShape(out_dim, in_dim, chunk_bytes[-1], _DTYPES[dtype], len(chunk_bounds) - 1)
         shape.bounds[: len(chunk_bounds)] = chunk_bounds
         shape.chunk_bytes[: len(chunk_bytes)] = chunk_bytes
-        data = torch.empty(-(-out_dim // _LANES) * chunk_bytes[-1], dtype=torch.uint8, device=device)
-        self._library.mi_advise_huge_pages(data.data_ptr(), data.numel())
+        data = self._arena.take(-(-out_dim // _LANES) * chunk_bytes[-1])
         if out_dim % _LANES:
             data[-chunk_bytes[-1] :] = 0  # columns that are multiplied, though never stored
         return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=Layout(shape, ctypes.addressof(shape)))

@@ -1,8 +1,10 @@
 // Threads that spin briefly for the next op and then sleep. With one thread there are no threads at all.
 //
-// A single 64-bit ticket holds (epoch, number of tasks, next task), so that taking a task and checking that it is still
-// to be had is one atomic addition: a thread that slept through an op can neither miss one nor repeat one, and the
-// caller waits for tasks to be finished, never for threads to wake up.
+// The tasks of an op are divided into contiguous ranges, one for each thread: weights are read fastest as a few long
+// streams. Who is done with a range goes on with what is left of the others. A single 64-bit ticket holds (epoch, number
+// of ranges, next range), so that taking a range and checking that it is still to be had is one atomic addition: a thread
+// that slept through an op can neither miss one nor repeat one, and the caller waits for ranges to be finished, never for
+// threads to wake up.
 
 #include "pool.h"
 
@@ -24,13 +26,13 @@
 
 namespace {
 
-constexpr int kTaskBits = 20;
-constexpr uint64_t kTaskMask = (uint64_t{1} << kTaskBits) - 1;
+constexpr int kRangeBits = 20;
+constexpr uint64_t kRangeMask = (uint64_t{1} << kRangeBits) - 1;
 constexpr auto kSpinTime = std::chrono::microseconds(60);
 
-int next_task(uint64_t ticket) { return static_cast<int>(ticket & kTaskMask); }
-int task_count(uint64_t ticket) { return static_cast<int>((ticket >> kTaskBits) & kTaskMask); }
-bool has_task(uint64_t ticket) { return next_task(ticket) < task_count(ticket); }
+int next_range(uint64_t ticket) { return static_cast<int>(ticket & kRangeMask); }
+int range_count(uint64_t ticket) { return static_cast<int>((ticket >> kRangeBits) & kRangeMask); }
+bool has_range(uint64_t ticket) { return next_range(ticket) < range_count(ticket); }
 
 void relax() {
 #if defined(__x86_64__)
@@ -53,6 +55,11 @@ bool spin_until(Condition condition) {
   return condition();
 }
 
+struct alignas(64) Range {
+  std::atomic<int> next{0};
+  int end = 0;
+};
+
 struct Scratch {
   void* data = nullptr;
   size_t num_bytes = 0;
@@ -66,6 +73,7 @@ struct Pool {
   pid_t owner = 0;
   std::vector<std::thread> workers;
   std::vector<Scratch> scratch;
+  std::vector<Range> ranges;
 
   std::mutex one_op;  // ops of several Python threads take turns
   PoolTask function = nullptr;
@@ -78,16 +86,22 @@ struct Pool {
   std::condition_variable wake;
 
   void work(int slot) {
-    while (has_task(ticket.load(std::memory_order_relaxed))) {
+    while (has_range(ticket.load(std::memory_order_relaxed))) {
       const uint64_t taken = ticket.fetch_add(1, std::memory_order_acq_rel);
-      if (!has_task(taken)) return;
-      function(context, next_task(taken), slot);
+      if (!has_range(taken)) return;
+      const int count = range_count(taken);
+      for (int i = 0; i < count; ++i) {
+        Range& range = ranges[(next_range(taken) + i) % count];
+        for (int task; (task = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) {
+          function(context, task, slot);
+        }
+      }
       finished.fetch_add(1, std::memory_order_release);
     }
   }
 
   void loop(int slot) {
-    auto wanted = [this] { return has_task(ticket.load()) || closing.load(); };
+    auto wanted = [this] { return has_range(ticket.load()) || closing.load(); };
     while (!closing.load(std::memory_order_relaxed)) {
       if (!spin_until(wanted)) {
         std::unique_lock<std::mutex> lock(sleep_mutex);
@@ -129,11 +143,16 @@ void pool_run(Pool* pool, int num_tasks, PoolTask function, void* context) {
   pool->function = function;
   pool->context = context;
   pool->finished.store(0, std::memory_order_relaxed);
-  const uint64_t epoch = (pool->ticket.load(std::memory_order_relaxed) >> (2 * kTaskBits)) + 1;
-  pool->ticket.store((epoch << (2 * kTaskBits)) | (static_cast<uint64_t>(num_tasks) << kTaskBits));
+  const int num_ranges = num_tasks < pool->threads ? num_tasks : pool->threads;
+  for (int i = 0; i < num_ranges; ++i) {
+    pool->ranges[i].next.store(static_cast<int>(int64_t{num_tasks} * i / num_ranges), std::memory_order_relaxed);
+    pool->ranges[i].end = static_cast<int>(int64_t{num_tasks} * (i + 1) / num_ranges);
+  }
+  const uint64_t epoch = (pool->ticket.load(std::memory_order_relaxed) >> (2 * kRangeBits)) + 1;
+  pool->ticket.store((epoch << (2 * kRangeBits)) | (static_cast<uint64_t>(num_ranges) << kRangeBits));
   pool->wake_all();
   pool->work(0);
-  auto done = [pool, num_tasks] { return pool->finished.load(std::memory_order_acquire) == num_tasks; };
+  auto done = [pool, num_ranges] { return pool->finished.load(std::memory_order_acquire) == num_ranges; };
   while (!spin_until(done)) std::this_thread::yield();
 }
 
@@ -179,6 +198,7 @@ Pool* mi_pool_create(int threads, const char* variant) {
     pool->kernels = kernels;
     pool->owner = getpid();
     pool->scratch.resize(threads + 2);
+    pool->ranges = std::vector<Range>(threads);
     for (int slot = 1; slot < threads; ++slot) pool->workers.emplace_back(&Pool::loop, pool, slot);
   } catch (...) {
     pool->threads = static_cast<int>(pool->workers.size()) + 1;

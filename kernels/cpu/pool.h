@@ -13,7 +13,7 @@ struct Pool;
 typedef void (*PoolTask)(void* context, int task, int slot);
 
 // Runs all tasks and returns when they are done. Tasks may run in any order on any thread, so a result must not depend
-// on which; num_tasks < 2^20. The caller takes part. Must not be called from inside a task.
+// on which. The caller takes part. Must not be called from inside a task.
 void pool_run(Pool* pool, int num_tasks, PoolTask function, void* context);
 
 int pool_threads(const Pool* pool);

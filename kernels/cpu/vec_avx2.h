@@ -10,6 +10,7 @@ struct V {
 constexpr int kTileRows = 6;
 constexpr int kTileVectors = 6;
 constexpr int kGroupTileVectors = 6;
+constexpr int kWideTiles = 3;
 
 // Lanes below n get the sign bit that maskload and maskstore look at.
 INLINE __m256i first(int n) {

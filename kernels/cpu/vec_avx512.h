@@ -10,6 +10,7 @@ struct V {
 constexpr int kTileRows = 12;  // most rows of a register tile
 constexpr int kTileVectors = 24;  // most accumulators of one
 constexpr int kGroupTileVectors = 16;
+constexpr int kWideTiles = 4;  // so many read the same weights before widening them pays; see linear.h
 
 INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
 

@@ -11,6 +11,7 @@ struct V {
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = 4;
 constexpr int kGroupTileVectors = 4;
+constexpr int kWideTiles = 3;
 
 #define EACH_QUARTER(expression)                       \
   V r;                                                 \

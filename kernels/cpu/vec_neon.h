@@ -14,6 +14,7 @@ struct V {
 constexpr int kTileRows = 5;
 constexpr int kTileVectors = 5;
 constexpr int kGroupTileVectors = 3;
+constexpr int kWideTiles = 3;
 
 #define EACH_QUARTER(expression)                          \
   V r;                                                    \
