@@ -15,18 +15,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear
+from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
 
 LIBRARY = Path(__file__).with_name("libmegatron_infer_cpu.so")
 _ABI = 3
 _LANES = 16
 _VECTOR_BYTES = 64
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.int4: 4}
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, INT4: 4}
 _STEP_BYTES = {
     torch.float32: (1, _VECTOR_BYTES),
     torch.bfloat16: (2, _VECTOR_BYTES),
     torch.int8: (GROUP, 32 + 16 * GROUP),
-    torch.int4: (GROUP, 32 + 8 * GROUP),
+    INT4: (GROUP, 32 + 8 * GROUP),
 }
 """A panel's smallest step along K: how many k, and how many bytes; see LinearShape in kernels.h."""
 _SIGNATURES: dict[str, list[type]] = {

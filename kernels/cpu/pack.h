@@ -85,21 +85,27 @@ INLINE int64_t pack_whole_panel(char* panel, const LinearShape& shape, int chunk
                             : pack_converted<kFloat16, kFloat32>(panel, shape, chunk, rows, row_stride);
 }
 
+// Calls body(panel's storage, begin, end) for every panel that rows [row_start, row_start + num_rows) have a part of.
+template <class Body>
+void for_each_panel(Pool* pool, void* weight, const LinearShape* shape, int64_t row_start, int64_t num_rows,
+                    const Body& body) {
+  const int64_t first = row_start / kLanes, panels = ceil_div(row_start + num_rows, kLanes) - first;
+  parallel_for(pool, panels, 1, [&](int64_t index, int64_t) {
+    const int64_t panel = first + index, begin = panel * kLanes < row_start ? row_start : panel * kLanes;
+    const int64_t end = least((panel + 1) * kLanes, row_start + num_rows);
+    body(static_cast<char*>(weight) + panel * shape->panel_bytes, begin, end);
+  });
+}
+
 int pack_rows(Pool* pool, void* weight, const void* rows_NK, int64_t row_stride, int dtype, int64_t row_start,
               int64_t num_rows, const LinearShape* shape) {
-  const int64_t first = row_start / kLanes, panels = ceil_div(row_start + num_rows, kLanes) - first;
   const int64_t element = dtype == kFloat32 ? 4 : 2;
-  parallel_for(pool, panels, 1, [&](int64_t panel, int64_t) {
-    panel += first;
-    char* out = static_cast<char*>(weight) + panel * shape->panel_bytes;
-    const int64_t begin = panel * kLanes < row_start ? row_start : panel * kLanes;
-    const int64_t end = least((panel + 1) * kLanes, row_start + num_rows);
+  for_each_panel(pool, weight, shape, row_start, num_rows, [&](char* out, int64_t begin, int64_t end) {
     const char* rows = static_cast<const char*>(rows_NK) + (begin - row_start) * row_stride * element;
     for (int chunk = 0; chunk < shape->num_chunks; ++chunk) {
       int64_t k = shape->bounds[chunk];
       if (end - begin == kLanes) k = pack_whole_panel(out, *shape, chunk, rows, row_stride, dtype);
-      pack_elements(out, *shape, chunk, k, begin - panel * kLanes, rows_NK, row_stride, dtype, begin - row_start,
-                    end - begin);
+      pack_elements(out, *shape, chunk, k, begin % kLanes, rows_NK, row_stride, dtype, begin - row_start, end - begin);
     }
   });
   return kOk;
@@ -140,13 +146,8 @@ void pack_groups(char* panel, const LinearShape& shape, int lane, int num_rows, 
 
 int pack_quantized(Pool* pool, void* weight, const int8_t* q_NK, int64_t q_stride, const uint16_t* scales_NG,
                    int64_t scale_stride, int64_t row_start, int64_t num_rows, const LinearShape* shape) {
-  const int64_t first = row_start / kLanes, panels = ceil_div(row_start + num_rows, kLanes) - first;
-  parallel_for(pool, panels, 1, [&](int64_t panel, int64_t) {
-    panel += first;
-    const int64_t begin = panel * kLanes < row_start ? row_start : panel * kLanes;
-    const int64_t end = least((panel + 1) * kLanes, row_start + num_rows);
-    char* out = static_cast<char*>(weight) + panel * shape->panel_bytes;
-    const int lane = static_cast<int>(begin - panel * kLanes), count = static_cast<int>(end - begin);
+  for_each_panel(pool, weight, shape, row_start, num_rows, [&](char* out, int64_t begin, int64_t end) {
+    const int lane = static_cast<int>(begin % kLanes), count = static_cast<int>(end - begin);
     const int8_t* q = q_NK + (begin - row_start) * q_stride;
     const uint16_t* scales = scales_NG + (begin - row_start) * scale_stride;
     if (shape->dtype == kInt8) pack_groups<kInt8>(out, *shape, lane, count, q, q_stride, scales, scale_stride);
