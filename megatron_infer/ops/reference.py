@@ -24,7 +24,9 @@ def allocate_linear(
     """The transposed matrix, [in_dim, out_dim], int4 as int8; the scales of a quantised one, fp32 [groups, out_dim]."""
     is_quantized = dtype in QUANTIZED
     data = torch.empty(in_dim, out_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
-    scales_GN = torch.empty(-(-in_dim // GROUP), out_dim, device=device) if is_quantized else None
+    scales_GN = None
+    if is_quantized:
+        scales_GN = torch.empty(-(-in_dim // GROUP), out_dim, dtype=torch.float32, device=device)
     return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales_GN)
 
 
