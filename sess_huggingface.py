@@ -8,6 +8,7 @@ Token ids come from megatron_infer.fim, so they are the engine's; network and ge
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -43,9 +44,11 @@ class HuggingFaceInference:
         model_name: file stem of `.pt` checkpoints.
         device: "cpu" or "cuda"; None takes a GPU if there is one.
         dtype: of weights and activations. "float32" is what the engine's arithmetic on the CPU corresponds to.
+        quantization: "int8" or "int4" weights by bitsandbytes, on a GPU only; its arithmetic is not the engine's.
         fim: FIM family, where neither config.json nor the tokenizer tells.
     Raises:
-        ValueError: the checkpoint is damaged, or transformers is not installed.
+        ValueError: the checkpoint is damaged, transformers is not installed, or bitsandbytes or a GPU is missing for
+            `quantization`.
     """
 
     def __init__(
@@ -55,20 +58,23 @@ class HuggingFaceInference:
         model_name: str = DEFAULT_MODEL_NAME,
         device: str | None = None,
         dtype: str = "float32",
+        quantization: str | None = None,
         fim: str | None = None,
     ) -> None:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if quantization is not None:
+            _check_quantization(quantization, self.device)
         with open_checkpoint(model_dir, model_name) as checkpoint:
             self.config, is_hf = checkpoint.config, checkpoint.kind.startswith("hf-")
         self.tokenizer = load_tokenizer(model_dir)
         self.fim = load_fim(fim or self.config.fim, self.tokenizer)
         if is_hf:
-            self.model = _load(Path(model_dir), dtype, self.device)
+            self.model = _load(Path(model_dir), dtype, quantization, self.device)
         else:
             with tempfile.TemporaryDirectory(prefix="megatron_infer-hf-") as temporary:
                 converted = Path(temporary) / "hf"
                 megatron2hf(model_dir, converted, options=Options(model_name))
-                self.model = _load(converted, dtype, self.device)
+                self.model = _load(converted, dtype, quantization, self.device)
 
     def complete(self, prompt: FimPrompt, max_new_tokens: int = 256, order: str | None = None) -> Answer:
         """Complete greedily; ends at the same ids as the engine does. Raises ValueError for a bad prompt."""
@@ -96,7 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         prompt = _prompt(args)
         session = HuggingFaceInference(
-            args.model_dir, model_name=args.model_name, device=args.device, dtype=args.dtype, fim=args.fim
+            args.model_dir,
+            model_name=args.model_name,
+            device=args.device,
+            dtype=args.dtype,
+            quantization=args.quantization,
+            fim=args.fim,
         )
         answer = session.complete(prompt, args.max_new_tokens, args.order)
     except ValueError as error:
@@ -117,11 +128,31 @@ def _prompt(args: argparse.Namespace) -> FimPrompt:
     return FimPrompt(prefix, suffix, args.path or project_path(args.file))
 
 
-def _load(directory: Path, dtype: str, device: torch.device) -> Any:
-    model = _transformers().AutoModelForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False
+def _check_quantization(quantization: str, device: torch.device) -> None:
+    if quantization not in ("int8", "int4"):
+        raise ValueError(f"quantization must be int8 or int4, not {quantization!r}")
+    if device.type != "cuda":
+        raise ValueError(
+            f"quantization {quantization!r} through bitsandbytes needs a CUDA GPU; leave it out, or use the engine's "
+            f"(sess_megatron.py --quantization {quantization}), which runs on the CPU too"
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(f"quantization {quantization!r} needs bitsandbytes; install it (pip install bitsandbytes)")
+
+
+def _load(directory: Path, dtype: str, quantization: str | None, device: torch.device) -> Any:
+    transformers, options = _transformers(), {}
+    if quantization is not None:
+        options["device_map"] = {"": device}
+        options["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_8bit=quantization == "int8",
+            load_in_4bit=quantization == "int4",
+            bnb_4bit_compute_dtype=getattr(torch, dtype),
+        )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=getattr(torch, dtype), local_files_only=True, trust_remote_code=False, **options
     )
-    return model.to(device).eval()
+    return (model if quantization else model.to(device)).eval()
 
 
 def _transformers() -> Any:
@@ -148,6 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fim", help="FIM prompt family (default: from config.json or the tokenizer)")
     parser.add_argument("--max_new_tokens", "--max-new-tokens", type=int, default=256, help="default: %(default)s")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--quantization", choices=("int8", "int4"), help="weights by bitsandbytes; needs a CUDA GPU")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--ids", action="store_true", help="also print token ids, on stderr")
     return parser

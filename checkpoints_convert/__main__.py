@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,9 +26,12 @@ from checkpoints_convert.convert import (
 )
 from checkpoints_convert.inspection import inspect
 from checkpoints_convert.logits import compare_logits
+from checkpoints_convert.quality import compare_quality
+from checkpoints_convert.quantization import quantize
 from megatron_infer.config import DEFAULT_MODEL_NAME, FLOAT_DTYPES
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import verify_manifest
+from megatron_infer.quantization import GROUP_SIZES, METHODS, STORED_FORMATS
 
 _SHOWN = 10
 _UNITS = {
@@ -64,6 +68,11 @@ def _run_convert(args: argparse.Namespace) -> int:
         summary = megatron2hf(args.src, args.out, options=options)
     elif args.command == "reshard":
         summary = reshard(args.src, args.out, tp=args.tp, options=options)
+    elif args.command == "quantize":
+        summary = quantize(
+            args.src, args.out, fmt=args.format, group=args.group, method=args.method, calibration=args.calibration,
+            tp=args.tp, options=options,
+        )  # fmt: skip
     else:
         summary = merge_lora(args.src, args.adapter, args.out, tp=args.tp, fmt=args.format, options=options)
     if not args.quiet:
@@ -92,6 +101,17 @@ def _run_verify(args: argparse.Namespace) -> int:
         if args.logits:
             same = _compare_logits(a, b, args.tolerance) and same
     return 0 if same else 1
+
+
+def _run_quality(args: argparse.Namespace) -> int:
+    with ExitStack() as stack:
+        a, b = (stack.enter_context(open_checkpoint(path, args.model_name)) for path in (args.a, args.b))
+        with tqdm(total=a.config.num_hidden_layers, unit="layer", leave=False, disable=None) as bar:
+            result = compare_quality(
+                a, b, args.text, num_windows=args.windows, num_holes=args.holes, progress=bar.update
+            )
+    print(result)
+    return 0
 
 
 def _print_comparison(result: Comparison) -> None:
@@ -130,6 +150,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _tp(merge, default=1)
     merge.add_argument("--format", choices=FORMATS, help="default: the base's")
+    small = _conversion(commands, "quantize", "any checkpoint to a sharded directory with int8 or int4 weights")
+    _tp(small, default=1)
+    small.add_argument("--format", choices=STORED_FORMATS, required=True, help="int4 leaves the head int8")
+    small.add_argument("--group", type=int, choices=GROUP_SIZES, default=32, help="inputs per scale (default 32)")
+    small.add_argument("--method", choices=METHODS, default="rtn", help="nearest (default), or calibrated on text")
+    small.add_argument(
+        "--calibration", type=Path, nargs="+", default=(), metavar="TEXT", help="files or directories; gptq only"
+    )
     look = commands.add_parser("inspect", help="what a checkpoint is, and what it takes", allow_abbrev=False)
     look.add_argument("dir", type=Path)
     look.add_argument("--memory", type=_bytes, metavar="SIZE", help="of one rank, such as 24GiB: says what fits")
@@ -141,7 +169,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--tolerance", type=float, default=0.0, help="largest difference that counts as equal (default 0)"
     )
-    for command, run in ((look, _run_inspect), (check, _run_verify)):
+    rate = commands.add_parser("quality", help="what quantization cost, on held-out text", allow_abbrev=False)
+    rate.add_argument("a", type=Path, help="the checkpoint before quantization")
+    rate.add_argument("b", type=Path, help="the one after")
+    rate.add_argument("--text", type=Path, nargs="+", required=True, help="files or directories of them")
+    rate.add_argument("--windows", type=int, default=128, metavar="N", help="of 512 tokens (default %(default)s)")
+    rate.add_argument("--holes", type=int, default=300, metavar="N", help="ends of lines to fill (default %(default)s)")
+    for command, run in ((look, _run_inspect), (check, _run_verify), (rate, _run_quality)):
         _model_name(command)
         command.set_defaults(run=run)
     return parser

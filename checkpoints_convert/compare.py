@@ -14,11 +14,12 @@ from torch import Tensor
 
 from megatron_infer.config import ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint
+from megatron_infer.model.formats import unpack_int4
 from megatron_infer.model.tensor_writers import BLOCK_BYTES
 from megatron_infer.model.weights import expected_tensors
 
 _NOT_THE_NETWORK = ("torch_dtype", "fim", "bos_token_id", "eos_token_ids")
-_BIT_VIEWS = {2: torch.int16, 4: torch.int32}
+_BIT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _compare(a: Checkpoint, b: Checkpoint, name: str, shape: tuple[int, ...]) ->
         left, right = a.read(name, rows), b.read(name, rows)
         if dtypes[0] != dtypes[1] or not _same_bits(left, right):
             same = False
-            worst = max(worst, _max_abs_diff(left.double(), right.double()))
+            worst = max(worst, _max_abs_diff(_numbers(left), _numbers(right)))
     names = tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return None if same else TensorDifference(name, (names[0], names[1]), worst)
 
@@ -93,6 +94,11 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     """Equal bit for bit, so that NaNs compare too and -0 is not 0."""
     view = _BIT_VIEWS[left.dtype.itemsize]
     return torch.equal(left.view(view), right.view(view))
+
+
+def _numbers(block: Tensor) -> Tensor:
+    """What a block stands for in fp64; bytes hold two int4 each."""
+    return (unpack_int4(block) if block.dtype == torch.uint8 else block).double()
 
 
 def _max_abs_diff(left: Tensor, right: Tensor) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoints_convert.lora import Adapter, MergedReader
-from megatron_infer.config import DEFAULT_MODEL_NAME, FLOAT_DTYPES
+from megatron_infer.config import DEFAULT_MODEL_NAME, FLOAT_DTYPES, ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
 from megatron_infer.model.tensor_writers import Progress
-from megatron_infer.model.weights import expected_tensors
+from megatron_infer.model.weights import expected_tensors, stored_dtype
 
 FORMATS = ("sharded", "pt", "hf")
 
@@ -72,12 +73,12 @@ def hf2megatron(
     """
     if fmt not in ("sharded", "pt"):
         raise ValueError(f"format {fmt!r} is not one of sharded, pt; for a Hugging Face directory use megatron2hf")
-    return _convert(src, out, fmt, tp, None, options or Options())
+    return convert(src, out, fmt, tp, options or Options())
 
 
 def megatron2hf(src: str | Path, out: str | Path, *, options: Options | None = None) -> Summary:
     """Write `src` (of any kind) as a Hugging Face directory that transformers loads. Raises as `hf2megatron`."""
-    return _convert(src, out, "hf", 1, None, options or Options())
+    return convert(src, out, "hf", 1, options or Options())
 
 
 def reshard(src: str | Path, out: str | Path, *, tp: int, options: Options | None = None) -> Summary:
@@ -85,7 +86,7 @@ def reshard(src: str | Path, out: str | Path, *, tp: int, options: Options | Non
     options = options or Options()
     with open_checkpoint(src, options.model_name) as checkpoint:
         fmt = "pt" if _format_of(checkpoint) == "pt" else "sharded"
-    return _convert(src, out, fmt, tp, None, options)
+    return convert(src, out, fmt, tp, options)
 
 
 def merge_lora(
@@ -108,28 +109,62 @@ def merge_lora(
     """
     if fmt is not None and fmt not in FORMATS:
         raise ValueError(f"format {fmt!r} is not one of {', '.join(FORMATS)}")
-    return _convert(base, out, fmt or "same", tp, Path(adapter), options or Options())
+    options = options or Options()
+
+    def merged(checkpoint: Checkpoint) -> Change:
+        refuse_quantized(checkpoint, "merged with an adapter")
+        dtype = None if options.dtype is None else getattr(torch, options.dtype)
+        reader = MergedReader(checkpoint, Adapter.open(Path(adapter), checkpoint.config), dtype)
+        return Change(reader.read, checkpoint.config)
+
+    return convert(base, out, fmt or "same", tp, options, merged)
 
 
-def _convert(
-    src: str | Path, out: str | Path, fmt: str, tp: int, adapter_dir: Path | None, options: Options
+@dataclass(frozen=True)
+class Change:
+    """What is written instead of a checkpoint's own tensors and config."""
+
+    read: Reader
+    config: ModelConfig
+
+
+def convert(
+    src: str | Path,
+    out: str | Path,
+    fmt: str,
+    tp: int,
+    options: Options,
+    change: Callable[[Checkpoint], Change] | None = None,
 ) -> Summary:
+    """Write `src`, or what `change` makes of it, in one of FORMATS ("same": the one it has). Raises ValueError."""
     started = time.perf_counter()
     if Path(src).resolve() == Path(out).resolve():
         raise ValueError(f"{out} is the source itself; choose another output directory")
     with open_checkpoint(src, options.model_name, verify=options.verify) as checkpoint:
-        target = None if options.dtype is None else getattr(torch, options.dtype)
-        reader: Reader = checkpoint.read
-        if adapter_dir is not None:
-            reader = MergedReader(checkpoint, Adapter.open(adapter_dir, checkpoint.config), target).read
+        changed = Change(checkpoint.read, checkpoint.config) if change is None else change(checkpoint)
+        fmt = _format_of(checkpoint) if fmt == "same" else fmt
+        if fmt != "sharded":
+            refuse_quantized(
+                checkpoint, "written as " + {"hf": "a Hugging Face directory", "pt": "upstream's .pt"}[fmt]
+            )
+        if options.dtype is not None:
+            refuse_quantized(checkpoint, "converted to another dtype")
         if options.progress:
             print("\n".join(checkpoint.notes), file=sys.stderr)
-        written = _Written(checkpoint.num_bytes if target is None else _bytes_in(checkpoint, target), options.progress)
+        target = None if options.dtype is None else getattr(torch, options.dtype)
+        written = _Written(_num_bytes(checkpoint, changed.config, target), options.progress)
         with written.bar:
-            _write(
-                reader, checkpoint, out, _format_of(checkpoint) if fmt == "same" else fmt, tp, target, options, written
-            )
+            _write(changed, checkpoint.model_dir, out, fmt, tp, target, options, written)
     return Summary(checkpoint.kind, Path(out), written.num_bytes, time.perf_counter() - started)
+
+
+def refuse_quantized(checkpoint: Checkpoint, what: str) -> None:
+    """ValueError where the weights are quantised, so that they cannot be `what`."""
+    if checkpoint.config.quantization is not None:
+        raise ValueError(
+            f"{checkpoint.model_dir} holds quantized weights ({checkpoint.config.quantization}), which cannot be "
+            f"{what}; take the checkpoint before quantization"
+        )
 
 
 class _Written:
@@ -145,8 +180,8 @@ class _Written:
 
 
 def _write(
-    read: Reader,
-    checkpoint: Checkpoint,
+    change: Change,
+    model_dir: Path,
     out: str | Path,
     fmt: str,
     tp: int,
@@ -154,7 +189,7 @@ def _write(
     options: Options,
     progress: Progress,
 ) -> None:
-    config, extra, force = checkpoint.config, tokenizer_files(checkpoint.model_dir), options.force
+    read, config, extra, force = change.read, change.config, tokenizer_files(model_dir), options.force
     if fmt == "hf":
         save_hf(read, config, out, dtype, extra, force=force, progress=progress)
     elif fmt == "pt":
@@ -169,5 +204,9 @@ def _format_of(checkpoint: Checkpoint) -> str:
     return "sharded" if checkpoint.kind == "sharded-safetensors" else "hf"
 
 
-def _bytes_in(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in expected_tensors(checkpoint.config).values()) * dtype.itemsize
+def _num_bytes(checkpoint: Checkpoint, config: ModelConfig, dtype: torch.dtype | None) -> int:
+    """Size of all tensors as written, replicas not counted."""
+    return sum(
+        torch.Size(shape).numel() * (stored_dtype(config, name) or dtype or checkpoint.dtype_of(name)).itemsize
+        for name, shape in expected_tensors(config).items()
+    )

@@ -6,12 +6,13 @@ Reads headers only.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from checkpoints_convert.network import float_dtype
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import DEFAULT_MODEL_NAME, ModelConfig
 from megatron_infer.fim import load_fim
@@ -75,6 +76,7 @@ class Inspection:
             f"               {rope}, {c.max_position_embeddings} positions, RMSNorm epsilon {c.rms_norm_eps:g}",
             f"FIM family     {self.fim}",
             f"parameters     {self.num_parameters:,}",
+            f"quantization   {c.quantization or 'none'}",
             f"stored         {self.num_bytes:,} bytes: " + ", ".join(f"{n} x {d}" for d, n in self.dtypes.items()),
             "tp  weights/rank      KV cache/token",
             *(_rank_line(rank) for rank in self.ranks),
@@ -95,8 +97,9 @@ def inspect(
     with open_checkpoint(model_dir, model_name) as checkpoint:
         config = checkpoint.config
         dtypes = Counter(str(checkpoint.dtype_of(name)).removeprefix("torch.") for name in checkpoint.names())
-        numel = sum(torch.Size(shape).numel() for shape in expected_tensors(config).values())
-        dtype = torch.float32 if checkpoint.dtype_of("tok_embeddings.weight") == torch.float32 else torch.bfloat16
+        plain = replace(config, quantization=None)
+        numel = sum(torch.Size(shape).numel() for shape in expected_tensors(plain).values())
+        dtype = float_dtype(checkpoint)
         return Inspection(
             model_dir=checkpoint.model_dir,
             kind=checkpoint.kind,
@@ -112,7 +115,7 @@ def inspect(
 
 
 def _rank(config: ModelConfig, tp: int, dtype: torch.dtype, memory_bytes: int | None) -> RankMemory:
-    weights = memory_estimate(config, tp, dtype)
+    weights = memory_estimate(config, tp, dtype, config.quantization.format if config.quantization else "none")
     kv_heads = len(config.kv_heads_on(0, tp))
     per_token = KVCache.block_bytes(config.num_hidden_layers, kv_heads, 1, config.head_dim, dtype)
     tokens = None if memory_bytes is None else max(0, (memory_bytes - weights) // per_token)

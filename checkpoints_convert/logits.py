@@ -10,17 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_infer.cache.kv_cache import KVCache
+from checkpoints_convert.network import CPU, OneSequence, load_network, one_sequence_cache
 from megatron_infer.config import ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint
-from megatron_infer.model.formats import PlainFormat
-from megatron_infer.model.transformer import Transformer
 from megatron_infer.ops.dispatch import select_ops
-from megatron_infer.tensor_parallel.group import TPGroup
 
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 8
-_BLOCK_SIZE = 16
 _STRIDE = 7919  # a prime, so that the prompt's ids spread over any vocabulary
 
 
@@ -36,38 +32,13 @@ class LogitComparison:
         return self.ids[0] == self.ids[1] and self.max_abs_diff <= tolerance
 
 
-@dataclass(frozen=True)
-class _OneSequence:
-    """The index tensors of a forward pass over one sequence (model.transformer.BatchView)."""
-
-    token_ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    query_start_S1: Tensor
-    context_lens_S: Tensor
-    block_tables_SB: Tensor
-
-    @classmethod
-    def at(cls, ids: list[int], start: int, num_blocks: int) -> _OneSequence:
-        """`ids` as positions `start` and up; position i lies in slot i."""
-        positions = torch.arange(start, start + len(ids))
-        return cls(
-            torch.tensor(ids),
-            positions.int(),
-            positions,
-            torch.tensor([0, len(ids)], dtype=torch.int32),
-            torch.tensor([start + len(ids)], dtype=torch.int32),
-            torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
-        )
-
-
 def compare_logits(a: Checkpoint, b: Checkpoint, *, num_threads: int | None = None) -> LogitComparison:
     """Continue a fixed prompt greedily with each checkpoint and compare tokens and logits.
 
-    Weights are used as bfloat16 where both checkpoints store that, else as float32.
+    Weights are used as bfloat16 where both checkpoints store that, else as float32; quantised ones as they are.
     """
     dtypes = {c.dtype_of(name) for c in (a, b) for name in c.names()}
-    dtype = torch.bfloat16 if dtypes == {torch.bfloat16} else torch.float32
+    dtype = torch.bfloat16 if dtypes <= {torch.bfloat16, torch.int8, torch.uint8} else torch.float32
     threads = num_threads or torch.get_num_threads()
     (ids_a, logits_a), (ids_b, logits_b) = (_greedy(c, dtype, threads) for c in (a, b))
     # The logits that chose token n depend on tokens before n only.
@@ -80,47 +51,20 @@ def compare_logits(a: Checkpoint, b: Checkpoint, *, num_threads: int | None = No
 @torch.no_grad()
 def _greedy(checkpoint: Checkpoint, dtype: torch.dtype, num_threads: int) -> tuple[list[int], Tensor]:
     """New token ids, and the logits at every position from the prompt's first on."""
-    config, cpu = checkpoint.config, torch.device("cpu")
-    model = _load(checkpoint, dtype, num_threads)
-    num_blocks = -(-(_PROMPT_TOKENS + _NEW_TOKENS) // _BLOCK_SIZE)
-    kv = KVCache(
-        config.num_hidden_layers,
-        num_blocks,
-        config.num_key_value_heads,
-        _BLOCK_SIZE,
-        config.head_dim,
-        dtype=torch.float32,
-        device=cpu,
-    )
+    config, num_tokens = checkpoint.config, _PROMPT_TOKENS + _NEW_TOKENS
+    model = load_network(checkpoint, config, dtype, select_ops(CPU, num_threads=num_threads), num_tokens)
+    kv = one_sequence_cache(config, config.num_hidden_layers, num_tokens)
     ids = _prompt(config)
     new: list[int] = []
     logits = []
     start = 0
     while len(new) < _NEW_TOKENS:
-        hidden_TD = model.forward(_OneSequence.at(ids, start, num_blocks), kv)
+        hidden_TD = model.forward(OneSequence.at(ids, start, kv.num_blocks), kv)
         logits.append(model.logits(hidden_TD)[:, : config.vocab_size])
         start += len(ids)
         ids = [int(logits[-1][-1].argmax())]
         new += ids
     return new, torch.cat(logits)
-
-
-def _load(checkpoint: Checkpoint, dtype: torch.dtype, num_threads: int) -> Transformer:
-    cpu = torch.device("cpu")
-    ops = select_ops(cpu, num_threads=num_threads)
-    fmt = PlainFormat(ops, dtype, cpu)
-    model = Transformer(
-        checkpoint.config,
-        tp=TPGroup.single(cpu),
-        ops=ops,
-        fmt=fmt,
-        head_fmt=fmt,
-        dtype=dtype,
-        num_positions=_PROMPT_TOKENS + _NEW_TOKENS,
-    )
-    for _ in model.load(checkpoint):
-        continue
-    return model
 
 
 def _prompt(config: ModelConfig) -> list[int]:

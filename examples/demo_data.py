@@ -6,6 +6,7 @@ exactly as the engine lays them out for aiXcoder: comment header, guarded suffix
 
 from __future__ import annotations
 
+import argparse
 import ast
 import bisect
 import hashlib
@@ -255,3 +256,17 @@ class Samples:
                 return None
             text = text[cut + 1 :]
         return ids
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write the corpus as OUT/train/ and OUT/held_out/.")
+    parser.add_argument("out", type=Path)
+    out = parser.parse_args().out
+    for file in read_corpus():
+        target = out / ("held_out" if file.held_out else "train") / file.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(file.text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

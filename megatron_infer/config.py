@@ -7,12 +7,14 @@ Knows the Hugging Face `config.json` vocabulary; knows nothing of torch, files o
 from __future__ import annotations
 
 import json
-import math
 import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
+
+from megatron_infer.checks import finite, int_in, one_of, positive_int
+from megatron_infer.quantization import Quantization
 
 TP_SIZES = (1, 2, 4, 8)
 """Tensor-parallel degrees of the numerics contract: a linear layer has 8 K-chunks, and a rank owns 8/tp whole ones."""
@@ -50,8 +52,8 @@ class RopeScaling:
     truncate: bool = True
 
     def __post_init__(self) -> None:
-        _one_of("rope scaling type", self.rope_type, _ROPE_SCALINGS)
-        _finite("rope scaling factor", self.factor, low=1.0)
+        one_of("rope scaling type", self.rope_type, _ROPE_SCALINGS)
+        finite("rope scaling factor", self.factor, low=1.0)
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any]) -> RopeScaling | None:
@@ -59,7 +61,7 @@ class RopeScaling:
         rope_type = raw.get("rope_type", raw.get("type", "default"))
         if rope_type == "default":
             return None
-        _one_of("config.json: rope scaling type", rope_type, _ROPE_SCALINGS)
+        one_of("config.json: rope scaling type", rope_type, _ROPE_SCALINGS)
         given = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
         if "factor" not in given:
             raise ValueError(f"config.json: rope scaling of type {rope_type!r} has no 'factor'")
@@ -80,6 +82,7 @@ class ModelConfig:
     """Shape of a Llama-shaped decoder: RMSNorm, RoPE (half-split), GQA, SwiGLU. Names as in Hugging Face's config.json.
 
     `attention_bias` covers q, k and v; `attention_output_bias` covers o (Qwen2 has the first only, Granite both).
+    `quantization`: of the linear layers on disk; None: they are stored in floating point.
     """
 
     vocab_size: int
@@ -101,6 +104,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     torch_dtype: str = "bfloat16"
     fim: str | None = None
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -123,11 +127,13 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
-        _one_of("model config: torch_dtype", self.torch_dtype, FLOAT_DTYPES)
-        _finite("model config: rms_norm_eps", self.rms_norm_eps, low=0.0)
-        _finite("model config: rope_theta", self.rope_theta, low=1.0)
+        one_of("model config: torch_dtype", self.torch_dtype, FLOAT_DTYPES)
+        finite("model config: rms_norm_eps", self.rms_norm_eps, low=0.0)
+        finite("model config: rope_theta", self.rope_theta, low=1.0)
         for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
-            _int_in("model config: bos_token_id and eos_token_id", token_id, 0, self.vocab_size - 1)
+            int_in("model config: bos_token_id and eos_token_id", token_id, 0, self.vocab_size - 1)
+        if self.quantization and (self.hidden_size % 2 or self.intermediate_size % 2):
+            raise ValueError("model config: quantized weights need an even hidden_size and intermediate_size")
 
     @classmethod
     def aixcoder_7b(cls) -> ModelConfig:
@@ -165,7 +171,7 @@ class ModelConfig:
             raise ValueError("config.json: sliding-window attention is not supported")
         required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         for name in required:
-            _positive_int(f"config.json: {name}", raw.get(name))
+            positive_int(f"config.json: {name}", raw.get(name))
         rope: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
             if not isinstance(raw.get(name) or {}, Mapping):
@@ -197,6 +203,7 @@ class ModelConfig:
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
             torch_dtype=dtype.removeprefix("torch."),
             fim=raw.get("fim"),
+            quantization=Quantization.from_hf(raw.get("quantization_config")),
         )
 
     @classmethod
@@ -245,6 +252,8 @@ class ModelConfig:
             out["use_sliding_window"] = False
         if self.fim:
             out["fim"] = self.fim
+        if self.quantization:
+            out["quantization_config"] = self.quantization.to_hf()
         return out
 
     def validate_tp(self, tp: int) -> None:
@@ -287,7 +296,9 @@ class EngineConfig:
     tensor_parallel_size: int | None = _help(None, "tensor-parallel ranks: 1, 2, 4 or 8 (default: the world size)")
     device: str = _help("auto", "auto, cpu or cuda")
     dtype: str = _help("auto", "weights: auto (as stored; float16 becomes bfloat16 on the CPU), bfloat16 or float32")
-    quantization: str = _help("none", "weights, rounded while loading: none, int8 (8.5 bits each) or int4 (4.5 bits)")
+    quantization: str = _help(
+        "auto", "weights: auto (as stored), none, or rounded while loading: int8 (8.5 bits each) or int4 (4.5 bits)"
+    )
     kv_cache_dtype: str = _help("auto", "KV cache: auto (as the weights), bfloat16 or float32")
     max_model_len: int | None = _help(
         None, "longest prompt + completion in tokens (default: what the model was made for)"
@@ -303,21 +314,21 @@ class EngineConfig:
     deterministic: bool = _help(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
 
     def __post_init__(self) -> None:
-        _one_of("device", self.device, ("auto", "cpu", "cuda"))
+        one_of("device", self.device, ("auto", "cpu", "cuda"))
         if self.dtype in ("int8", "int4"):
             raise ValueError(f"dtype is that of activations and unrounded weights; use quantization={self.dtype!r}")
-        _one_of("dtype", self.dtype, ("auto", "bfloat16", "float32"))
-        _one_of("quantization", self.quantization, ("none", "int8", "int4"))
-        _one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "bfloat16", "float32"))
-        _one_of("cpu_isa", self.cpu_isa, ("auto", "avx512", "avx2", "neon", "generic"))
+        one_of("dtype", self.dtype, ("auto", "bfloat16", "float32"))
+        one_of("quantization", self.quantization, ("auto", "none", "int8", "int4"))
+        one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "bfloat16", "float32"))
+        one_of("cpu_isa", self.cpu_isa, ("auto", "avx512", "avx2", "neon", "generic"))
         if self.tensor_parallel_size is not None:
-            _one_of("tensor_parallel_size", self.tensor_parallel_size, TP_SIZES)
+            one_of("tensor_parallel_size", self.tensor_parallel_size, TP_SIZES)
         for name in ("max_num_seqs", "max_num_batched_tokens"):
-            _positive_int(name, getattr(self, name))
+            positive_int(name, getattr(self, name))
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) is not None:
-                _positive_int(name, getattr(self, name))
-        _one_of("block_size", self.block_size, (8, 16, 32, 64))
+                positive_int(name, getattr(self, name))
+        one_of("block_size", self.block_size, (8, 16, 32, 64))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
 
@@ -352,48 +363,27 @@ class SamplingParams:
         stop: tuple[str, ...] | str = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _positive_int("max_new_tokens", self.max_new_tokens)
-        _finite("temperature", self.temperature, low=0.0)
-        _finite("top_p", self.top_p, low=0.0, high=1.0)
-        _finite("min_p", self.min_p, low=0.0, high=1.0)
+        positive_int("max_new_tokens", self.max_new_tokens)
+        finite("temperature", self.temperature, low=0.0)
+        finite("top_p", self.top_p, low=0.0, high=1.0)
+        finite("min_p", self.min_p, low=0.0, high=1.0)
         if self.top_p == 0.0:
             raise ValueError("top_p must be in (0, 1]; for the most likely token alone use temperature=0")
-        _int_in("top_k", self.top_k, 0, 2**31 - 1)
+        int_in("top_k", self.top_k, 0, 2**31 - 1)
         if self.seed is not None:
-            _int_in("seed", self.seed, 0, 2**63 - 1)
-        _int_in("n", self.n, 1, self.MAX_N)
+            int_in("seed", self.seed, 0, 2**63 - 1)
+        int_in("n", self.n, 1, self.MAX_N)
         if self.logprobs is not None:
-            _int_in("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
+            int_in("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
         if len(self.stop) > self.MAX_STOP_STRINGS:
             raise ValueError(f"at most {self.MAX_STOP_STRINGS} stop strings, got {len(self.stop)}")
         for text in self.stop:
             if not isinstance(text, str) or not text:
                 raise ValueError(f"stop strings must be non-empty text, got {text!r}")
         for token_id in self.stop_token_ids:
-            _int_in("stop_token_ids", token_id, 0, 2**31 - 1)
+            int_in("stop_token_ids", token_id, 0, 2**31 - 1)
 
     @property
     def greedy_only(self) -> bool:
         """True when the arg-max alone decides, so that no rank needs another's logits."""
         return self.temperature == 0.0 and self.logprobs is None
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed or isinstance(value, bool):
-        raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}; got {value!r}")
-
-
-def _positive_int(name: str, value: Any) -> None:
-    _int_in(name, value, 1, 2**63 - 1)
-
-
-def _int_in(name: str, value: Any, low: int, high: int) -> None:
-    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or not low <= int(value) <= high:
-        raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
-
-
-def _finite(name: str, value: Any, *, low: float, high: float = math.inf) -> None:
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        bounds = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
-        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")

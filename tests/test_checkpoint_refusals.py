@@ -139,7 +139,7 @@ REFUSALS: list[tuple[str, str, Callable[[Path], Any], str]] = [
     ("shape", "sharded-2", edit_safetensors(S1, set_item(W1, torch.ones(27, 32))), r"\[27, 32\], expected \[28"),
     ("shape", "pt-2", edit_pt(P1, set_item(W1, torch.ones(27, 32))), rf"{P1} has shape \[27, 32\], expected \[28"),
     ("dtype", "hf", edit_safetensors(HF, set_item(HF_NORM, torch.ones(32).double())), "dtype float64"),
-    ("dtype", "sharded-2", edit_safetensors(S1, set_item(W1, torch.ones(28, 32).char())), f"{W1}.*dtype I8.*quantized"),
+    ("dtype", "sharded-2", edit_safetensors(S1, set_item(W1, torch.ones(28, 32).char())), f"{W1}.*int8.*quantized"),
     ("dtype", "sharded-2", edit_safetensors(S1, set_item(W1, torch.ones(28, 32))), f"{W1}' has another dtype in"),
     ("dtype", "pt", edit_pt(PT, set_item("norm.weight", torch.ones(32).int())), "norm.weight.*dtype int32"),
     ("truncated", "hf", truncate(HF, 0.9), "model.safetensors cannot be read.*download it again"),

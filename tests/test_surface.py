@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
+    ("checks",),
+    ("quantization",),
     ("config", "tokenizer"),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
@@ -38,14 +40,24 @@ LAYERS: list[tuple[str, ...]] = [
     ("session",),
     ("llm",),
     ("options",),
-    ("cli", "bench"),
+    ("cli", "bench", "eval"),
     ("__main__",),
 ]
 """Lowest first. A module may import from layers below its own, and from its own package within its layer."""
 
-NO_TORCH = ("config", "tokenizer", "fim", "cache.block_pool", "engine.step", "engine.request", "engine.scheduler")
+NO_TORCH = (
+    "checks",
+    "quantization",
+    "config",
+    "tokenizer",
+    "fim",
+    "cache.block_pool",
+    "engine.step",
+    "engine.request",
+    "engine.scheduler",
+)
 MAY_IMPORT_KERNELS = ("ops", "tensor_parallel.group", "tensor_parallel.shared_memory")
-OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = ("ops.dispatch",)
+OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = ("ops.dispatch", "eval.command")
 
 
 def modules() -> dict[str, ast.Module]:

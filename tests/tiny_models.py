@@ -19,13 +19,12 @@ from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import serve_follower
-from megatron_infer.model.formats import make_format, stored_dtypes
+from megatron_infer.model.formats import TensorSource, weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.ops import Ops
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.tensor_parallel.group import TPGroup
-from megatron_infer.tensor_parallel.layers import TensorSource
 
 Result = TypeVar("Result")
 CPU = torch.device("cpu")
@@ -119,13 +118,13 @@ def make_runner(
 ) -> ModelRunner:
     """A loaded runner without an LLM around it."""
     ops = ops or select_ops(CPU, num_threads=num_threads)
-    linear_dtype, head_dtype = stored_dtypes(dtype, quantization)
+    fmt, head_fmt = weight_formats(ops, config, dtype, quantization, CPU)
     model = Transformer(
         config,
         tp=group,
         ops=ops,
-        fmt=make_format(ops, linear_dtype, CPU),
-        head_fmt=make_format(ops, head_dtype, CPU),
+        fmt=fmt,
+        head_fmt=head_fmt,
         dtype=dtype,
         num_positions=config.max_position_embeddings,
     )

@@ -23,7 +23,7 @@ from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig, ModelConfig
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.model.checkpoint import Checkpoint
-from megatron_infer.model.formats import make_format, stored_dtypes
+from megatron_infer.model.formats import weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.ops.dispatch import select_ops
@@ -41,7 +41,8 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
     """Fill in every knob that can be known before the weights are loaded, and check it against model and host.
 
     Raises:
-        ValueError: the model cannot be split that way, or the device is not there.
+        ValueError: the model cannot be split that way, it is stored quantised in another format, or the device is not
+            there.
     """
     world = int(os.environ.get("WORLD_SIZE", 1)) if under_torchrun() else 1
     size = config.tensor_parallel_size or world
@@ -72,10 +73,23 @@ def resolve(config: EngineConfig, model: ModelConfig) -> EngineConfig:
         tensor_parallel_size=size,
         device=device,
         dtype=dtype,
+        quantization=_quantization(config.quantization, model),
         kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         max_model_len=longest,
         num_threads=config.num_threads or max(1, _usable_cores() // sharing),
     )
+
+
+def _quantization(asked: str, model: ModelConfig) -> str:
+    stored = model.quantization.format if model.quantization else None
+    if asked == "auto":
+        return stored or "none"
+    if stored and asked != stored:
+        raise ValueError(
+            f"quantization {asked!r} was asked for, but the checkpoint is stored in {stored}; leave it at 'auto', or "
+            "take the checkpoint before quantization (python -m checkpoints_convert quantize makes others from it)"
+        )
+    return asked
 
 
 def under_torchrun() -> bool:
@@ -169,20 +183,20 @@ def build_runner(
         group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa, deterministic=config.deterministic
     )
     dtype = _TORCH_DTYPES[config.dtype]
-    linear_dtype, head_dtype = stored_dtypes(dtype, config.quantization)
     if group.rank == 0:
         for chosen, names in _grouped(ops.report).items():
             log.info("ops: %s: %s", chosen, ", ".join(names))
     if profile is not None:
         ops = profile.timed_ops(ops, group.device)
         group.record(profile)
+    fmt, head_fmt = weight_formats(ops, model_config, dtype, config.quantization, group.device)
     assert config.max_model_len is not None
     model = Transformer(
         model_config,
         tp=group,
         ops=ops,
-        fmt=make_format(ops, linear_dtype, group.device),
-        head_fmt=make_format(ops, head_dtype, group.device),
+        fmt=fmt,
+        head_fmt=head_fmt,
         dtype=dtype,
         num_positions=config.max_model_len,
     )

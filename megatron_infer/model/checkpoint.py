@@ -73,7 +73,8 @@ class Checkpoint:
     def read(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor:
         """Rows and columns [start, stop) of a canonical tensor, contiguous, in the dtype on disk.
 
-        Only the bytes of that slice are read. Do not write to the result: it may be a private view of the file.
+        Only the bytes of that slice are read. Do not write to the result: it may be a private view of the file. A
+        column of a weight stored as int4 is a byte, which holds two.
         """
         shape = self._shapes.get(name)
         if shape is None or (len(shape) == 1 and cols is not None):
@@ -197,7 +198,7 @@ def _open_hf_bin(directory: Path, entry: list[Path]) -> Checkpoint:
 
 def _open_hf(kind: str, directory: Path, entry: list[Path], open_file: Callable[[Path], TensorFile]) -> Checkpoint:
     paths, weight_map = _hf_files(entry)
-    config = ModelConfig.from_dir(directory)
+    config = _plain_config(directory)
     files = [open_file(path) for path in paths]
     pieces, skipped = whole_pieces(files, hf_tensors(config), _tied(config, "lm_head.weight"))
     problems = [
@@ -245,10 +246,20 @@ def _pt_config(directory: Path, file: PickleFile) -> tuple[ModelConfig, str]:
     else:
         eps, source = UPSTREAM_PT_EPS, "upstream's for .pt files"
     if (directory / "config.json").exists():
-        config, shape = ModelConfig.from_dir(directory), "config.json"
+        config, shape = _plain_config(directory), "config.json"
     else:
         config, shape = ModelConfig.aixcoder_7b(), "aiXcoder-7B's constants (there is no config.json)"
     return replace(config, rms_norm_eps=eps), f"model shape: {shape}; RMSNorm epsilon {eps:g}: {source}"
+
+
+def _plain_config(directory: Path) -> ModelConfig:
+    config = ModelConfig.from_dir(directory)
+    if config.quantization is not None:
+        raise ValueError(
+            f"{directory / 'config.json'} says that the weights are quantized ({config.quantization}), which only "
+            "sharded directories are; put the config.json there that belongs to these weights"
+        )
+    return config
 
 
 def _shards_in(directory: Path) -> list[Path]:

@@ -10,6 +10,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -33,11 +34,11 @@ from megatron_infer.model.tensor_files import PT_METADATA_KEY
 from megatron_infer.model.tensor_writers import (
     BLOCK_BYTES,
     Progress,
+    SafetensorsWriter,
     TensorPlan,
     pt_bytes,
     safetensors_bytes,
     write_pt,
-    write_safetensors,
 )
 from megatron_infer.model.weights import (
     StoredTensor,
@@ -96,7 +97,7 @@ def save_sharded(
     The directory appears under its name only when complete and flushed to disk.
 
     Args:
-        dtype: convert all tensors to it; None keeps each as it is.
+        dtype: convert all floating tensors to it, but the scales of a quantised one; None keeps each as it is.
         extra_files: copied beside the weights (tokenizer).
         force: replace a checkpoint that stands at out_dir.
         progress: called with the number of tensor bytes just written.
@@ -115,10 +116,19 @@ def save_sharded(
     sizes = [safetensors_bytes(plans, said) for plans, said in zip(shards, metadata, strict=True)]
     files: dict[str, FileEntry] = {}
     with appearing(out_dir, sum(sizes) + _small_bytes(extra_files), force=force) as directory:
-        for rank, plans in enumerate(shards):
-            path = directory / shard_name(rank, num_shards)
-            digest = write_safetensors(path, plans, metadata[rank], progress or _silent, hashed=True)
-            files[path.name] = FileEntry(path.stat().st_size, digest)
+        with ExitStack() as stack:
+            writers = [
+                stack.enter_context(
+                    SafetensorsWriter(directory / shard_name(rank, num_shards), plans, metadata[rank], hashed=True)
+                )
+                for rank, plans in enumerate(shards)
+            ]
+            # Tensor by tensor rather than shard by shard: the source is read once, from its start to its end.
+            for shares in zip(*(writer.plans for writer in writers), strict=True):
+                for writer, plan in zip(writers, shares, strict=True):
+                    writer.write(plan, progress or _silent)
+            for writer in writers:
+                files[writer.path.name] = FileEntry(writer.path.stat().st_size, writer.hexdigest())
         _write_config(directory, config, entries["tok_embeddings.weight"].dtype)
         _copy(extra_files, directory)
         others = [path for path in directory.iterdir() if path.name not in files]
@@ -189,7 +199,9 @@ def save_hf(
         for number, group in enumerate(groups, 1):
             count = len(groups)
             file_name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            write_safetensors(directory / file_name, group, metadata, progress or _silent, hashed=False)
+            with SafetensorsWriter(directory / file_name, group, metadata, hashed=False) as writer:
+                for plan in writer.plans:
+                    writer.write(plan, progress or _silent)
             weight_map |= dict.fromkeys((plan.name for plan in group), file_name)
         if len(groups) > 1:
             index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
@@ -242,14 +254,11 @@ def _shard_plan(
     elif stored.axis == 1:
         cols = stored.shard_range(rank, size)
     if not is_fused(name):
-        target = dtype or _stored_dtype(read, name)
+        target = stored.dtype or dtype or _stored_dtype(read, name)
         return TensorPlan(name, shape, target, lambda: _blocks(read, name, stored.shape, rows, cols, target))
     groups = range(rows[0] // stored.unit, rows[1] // stored.unit)
     parts = [part for group in groups for part in fused_parts(config, name, group)]
-    dtypes = {part: _stored_dtype(read, part) for part, _ in parts[:3]}
-    if dtype is None and len(set(dtypes.values())) > 1:
-        raise ValueError(f"{', '.join(dtypes)} are of different dtypes and share one tensor {name!r}; name a dtype")
-    target = dtype or next(iter(dtypes.values()))
+    target = stored.dtype or dtype or _common_dtype(read, [part for part, _ in parts[:3]], name)
 
     def blocks() -> Iterator[Tensor]:
         for part, part_rows in parts:
@@ -278,6 +287,14 @@ def converted(block: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if suspicious and bool((out.isinf() & block.isfinite()).any()):
         raise ValueError(f"tensor {name!r} has values that {_dtype_name(dtype)} cannot hold; choose another dtype")
     return out
+
+
+def _common_dtype(read: Reader, parts: Sequence[str], name: str) -> torch.dtype:
+    """The dtype of the parts of a fused tensor; ValueError where they have several."""
+    dtypes = {_stored_dtype(read, part) for part in parts}
+    if len(dtypes) > 1:
+        raise ValueError(f"{', '.join(parts)} are of different dtypes and share one tensor {name!r}; name a dtype")
+    return dtypes.pop()
 
 
 def _stored_dtype(read: Reader, name: str) -> torch.dtype:

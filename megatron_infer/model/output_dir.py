@@ -47,7 +47,7 @@ def appearing(out_dir: str | Path, num_bytes: int, *, force: bool = False) -> It
         yield temporary
         temporary.chmod(0o755)  # mkdtemp's 0700 would hide the checkpoint from everyone but its writer
         for path in (*temporary.iterdir(), temporary):
-            _flush(path)
+            flush(path)
         _put_in_place(temporary, target)
     except OSError as error:
         if error.errno not in _DISK_FULL:
@@ -68,7 +68,7 @@ def _put_in_place(temporary: Path, target: Path) -> None:
     if is_taken:
         os.replace(target, old)
     os.replace(temporary, target)
-    _flush(target.parent)
+    flush(target.parent)
     if is_taken:
         shutil.rmtree(old)
 
@@ -139,7 +139,8 @@ def _check_space(target: Path, num_bytes: int) -> None:
         )
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold a file's contents, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -90,7 +90,7 @@ def whole_pieces(
             if key in pieces:
                 problems.append(f"tensor {key!r} is both in {pieces[key][0].file.path} and in {file.path}")
             elif key in tensors:
-                problems += _mismatch(file, key, tensors[key].shape)
+                problems += _mismatch(file, key, tensors[key], tensors[key].shape)
                 pieces[key] = [Piece(file, key)]
             elif _ignorable(key, ignored):
                 skipped.append(key)
@@ -115,7 +115,7 @@ def shard_pieces(
             if key not in file.tensors:
                 problems.append(f"tensor {key!r} is missing from {file.path}")
                 continue
-            problems += _mismatch(file, key, stored.shard_shape(rank, size))
+            problems += _mismatch(file, key, stored, stored.shard_shape(rank, size))
             if pieces[key] and pieces[key][0].file.tensors[key].dtype != file.tensors[key].dtype:
                 problems.append(f"tensor {key!r} has another dtype in {file.path} than in {files[0].path}")
             if stored.axis is not None:
@@ -157,15 +157,17 @@ def _check_count(files: Sequence[TensorFile], tensors: Mapping[str, StoredTensor
         return
 
 
-def _mismatch(file: TensorFile, key: str, shape: tuple[int, ...]) -> list[str]:
+def _mismatch(file: TensorFile, key: str, stored: StoredTensor, shape: tuple[int, ...]) -> list[str]:
     info = file.tensors[key]
     problems = []
     if info.shape != shape:
         problems.append(f"tensor {key!r} in {file.path} has shape {list(info.shape)}, expected {list(shape)}")
-    if info.dtype not in FLOAT_DTYPES:
+    if stored.dtype is not None and info.dtype != str(stored.dtype).removeprefix("torch."):
+        problems.append(f"tensor {key!r} in {file.path} has dtype {info.dtype}, expected {stored.dtype}")
+    elif stored.dtype is None and info.dtype not in FLOAT_DTYPES:
         problems.append(
-            f"tensor {key!r} in {file.path} has dtype {info.dtype}; only {', '.join(FLOAT_DTYPES)} are read, quantized "
-            "checkpoints are not"
+            f"tensor {key!r} in {file.path} has dtype {info.dtype}; only {', '.join(FLOAT_DTYPES)} are read, weights "
+            "quantized by other tools are not"
         )
     return problems
 

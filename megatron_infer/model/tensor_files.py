@@ -20,7 +20,14 @@ from torch import Tensor
 
 Range = tuple[int, int]
 
-_SAFETENSORS_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_SAFETENSORS_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "I8": "int8",
+    "U8": "uint8",
+}
 _LFS_POINTER = b"version https://git-lfs"
 _REMAP_BYTES = 256 << 20
 PT_METADATA_KEY = "megatron_infer"

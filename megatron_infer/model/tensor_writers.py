@@ -22,7 +22,13 @@ from torch import Tensor
 BLOCK_BYTES = 4 << 20
 """Tensors are read, converted and written in blocks of rows of about this size."""
 
-_SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_SAFETENSORS_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 _STORAGE_NAMES = {torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage", torch.float32: "FloatStorage"}
 _ZIP_ALIGNMENT = 64
 _ZIP_HEADER_BYTES = 30 + 20 + 4
@@ -47,26 +53,49 @@ class TensorPlan:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write_safetensors(
-    path: Path, plans: Sequence[TensorPlan], metadata: Mapping[str, str], progress: Progress, *, hashed: bool
-) -> str:
-    """Write a `.safetensors` file; returns the SHA-256 of its bytes, or "" if not `hashed`.
+class SafetensorsWriter:
+    """A `.safetensors` file under way; its tensors are written in the order of `plans`, which is the file's.
 
     Layout (safetensors, format specification): length of the header as 8 little-endian bytes, the header as JSON padded
     with spaces to a multiple of 8, then the tensors without gaps.
     """
-    # Wider types first, so that every tensor starts at a multiple of its element size.
-    ordered = sorted(plans, key=lambda plan: -plan.dtype.itemsize)
-    with path.open("wb", buffering=0) as file, _Hash(hashed) as digest:
-        header = memoryview(_header(ordered, metadata))
-        digest.update(header)
-        write_all(file.write, header)
-        for plan in ordered:
-            for view in _views(plan):
-                digest.update(view)
-                write_all(file.write, view)
-                progress(len(view))
-        return digest.hexdigest()
+
+    def __init__(self, path: Path, plans: Sequence[TensorPlan], metadata: Mapping[str, str], *, hashed: bool) -> None:
+        self.path, self.plans = path, _aligned(plans)
+        self._file = path.open("wb", buffering=0)
+        self._digest = _Hash(hashed)
+        self._write(memoryview(_header(self.plans, metadata)))
+
+    def write(self, plan: TensorPlan, progress: Progress) -> None:
+        """Write the next tensor."""
+        for view in _views(plan):
+            self._write(view)
+            progress(len(view))
+
+    def hexdigest(self) -> str:
+        """SHA-256 of the file's bytes, or "" if not `hashed`."""
+        return self._digest.hexdigest()
+
+    def _write(self, view: memoryview) -> None:
+        self._digest.update(view)
+        write_all(self._file.write, view)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._digest.close()
+        self._file.close()
+
+
+def _aligned(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
+    """In the given order where every tensor then starts at a multiple of its element size, else wider types first."""
+    start = 0
+    for plan in plans:
+        if start % plan.dtype.itemsize:
+            return sorted(plans, key=lambda plan: -plan.dtype.itemsize)
+        start += plan.num_bytes
+    return list(plans)
 
 
 def safetensors_bytes(plans: Sequence[TensorPlan], metadata: Mapping[str, str]) -> int:
@@ -105,12 +134,21 @@ def write_all(write: Callable[[memoryview], int | None], data: memoryview) -> No
 def _views(plan: TensorPlan) -> Iterator[memoryview]:
     """The tensor's bytes, block by block; refuses a reader that yields something else than was planned."""
     written = 0
-    for block in plan.blocks():
+    for block in _ahead(plan.blocks()):
         assert block.dtype == plan.dtype
         view = block.contiguous().view(torch.uint8).flatten().numpy().data
         written += len(view)
         yield view
     assert written == plan.num_bytes, plan.name
+
+
+def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same blocks, each read and converted on a thread of its own while the one before it is written."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, blocks, None)
+        while (block := pending.result()) is not None:
+            pending = pool.submit(next, blocks, None)
+            yield block
 
 
 class _Hash:
@@ -136,10 +174,8 @@ class _Hash:
         if self._pending is not None:
             self._pending.result()
 
-    def __enter__(self) -> _Hash:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
+        """End the thread."""
         if self._pool is not None:
             self._pool.shutdown()
 

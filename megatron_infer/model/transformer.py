@@ -13,7 +13,7 @@ from torch import Tensor
 
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import ModelConfig
-from megatron_infer.model.formats import WeightFormat
+from megatron_infer.model.formats import TensorSource, WeightFormat
 from megatron_infer.model.rope import rope_tables
 from megatron_infer.ops import Ops
 from megatron_infer.tensor_parallel.group import TPGroup
@@ -21,7 +21,6 @@ from megatron_infer.tensor_parallel.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     Rows,
-    TensorSource,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
@@ -158,6 +157,18 @@ class Block:
         self.ffn_norm = Norm(f"layers.{layer}.ffn_norm", config, ops=ops, device=tp.device)
         self.feed_forward = FeedForward(config, layer, tp=tp, ops=ops, fmt=fmt)
 
+    def load(self, source: TensorSource) -> None:
+        """Read this rank's slice of the layer's tensors, one at a time."""
+        for part in (
+            self.attention_norm,
+            self.attention.qkv,
+            self.attention.out,
+            self.ffn_norm,
+            self.feed_forward.gate_up,
+            self.feed_forward.down,
+        ):
+            part.load(source)
+
 
 class Transformer:
     """The decoder of one tensor-parallel rank.
@@ -198,15 +209,7 @@ class Transformer:
         self.embedding.load(source)
         yield "embedding"
         for i, block in enumerate(self.blocks):
-            for part in (
-                block.attention_norm,
-                block.attention.qkv,
-                block.attention.out,
-                block.ffn_norm,
-                block.feed_forward.gate_up,
-                block.feed_forward.down,
-            ):
-                part.load(source)
+            block.load(source)
             yield f"layer {i}"
         self.norm.load(source)
         self.head.load(source)

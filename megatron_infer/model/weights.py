@@ -34,6 +34,7 @@ _HF_TOP_NAMES = {
     "output.weight": "lm_head.weight",
 }
 _FUSED = "query_key_value"
+_LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output", _FUSED)
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,13 @@ class StoredTensor:
         shape: of the whole tensor, over all shards.
         axis: dimension that tensor parallelism divides; None: every shard has the whole tensor.
         unit: the division falls on multiples of this many rows (a whole KV group of the fused QKV matrix).
+        dtype: the only one it may have; None: any floating one.
     """
 
     shape: tuple[int, ...]
     axis: int | None = None
     unit: int = 1
+    dtype: torch.dtype | None = None
 
     def shard_range(self, rank: int, size: int) -> tuple[int, int]:
         """What shard `rank` of `size` holds of dimension `axis`."""
@@ -65,7 +68,10 @@ class StoredTensor:
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Canonical name -> full shape of every tensor this model has, in the order the network uses them."""
+    """Canonical name -> full shape as stored of every tensor this model has, in the order the network uses them.
+
+    A quantised linear layer has the tensors `weight`, int8 or two int4 to a byte, and `scales`.
+    """
     hidden, ffn = config.hidden_size, config.intermediate_size
     query = config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
@@ -83,13 +89,31 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         out[f"layers.{layer}.attention_norm.weight"] = (hidden,)
         out[f"layers.{layer}.ffn_norm.weight"] = (hidden,)
         for name, out_dim, in_dim, bias in linears:
-            out[f"layers.{layer}.{name}.weight"] = (out_dim, in_dim)
+            out |= _linear_tensors(config, f"layers.{layer}.{name}", out_dim, in_dim)
             if bias:
                 out[f"layers.{layer}.{name}.bias"] = (out_dim,)
     out["norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
-        out["output.weight"] = (config.vocab_size, hidden)
+        out |= _linear_tensors(config, "output", config.vocab_size, hidden)
     return out
+
+
+def _linear_tensors(config: ModelConfig, name: str, out_dim: int, in_dim: int) -> dict[str, tuple[int, ...]]:
+    weight, stored = f"{name}.weight", config.quantization
+    if stored is None:
+        return {weight: (out_dim, in_dim)}
+    columns = in_dim // 2 if stored_dtype(config, weight) == torch.uint8 else in_dim
+    return {weight: (out_dim, columns), f"{name}.scales": (out_dim, -(-in_dim // stored.group_size))}
+
+
+def stored_dtype(config: ModelConfig, name: str) -> torch.dtype | None:
+    """The dtype that a tensor of a quantised checkpoint must have; None: any floating one."""
+    module, kind = name.split(".")[-2:]
+    if kind == "scales":
+        return torch.bfloat16
+    if config.quantization is None or kind != "weight" or module not in _LINEARS:
+        return None
+    return torch.int8 if config.quantization.format == "int8" or module == "output" else torch.uint8
 
 
 def hf_name(name: str) -> str:
@@ -103,7 +127,10 @@ def hf_name(name: str) -> str:
 
 def hf_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
     """Hugging Face name -> stored tensor. That format is never divided, so `axis` is None throughout."""
-    return {hf_name(name): StoredTensor(shape) for name, shape in expected_tensors(config).items()}
+    return {
+        hf_name(name): StoredTensor(shape, dtype=stored_dtype(config, name))
+        for name, shape in expected_tensors(config).items()
+    }
 
 
 def megatron_name(name: str) -> str:
@@ -123,14 +150,15 @@ def megatron_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
     group = group_rows(config)
     out: dict[str, StoredTensor] = {}
     for name, shape in expected_tensors(config).items():
-        stored = megatron_name(name)
+        stored, dtype = megatron_name(name), stored_dtype(config, name)
         module, kind = name.split(".")[-2:]
         if stored != name:
-            out[stored] = StoredTensor((config.num_key_value_heads * group, *shape[1:]), axis=0, unit=group)
+            fused = (config.num_key_value_heads * group, *shape[1:])
+            out[stored] = StoredTensor(fused, axis=0, unit=group, dtype=dtype)
         elif module in ("wo", "w2"):
-            out[stored] = StoredTensor(shape, axis=1 if kind == "weight" else None)
+            out[stored] = StoredTensor(shape, axis=None if kind == "bias" else 1, dtype=dtype)
         elif module in ("w1", "w3", "tok_embeddings", "output"):
-            out[stored] = StoredTensor(shape, axis=0)
+            out[stored] = StoredTensor(shape, axis=0, dtype=dtype)
         else:
             out[stored] = StoredTensor(shape)
     return out
@@ -183,11 +211,22 @@ def _width_and_offset(config: ModelConfig, name: str) -> tuple[int, int]:
 
 
 def check_num_shards(config: ModelConfig, num_shards: int) -> None:
-    """Refuse a number of shards that whole KV groups cannot be divided into (ValueError listing those that work)."""
-    good = [n for n in range(1, config.num_key_value_heads + 1) if config.num_key_value_heads % n == 0]
+    """Refuse a number of shards that whole KV groups, and whole groups of quantised weights, cannot be divided into.
+
+    Raises:
+        ValueError: listing the numbers that work.
+    """
+    kv_heads = config.num_key_value_heads
+    good = [n for n in range(1, kv_heads + 1) if kv_heads % n == 0]
+    what = f"the {kv_heads} KV heads"
+    if config.quantization is not None:
+        size = config.quantization.group_size
+        in_dims = (config.num_attention_heads * config.head_dim, config.intermediate_size)
+        good = [n for n in good if n == 1 or all(in_dim % (n * size) == 0 for in_dim in in_dims)]
+        what += f" and the groups of {size} of {in_dims[0]} and {in_dims[1]} columns"
     if num_shards not in good:
         raise ValueError(
-            f"the {config.num_key_value_heads} KV heads cannot be divided into {num_shards} shards; numbers that work: "
+            f"{what} cannot be divided into {num_shards} shards; numbers that work: "
             f"{', '.join(map(str, good))} (any of them can be loaded at any tensor-parallel size)"
         )
 

@@ -8,20 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_infer.model.formats import WeightFormat
+from megatron_infer.model.formats import TensorSource, WeightFormat
 from megatron_infer.ops import NUM_CHUNKS, Ops
 from megatron_infer.tensor_parallel.group import TPGroup
-
-
-class TensorSource(Protocol):
-    """Where weights come from: any slice of a full tensor by its canonical name."""
-
-    def read(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +45,7 @@ class ColumnParallelLinear:
         biases, offset = [], 0
         for part in self.parts:
             rows = (part.start, part.stop)
-            self.fmt.pack_rows(self.packed, offset, source.read(f"{part.name}.weight", rows=rows))
+            self.fmt.load_rows(self.packed, offset, source, part.name, rows=rows)
             offset += part.stop - part.start
             if self.has_bias:
                 biases.append(source.read(f"{part.name}.bias", rows=rows).float())
@@ -84,7 +77,7 @@ class RowParallelLinear:
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's columns; the bias is whole on every rank and added once, after the reduction."""
-        self.fmt.pack_rows(self.packed, 0, source.read(f"{self.name}.weight", cols=self.cols))
+        self.fmt.load_rows(self.packed, 0, source, self.name, cols=self.cols)
         if self.has_bias:
             self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
 
