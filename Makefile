@@ -33,8 +33,8 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	@$(PIP) setuptools wheel -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
-	@$(PIP) -r requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt requirements-eval.txt
+	@$(PIP) -r requirements-dev.txt -r requirements-eval.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(NATIVE)

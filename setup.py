@@ -173,6 +173,8 @@ if __name__ == "__main__":
         package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
         package_data={
             "megatron_infer": ["*.json", "py.typed"],
+            "megatron_infer.eval.build": ["*.json"],
+            "megatron_infer.eval.report": ["*.html"],
             "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
             "megatron_infer.demo": ["*.json", "*.md", "*.model", "*.safetensors"],
         },
@@ -181,5 +183,8 @@ if __name__ == "__main__":
         cmdclass={"build_ext": BuildNative},
         entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
         install_requires=requirements("requirements.txt"),
-        extras_require={"dev": requirements("requirements-dev.txt")},
+        extras_require={
+            "dev": [*requirements("requirements-dev.txt"), *requirements("requirements-eval.txt")],
+            "eval": requirements("requirements-eval.txt"),
+        },
     )

@@ -1,13 +1,14 @@
-"""python -m megatron_infer: `complete`, the command line of sess_megatron.py for installed packages, and `bench`."""
+"""python -m megatron_infer: `complete` (sess_megatron.py for installed packages), `bench` or `eval`."""
 
 from __future__ import annotations
 
 import sys
 
 from megatron_infer import bench, cli
+from megatron_infer.eval import command
 
-_COMMANDS = {"complete": cli.main, "bench": bench.main}
-_USAGE = "usage: python -m megatron_infer {complete,bench} [options]   (options: ... complete --help)"
+_COMMANDS = {"complete": cli.main, "bench": bench.main, "eval": command.main}
+_USAGE = "usage: python -m megatron_infer {complete,bench,eval} [options]   (options: ... complete --help)"
 
 
 def main() -> int:

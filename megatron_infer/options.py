@@ -12,7 +12,7 @@ import sys
 import time
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -133,8 +133,8 @@ def _add_field(group: Any, cls: type, spec: Field[Any]) -> None:
         add_option(group, spec.name, type=options[0], metavar=options[0].__name__.upper(), help=help_text)
 
 
-def build(cls: type, args: argparse.Namespace) -> Any:
-    """The dataclass from what was given; its own defaults for the rest."""
+def build(cls: type, args: argparse.Namespace, default: Any = None) -> Any:
+    """The dataclass from what was given; for the rest `default`, an instance, or else the dataclass's own defaults."""
     assert all(spec.default is not MISSING for spec in fields(cls))
     given = {spec.name: getattr(args, spec.name) for spec in fields(cls)}
-    return cls(**{name: value for name, value in given.items() if value is not None})
+    return replace(default or cls(), **{name: value for name, value in given.items() if value is not None})

@@ -34,7 +34,7 @@ class Session:
 
     Args:
         order: FIM order, None for the family's own. max_model_len: prompt and completion together, in tokens.
-        max_num_seqs: sequences the engine computes together; a batch keeps about twice as many queued.
+        max_num_seqs: sequences the engine computes together; a batch that must stay in order keeps twice as many.
         profile: told when a step is over.
     """
 
@@ -91,7 +91,7 @@ class Session:
         """Completions of any number of prompts, drawn as room appears."""
         if isinstance(prompts, (str, FimPrompt)):
             raise ValueError("complete_batch() takes an iterable of prompts; for one prompt use complete()")
-        room = 2 * self._max_num_seqs
+        room = self._max_num_seqs * (2 if ordered else 1)
         waiting: deque[GrowingCompletion | Completion] = deque()
         source = enumerate(prompts)
         exhausted = False

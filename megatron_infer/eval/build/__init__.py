@@ -1,0 +1,1 @@
+"""`eval build`: make a fill-in-the-middle benchmark from source trees."""

@@ -1,0 +1,28 @@
+"""`python -m megatron_infer eval`: imports the one command that runs, as each needs packages that others do not."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from megatron_infer.options import say
+
+_COMMANDS = ("run", "build", "score", "report")
+_USAGE = f"usage: python -m megatron_infer eval {{{','.join(_COMMANDS)}}} [options]   (options: eval run --help)"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] not in _COMMANDS:
+        say(_USAGE)
+        return 0 if arguments in (["-h"], ["--help"]) else 2
+    try:
+        command = importlib.import_module(f"megatron_infer.eval.{arguments[0]}.command")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("megatron_infer"):
+            raise
+        say(f"error: eval needs the package {error.name!r}; pip install 'megatron_infer[eval]'")
+        return 2
+    return int(command.main(arguments[1:]))

@@ -1,0 +1,1 @@
+"""`eval report`: one HTML page about a scored run, or about two."""

@@ -1,0 +1,304 @@
+"""The command `eval report`: one HTML file of a scored run, which needs no network and no other file.
+
+Owns what the report tells and its numbers; report.html has the words and the looks, plots.py the figures, and
+side_by_side.py the single cases. The same results give the same bytes, whenever and wherever it is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import re
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from megatron_infer.eval.cases import Case
+from megatron_infer.eval.files import replacing
+from megatron_infer.eval.report import plots
+from megatron_infer.eval.report.side_by_side import MAX_CASES, CaseView, outcome_column, view, visible
+from megatron_infer.eval.score.results import Run, Scores, is_error, read_run, read_run_cases, read_scores, task_of
+from megatron_infer.eval.score.statistics import Comparison, compare
+from megatron_infer.eval.score.tables import GROUPINGS, headline, shown, values_by_case
+from megatron_infer.options import Parser, add_option, run_command
+
+REPORT = "report.html"
+_MAX_LISTED = 50
+_OUTCOME_WORDS = (
+    {"right": "match", "wrong": "no match", "error": "error", "unscored": "not scored"},
+    {"right": "passed", "wrong": "not passed", "error": "error", "unscored": "not scored"},
+)
+_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of the last attempt's completions. Latencies are from hand-over to the engine, waiting included."""
+
+    num_completions: int
+    num_failed: int
+    seconds: float
+    cases_per_second: float
+    tokens_per_second: float
+    cached_share: float
+    first_token_seconds: list[float]
+    total_seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One metric in one group of cases, "" for all of them, in this run and the other."""
+
+    group: str
+    column: Row
+    result: Comparison
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m megatron_infer eval report`. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> int:
+    run = read_run(args.out)
+    scores = read_scores(run)
+    cases = read_run_cases(run, task_of(run), args.data)
+    other = _read_other(run, scores, args.against) if args.against is not None else None
+    page = render(run, scores, cases, other)
+    path = run.directory / REPORT
+    with replacing(path) as file:
+        file.write(page)
+    print(path)
+    return 0
+
+
+def _read_other(run: Run, scores: Scores, directory: str) -> tuple[Run, Scores]:
+    other = read_run(directory)
+    for name in ("task", "data_sha256"):
+        if run.fingerprint[name] != other.fingerprint[name]:
+            raise ValueError(
+                f"{directory} cannot be compared: its {name} is {other.fingerprint[name]!r}, that of {run.directory} "
+                f"{run.fingerprint[name]!r}"
+            )
+    other_scores = read_scores(other)
+    names, other_names = ({column["name"] for column in each.tables["columns"]} for each in (scores, other_scores))
+    if names.isdisjoint(other_names) or {row["task_id"] for row in scores.rows}.isdisjoint(
+        row["task_id"] for row in other_scores.rows
+    ):
+        raise ValueError(f"{directory} and {run.directory} share no metric or no case, so there is nothing to compare")
+    return other, other_scores
+
+
+def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run, Scores] | None) -> str:
+    """The report as HTML. Every text from the data or the model is escaped by the template engine."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = visible
+    source = (Path(__file__).parent / REPORT).read_text(encoding="utf-8")
+    scripts = [hashlib.sha256(body.encode()).digest() for body in _SCRIPT.findall(source)]
+    columns = scores.tables["columns"]
+    outcome = outcome_column(headline(columns))
+    speed = measure_speed(run)
+    comparisons = list(_comparisons(scores, other[1])) if other else []
+    return environment.get_template(REPORT).render(
+        # The browser runs the page's own script and no other, even if something slipped through the escaping.
+        script_hashes=" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in scripts),
+        run=run,
+        about=task_of(run).about,
+        model=Path(run.manifest["model_dir"]).name,
+        data=Path(run.manifest["data"]).name,
+        command=shlex.join(run.manifest["command"]),
+        attempts=[_attempt(attempt) for attempt in run.manifest["attempts"]],
+        tables=scores.tables,
+        overall=scores.tables["tables"]["overall"][0],
+        columns=columns,
+        headline=headline(columns),
+        groupings={name: fields for name, fields in GROUPINGS.items() if fields},
+        shown=shown,
+        figures=dict(_figures(scores, speed, comparisons)),
+        speed=speed,
+        percentiles=[("median", 50), ("95%", 95), ("99%", 99)],
+        percentile=percentile,
+        errors=[row for row in scores.rows if row["error"] is not None],
+        max_listed=_MAX_LISTED,
+        other=other[0] if other else None,
+        other_model=Path(other[0].manifest["model_dir"]).name if other else "",
+        differences=_differences(run, other[0]) if other else [],
+        comparisons=comparisons,
+        changed=_changed_cases(scores, other[1]) if other else {},
+        cases=list(_views(scores, cases, other[1] if other else None)),
+        num_samples=run.fingerprint["num_samples"],
+        outcome=outcome,
+        outcome_words=_OUTCOME_WORDS[outcome == "passed"],
+    )
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(run: Run) -> Speed | None:
+    """How fast the last attempt was; None if it completed nothing. Earlier attempts' wall time is not known."""
+    rows = run.timings()
+    last = max(row["attempt"] for row in rows)
+    failed = {(row["task_id"], row["sample_idx"]) for row in run.completions if is_error(row)}
+    own = [row for row in rows if row["attempt"] == last]
+    done = [row for row in own if (row["task_id"], row["sample_idx"]) not in failed]
+    seconds = run.success["seconds"]
+    if not done or seconds <= 0:
+        return None
+    return Speed(
+        num_completions=len(done),
+        num_failed=len(own) - len(done),
+        seconds=seconds,
+        cases_per_second=len(done) / seconds,
+        tokens_per_second=sum(row["num_new_tokens"] for row in done) / seconds,
+        cached_share=sum(row["num_cached_tokens"] for row in done) / max(1, sum(r["num_prompt_tokens"] for r in done)),
+        first_token_seconds=[row["first_token_seconds"] for row in done],
+        total_seconds=[row["total_seconds"] for row in done],
+    )
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that `percent` percent of the values do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
+
+
+def _attempt(attempt: Mapping[str, Any]) -> Row:
+    size = attempt.get("tensor_parallel_size") or attempt.get("engine", {}).get("tensor_parallel_size")
+    return {**attempt, "tensor_parallel_size": size}
+
+
+def _comparisons(scores: Scores, other: Scores) -> Iterator[Compared]:
+    """Every shared metric that is a share over all cases, then the headline ones per scenario and per language."""
+    known = {column["name"] for column in other.tables["columns"]}
+    shares = [column for column in scores.tables["columns"] if column["full"] is not None]
+    columns = [column for column in shares if column["name"] in known]
+    for column in columns:
+        yield from _compared("", column, scores.rows, other.rows)
+    for field in ("scenario", "language"):
+        groups = sorted({row[field] for row in scores.rows})
+        for group in groups if len(groups) > 1 else ():
+            for column in headline(columns):
+                ours, theirs = ([row for row in each.rows if row[field] == group] for each in (scores, other))
+                yield from _compared(group or "(none)", column, ours, theirs)
+
+
+def _compared(group: str, column: Row, rows: Iterable[Row], other_rows: Iterable[Row]) -> Iterator[Compared]:
+    ours, theirs = (values_by_case(each, column["name"]) for each in (rows, other_rows))
+    if ours.keys() & theirs.keys():
+        yield Compared(group, column, compare(ours, theirs))
+
+
+def _changed_cases(scores: Scores, other: Scores) -> dict[str, list[str]]:
+    """The task_ids that this run does better, and those it does worse, by the first metric that both runs have."""
+    known = {column["name"] for column in other.tables["columns"]}
+    name = next(column["name"] for column in scores.tables["columns"] if column["name"] in known)
+    ours, theirs = values_by_case(scores.rows, name), values_by_case(other.rows, name)
+    shared = [task_id for task_id in ours if task_id in theirs]
+    return {
+        "metric": [name],
+        "won": [task_id for task_id in shared if ours[task_id] > theirs[task_id]],
+        "lost": [task_id for task_id in shared if ours[task_id] < theirs[task_id]],
+    }
+
+
+def _differences(run: Run, other: Run) -> list[tuple[str, str, str]]:
+    """Where the fingerprints differ: name, this run's value, the other's."""
+    ours, theirs = dict(_leaves(run.fingerprint)), dict(_leaves(other.fingerprint))
+    return [
+        (name, ours.get(name, "-"), theirs.get(name, "-"))
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+
+
+def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    for name, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _leaves(item, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", str(item)
+
+
+# ---- figures and cases ----------------------------------------------------------------------------------------------
+
+
+def _figures(scores: Scores, speed: Speed | None, comparisons: Sequence[Compared]) -> Iterator[tuple[str, Markup]]:
+    columns = headline(scores.tables["columns"])
+    for name in ("scenario", "language", "language_scenario"):
+        groups = scores.tables["tables"][name]
+        panels = [_panel(groups, GROUPINGS[name], column) for column in columns]
+        panels = [panel for panel in panels if panel.estimates]
+        if panels and len(groups) > 1:
+            about = f"Mean and confidence interval of each metric per {name.replace('_', ' and ')}, in percent"
+            yield name, Markup(plots.interval_plot(f"plot-{name}", about, panels))
+    if speed is not None:
+        series = (
+            ("time to first token", [1e3 * value for value in speed.first_token_seconds]),
+            ("total time", [1e3 * value for value in speed.total_seconds]),
+        )
+        about = "Distribution of the time to the first token and of the total time per completion"
+        yield "latency", Markup(plots.distribution_plot("plot-latency", about, series, "milliseconds"))
+    if comparisons:
+        panels = []
+        for column in headline([compared.column for compared in comparisons if not compared.group]):
+            own = [compared for compared in comparisons if compared.column == column]
+            panels.append(plots.Panel(column["name"], tuple(_difference_estimate(compared) for compared in own)))
+        about = "Difference between the two runs with confidence interval, in percentage points"
+        if panels:
+            yield "comparison", Markup(plots.interval_plot("plot-comparison", about, panels, is_difference=True))
+
+
+def _panel(groups: Sequence[Row], fields: Sequence[str], column: Row) -> plots.Panel:
+    estimates = []
+    for group in groups:
+        cell = group["metrics"][column["name"]]
+        if cell is not None:
+            label = visible(" / ".join(group[field] or "(none)" for field in fields)) + f" ({group['num_cases']})"
+            mean, low, high = (100 * cell[key] / column["full"] for key in ("mean", "low", "high"))
+            estimates.append(plots.Estimate(label, mean, low, high))
+    return plots.Panel(column["name"], tuple(estimates))
+
+
+def _difference_estimate(compared: Compared) -> plots.Estimate:
+    interval = compared.result.difference
+    mean, low, high = (100 * value / compared.column["full"] for value in (interval.mean, interval.low, interval.high))
+    return plots.Estimate(visible(compared.group or "all"), mean, low, high)
+
+
+def _views(scores: Scores, cases: Mapping[str, Case], other: Scores | None) -> Iterator[CaseView]:
+    """The first cases in the dataset's order, whatever they scored, each with its first sample."""
+    others = {row["task_id"]: row for row in other.rows if row["sample_idx"] == 0} if other else {}
+    first = [row for row in scores.rows if row["sample_idx"] == 0][:MAX_CASES]
+    for row in first:
+        rows = [row, others[row["task_id"]]] if row["task_id"] in others else [row]
+        yield view(cases[row["task_id"]], rows, headline(scores.tables["columns"]))
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m megatron_infer eval report",
+        f"Write {REPORT} beside the scores of a run: tables, plots, speed, errors and cases side by side, in one file. "
+        "Every option may be spelled with - or _.",
+    )
+    parser.add_argument("out", metavar="OUT", help="directory of a run that eval score has scored")
+    add_option(parser, "against", metavar="OUT2", help="another scored run of the same task and data, to compare with")
+    add_option(parser, "data", help="the benchmark's file, if it is no longer where the run found it")
+    return parser

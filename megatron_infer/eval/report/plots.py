@@ -1,0 +1,151 @@
+"""The report's figures: numbers in, SVG text out that takes its colours and its font from the page around it.
+
+Owns what a figure looks like. The same numbers give the same bytes. Knows no run, no metric and no file.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+# Colours that stand for the page's own, and are replaced by them: so one figure suits light, dark and paper.
+_INK, _GRID, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404"
+_PAGE_COLORS = {_INK: "currentColor", _GRID: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
+    "text.parse_math": False,  # a $ in a label is a $
+    "font.size": 9.0,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _GRID,
+    "axes.facecolor": "none",
+    "axes.titlesize": 9.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": _GRID,
+    "ytick.color": _GRID,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+    "figure.facecolor": "none",
+}
+_WIDTH_INCHES = 9.6
+_ROW_INCHES = 0.26
+_IDS = re.compile(r'(\bid="|url\(#|href="#)')
+_SIZE = re.compile(r'width="[\d.]+pt" height="[\d.]+pt" ')
+_STYLE_SHEET = re.compile(r"<style.*?</style>", re.DOTALL)  # inside a page it would hold for the whole page
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A labelled value with its interval, all in one unit."""
+
+    label: str
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A column of estimates under one title. They are matched to other panels' by label."""
+
+    title: str
+    estimates: tuple[Estimate, ...]
+
+
+def interval_plot(name: str, about: str, panels: Sequence[Panel], *, is_difference: bool = False) -> str:
+    """Dots with whiskers, a row per label, a panel per metric, in percent; differences have a line at zero.
+
+    name: unique on the page, for ids. about: what the figure shows, for those who do not see it.
+    """
+    labels = list(dict.fromkeys(estimate.label for panel in panels for estimate in panel.estimates))
+    places = {label: -i for i, label in enumerate(labels)}
+    with _figure(name, 0.75 + _ROW_INCHES * len(labels)) as (figure, svg):
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, panel in zip(axes, panels, strict=True):
+            heights = [places[estimate.label] for estimate in panel.estimates]
+            means = [estimate.mean for estimate in panel.estimates]
+            axis.hlines(
+                heights,
+                [e.low for e in panel.estimates],
+                [e.high for e in panel.estimates],
+                color=_FIRST,
+                linewidth=1.6,
+            )
+            axis.plot(means, heights, "o", color=_FIRST, markersize=4.5)
+            axis.set_title(panel.title)
+            axis.grid(axis="x")
+            axis.tick_params(length=0)
+            axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            if is_difference:
+                axis.axvline(0.0, color=_INK, linewidth=0.8)
+            else:
+                axis.set_xlim(-2.0, max(102.0, *(estimate.high for estimate in panel.estimates)))
+        axes[0].set_yticks(list(places.values()), labels)
+        axes[0].set_ylim(-len(labels) + 0.4, 0.6)
+    return _page_svg(svg[0], name, about)
+
+
+def distribution_plot(name: str, about: str, series: Sequence[tuple[str, Sequence[float]]], unit: str) -> str:
+    """Shares of values up to a value, one panel per series, on a logarithmic axis, with median and 95th percentile."""
+    with _figure(name, 2.6) as (figure, svg):
+        for axis, (title, values) in zip(figure.subplots(1, len(series), squeeze=False)[0], series, strict=True):
+            ordered = sorted(max(value, 1e-6) for value in values)
+            shares = [100 * (i + 1) / len(ordered) for i in range(len(ordered))]
+            axis.plot(ordered, shares, color=_FIRST, linewidth=1.6, drawstyle="steps-post")
+            for share, color in ((50, _INK), (95, _SECOND)):
+                axis.axhline(share, color=color, linewidth=0.7, linestyle=":")
+            axis.set_title(title)
+            axis.set_xlabel(unit)
+            axis.set_ylabel("% of completions")
+            axis.set_ylim(0, 101)
+            _logarithmic(axis)
+    return _page_svg(svg[0], name, about)
+
+
+def _logarithmic(axis: Axes) -> None:
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    low, high = axis.get_xlim()
+    if high / low < 30:
+        # Within one or two decades, the decades alone would leave the axis almost without numbers.
+        axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
+    else:
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid()
+
+
+@contextmanager
+def _figure(name: str, height_inches: float) -> Iterator[tuple[Figure, list[str]]]:
+    """A figure to draw in; its SVG is the one element of the list when the block ends."""
+    svg: list[str] = []
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+        figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
+        yield figure, svg
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        svg.append(buffer.getvalue())
+
+
+def _page_svg(svg: str, name: str, about: str) -> str:
+    """The <svg> element alone, as wide as its place, with ids of its own, colours of the page, and a description."""
+    svg = _STYLE_SHEET.sub("", svg[svg.index("<svg") :], count=1)
+    svg = _IDS.sub(rf"\g<1>{name}-", _SIZE.sub("", svg, count=1))
+    for stand_in, color in _PAGE_COLORS.items():
+        svg = svg.replace(stand_in, color)
+    description = about.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{description}" ', 1)

@@ -1,0 +1,238 @@
+"""The command `eval run`: complete every case of a benchmark, on any number of ranks, however often it is interrupted.
+
+World rank 0 checks everything, plans the attempt and merges in the end; the leader of each replica computes. The
+directory is records.py's, the sharing handout.py's, the work replica.py's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+from torch.distributed import DistError
+
+from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.eval.cases import Case
+from megatron_infer.eval.run.handout import Handout
+from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
+from megatron_infer.eval.run.records import Key, Part, RunDirectory
+from megatron_infer.eval.run.replica import Progress, Replica, Settings
+from megatron_infer.eval.tasks import registry as tasks
+from megatron_infer.llm import LLM, EngineDeadError
+from megatron_infer.options import (
+    Parser,
+    add_model_options,
+    add_option,
+    add_options_of,
+    build,
+    log_to_stderr,
+    model_dir_of,
+    run_command,
+    say,
+)
+
+_FIELDS = {
+    "id_field": "unique text or number of a case (default: task_id, else a hash of the prompt)",
+    "prefix_field": "code before the hole (default: prefix)",
+    "suffix_field": "code after it (default: suffix)",
+    "path_field": "path told to the model (default: path, if there)",
+    "reference_field": "what stood in the hole (default: reference, if there)",
+    "language_field": "language (default: language, else by the path)",
+    "scenario_field": "kind of hole (default: scenario, if there)",
+}
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `python -m megatron_infer eval run`. Returns the exit status."""
+    args = _parser().parse_args(argv)
+    return run_command(lambda: _run(_job(args), sys.argv if argv is None else ["eval", "run", *argv]))
+
+
+def _job(args: argparse.Namespace) -> Job:
+    if args.limit is not None and args.limit < 1:
+        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    if args.source_tree and args.task != "fim":
+        raise ValueError(f"--source_tree goes with --task fim; {args.task!r} brings its own context, or has none")
+    fields = {name: value for name in _FIELDS if (value := getattr(args, name)) is not None}
+    if fields and args.task != "fim":
+        raise ValueError(f"--{next(iter(fields))} goes with --task fim; the fields of {args.task!r} are its own")
+    task = tasks.generic_task(**fields) if fields else tasks.task(args.task)
+    sampling = build(SamplingParams, args, task.sampling)
+    return Job(
+        task=task,
+        fields=fields,
+        data=Path(args.data).resolve(),
+        source_tree=Path(args.source_tree) if args.source_tree else None,
+        out=RunDirectory(args.out),
+        limit=args.limit,
+        model_dir=model_dir_of(args),
+        model_name=args.model_name,
+        fim=args.fim,
+        config=build(EngineConfig, args),
+        settings=Settings(
+            options=replace(task.options, order=args.order or task.options.order),
+            sampling=replace(sampling, seed=None),
+            seed=sampling.seed or 0,
+        ),
+    )
+
+
+def _run(job: Job, command: Sequence[str]) -> int:
+    log_to_stderr(logging.WARNING)
+    handout = Handout()
+    with ExitStack() as stack:
+        stack.enter_context(_troubles_explained(job.out))
+        if handout.rank == 0:
+            stack.enter_context(job.out.locked())
+        plan = handout.tell(lambda: plan_attempt(job, handout.world_size, command))
+        if plan["success"] is None:
+            _attempt(job, handout, plan)
+    return 0
+
+
+# ---- every rank -----------------------------------------------------------------------------------------------------
+
+
+def _attempt(job: Job, handout: Handout, plan: Mapping[str, Any]) -> None:
+    with LLM(job.model_dir, job.config, model_name=job.model_name, fim=job.fim) as llm:
+        began = time.monotonic()
+        size = llm.config.tensor_parallel_size or 1
+        replica, num_replicas = handout.rank // size, max(1, handout.world_size // size)
+        if llm.max_model_len != llm.config.max_model_len:
+            raise ValueError(
+                f"the KV cache holds {llm.max_model_len} tokens, less than the context of {llm.config.max_model_len}: "
+                "answers would depend on free memory. Lower --max_model_len or raise --kv_cache_memory_bytes"
+            )
+        if not llm.is_leader:
+            for _ in range(1 + (len(plan["suspects"]) if replica == 0 else 0)):
+                for _ in llm.complete_batch(()):
+                    continue
+            return
+        cases, progress = _lead(job, handout, plan, llm, replica)
+    handout.announce(f"replica {replica} finished")
+    if handout.rank == 0:
+        for other in range(num_replicas):
+            handout.await_announced(f"replica {other} finished", progress.show)
+        progress.close()
+        _finish(job, cases, progress.counts(), time.monotonic() - began)
+
+
+def _lead(job: Job, handout: Handout, plan: Mapping[str, Any], llm: LLM, replica: int) -> tuple[list[Case], Progress]:
+    """Do this replica's share."""
+    cases = job.cases()
+    if prompts_sha256(cases) != plan["prompts_sha256"]:
+        raise ValueError(f"{job.data} is another file on this host; all hosts must see one")
+    work = job.work(cases)
+    done = np.unpackbits(np.frombuffer(bytes.fromhex(plan["done"]), np.uint8), count=len(work)).astype(bool)
+    part = job.out.open_part(plan["attempt"], replica)
+    progress = Progress(handout, len(work), int(done.sum()))
+    leader = Replica(llm, part, handout, progress, job.settings, {"attempt": plan["attempt"], "replica": replica})
+    with _ended_in_good_order(part):
+        if replica == 0:
+            leader.give_up([work[i] for i in plan["poison"]])
+            leader.run_alone([work[i] for i in plan["suspects"]])
+        done[[*plan["poison"], *plan["suspects"]]] = True
+        leader.run([work[i] for i in np.flatnonzero(~done)])
+    return cases, progress
+
+
+def _finish(job: Job, cases: Sequence[Case], counts: Mapping[str, int], seconds: float) -> None:
+    """Merge, and say how it went."""
+    by_id = {case.task_id: case for case in cases}
+
+    def predict(key: Key, row: dict[str, Any]) -> dict[str, Any]:
+        case = by_id[key[0]]
+        return job.task.predict(case, job.task.finish(case, row["text"]))
+
+    keys = [(case.task_id, sample_idx) for case, sample_idx in job.work(cases)]
+    success = job.out.finish(keys, predict, seconds)
+    cached = counts["cached_tokens"] / max(1, counts["prompt_tokens"])
+    say(
+        f"{counts['completions']} completions in {seconds:.1f} s: {counts['completions'] / seconds:.2f} cases/s, "
+        f"{counts['new_tokens'] / seconds:.0f} tokens/s, {cached:.0%} of prompt tokens from the prefix cache; "
+        f"{success['num_errors']} errors, {success['num_quarantined']} of them given up"
+    )
+    print(json.dumps({"out": str(job.out.path), **success}), flush=True)
+
+
+# ---- how it may end -------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _ended_in_good_order(part: Part) -> Iterator[None]:
+    """Close the part; where the prompts in hand are not to blame for the end, it says so."""
+    try:
+        yield
+    except (KeyboardInterrupt, DistError, OSError) as error:
+        with suppress(OSError):
+            part.end(type(error).__name__)
+        raise
+    finally:
+        with suppress(OSError):
+            part.close()
+
+
+@contextmanager
+def _troubles_explained(out: RunDirectory) -> Iterator[None]:
+    """SIGTERM, with which launchers end a job, acts as Ctrl-C does; what the user can mend is said in one line."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    remedy = f"what is done is in {out.path}; the same command goes on from there"
+    try:
+        yield
+    except DistError as error:
+        raise EngineDeadError(f"the launcher or another host is gone ({error}); {remedy}") from error
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        raise ValueError(f"the disk of {out.path} is full ({error.strerror}); free some space: {remedy}") from error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        "python -m megatron_infer eval run",
+        "Complete every case of a benchmark. Also under torchrun: torchrun --nproc_per_node N -m megatron_infer eval "
+        "run; N divided by --tensor_parallel_size replicas share the work. Interrupted, the same command goes on, with "
+        "any number of ranks. Every option may be spelled with - or _.",
+    )
+    what = parser.add_argument_group("what to run")
+    add_option(what, "task", required=True, help=f"one of {', '.join(tasks.TASKS)}")
+    add_option(what, "data", required=True, help="the benchmark's .jsonl or .jsonl.gz file")
+    add_option(what, "out", required=True, help="directory for the results; on a disk that all hosts share")
+    add_option(
+        what,
+        "source_tree",
+        help="with --task fim: tree of the cases' files; the three most relevant pieces of other files (BM25) "
+        "stand before each prefix, as in CrossCodeEval",
+    )
+    add_option(what, "limit", type=int, help="only the first so many cases")
+    names = parser.add_argument_group("names of the data's fields, for --task fim")
+    for name, text in _FIELDS.items():
+        add_option(names, name, help=text)
+    model = add_model_options(parser)
+    add_option(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")
+    add_option(model, "order", choices=("spm", "psm"), help="suffix first or prefix first (default: the task's)")
+    add_options_of(SamplingParams, parser, "sampling (defaults: the task's; seed 0)")
+    add_options_of(EngineConfig, parser, "engine")
+    return parser

@@ -1,0 +1,189 @@
+"""One replica's share of a run: claimed units become prompts, completions become lines of its part.
+
+Owns the order of work, seeds and what a line says. Which keys are left, and who else works, it is told.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from megatron_infer.completion import Completion, Timings
+from megatron_infer.config import SamplingParams
+from megatron_infer.eval.cases import Case
+from megatron_infer.eval.run.handout import Handout
+from megatron_infer.eval.run.records import GIVEN_UP, Key, Part
+from megatron_infer.fim import FimEncoding, FimOptions
+from megatron_infer.llm import LLM
+
+_UNIT_KEYS = 8
+"""Keys claimed at a time: enough that neighbours share a cached prefix, few enough that no replica ends much later."""
+
+SUSPECTS_DONE = "suspects done"
+Work = tuple[Case, int]
+"""A case and a sample index: a key with what is needed to compute it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the answers, beside model and engine. `sampling.n` samples of every case are made."""
+
+    options: FimOptions
+    sampling: SamplingParams
+    seed: int
+
+
+def seed_of(seed: int, key: Key) -> int:
+    """The sampling seed of one key, from 0 to 2^63 - 1: a function of the run's seed and the key alone."""
+    digest = hashlib.sha256(f"{seed}\0{key[1]}\0{key[0]}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+def in_prefix_order(work: Sequence[Work], order: str) -> list[Work]:
+    """Sorted so that prompts with a common beginning, as those of one file often have, are neighbours."""
+
+    def beginning(item: Work) -> tuple[Any, ...]:
+        prompt = item[0].prompt
+        text = (prompt.suffix, prompt.path, prompt.prefix) if order == "spm" else (prompt.path, prompt.prefix)
+        return (prompt.repository, prompt.extra_files, *text, item[0].task_id, item[1])
+
+    return sorted(work, key=beginning)
+
+
+class Progress:
+    """Counts that all replicas share, and on world rank 0 a bar that shows them."""
+
+    NAMES = ("completions", "new_tokens", "prompt_tokens", "cached_tokens")
+    _REFRESH_SECONDS = 0.5
+
+    def __init__(self, handout: Handout, total: int, already_done: int) -> None:
+        self._handout = handout
+        self._began = self._shown = time.monotonic()
+        self._already_done = already_done
+        self._bar = None
+        if handout.rank == 0:
+            # disable=None: a bar on a terminal only.
+            self._bar = tqdm(total=total, initial=already_done, unit="case", desc="eval", disable=None, smoothing=0.05)
+
+    def add(self, completion: Completion) -> None:
+        """Count a finished completion."""
+        timings = completion.timings
+        amounts = (1, timings.num_new_tokens, timings.num_prompt_tokens, completion.num_cached_tokens)
+        for name, amount in zip(self.NAMES, amounts, strict=True):
+            self._handout.count(name, amount)
+        self.show()
+
+    def show(self) -> None:
+        """Redraw the bar, if it is time."""
+        now = time.monotonic()
+        if self._bar is None or self._bar.disable or now - self._shown < self._REFRESH_SECONDS:
+            return
+        self._shown = now
+        counts = self.counts()
+        cached = counts["cached_tokens"] / max(1, counts["prompt_tokens"])
+        rate = counts["new_tokens"] / (now - self._began)
+        self._bar.n = self._already_done + counts["completions"]
+        self._bar.set_postfix_str(f"{rate:.0f} tokens/s, {cached:.0%} of prompts cached")
+
+    def counts(self) -> dict[str, int]:
+        """What all replicas of this attempt did so far."""
+        return self._handout.counts(self.NAMES)
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class Replica:
+    """The leader of one replica at work. Every method is a number of collective calls of its tensor-parallel group."""
+
+    def __init__(
+        self, llm: LLM, part: Part, handout: Handout, progress: Progress, settings: Settings, names: dict[str, int]
+    ) -> None:
+        """`names`: what a timing line says about who computed it ("attempt", "replica")."""
+        self._llm, self._part, self._handout, self._progress = llm, part, handout, progress
+        self._settings, self._names = settings, names
+
+    def give_up(self, work: Sequence[Work]) -> None:
+        """Record keys that are not tried again."""
+        for case, sample_idx in work:
+            self._refuse(case, sample_idx, GIVEN_UP)
+
+    def run_alone(self, work: Sequence[Work]) -> None:
+        """Compute keys one at a time, in as many collective calls; then let the other replicas begin."""
+        for item in work:
+            self._complete(self._entries([item], alone=True))
+        self._handout.announce(SUSPECTS_DONE)
+
+    def run(self, work: Sequence[Work]) -> None:
+        """Compute all of `work` that no other replica claims, in one collective call."""
+        ordered = in_prefix_order(work, self._settings.options.order or self._default_order())
+        self._complete(self._claimed(ordered))
+
+    def _default_order(self) -> str:
+        return next(iter(self._llm.fim.orders), "psm")
+
+    def _claimed(self, work: Sequence[Work]) -> Iterator[tuple[Case, int, FimEncoding]]:
+        self._handout.await_announced(SUSPECTS_DONE)
+        while (start := _UNIT_KEYS * self._handout.claim()) < len(work):
+            yield from self._entries(work[start : start + _UNIT_KEYS], alone=False)
+
+    def _entries(self, work: Sequence[Work], *, alone: bool) -> Iterator[tuple[Case, int, FimEncoding]]:
+        self._part.begin([(case.task_id, sample_idx) for case, sample_idx in work], alone=alone)
+        budget = self._llm.max_model_len - self._settings.sampling.max_new_tokens
+        for case, sample_idx in work:
+            try:
+                encoding = self._llm.fim.encode(case.prompt, options=self._settings.options, budget_tokens=budget)
+            except ValueError as error:
+                self._refuse(case, sample_idx, str(error))
+            else:
+                yield case, sample_idx, encoding
+
+    def _complete(self, entries: Iterator[tuple[Case, int, FimEncoding]]) -> None:
+        in_hand: dict[int, tuple[Case, int, FimEncoding]] = {}
+
+        def prompts() -> Iterator[tuple[list[int], SamplingParams]]:
+            for index, entry in enumerate(entries):
+                in_hand[index] = entry
+                case, sample_idx, encoding = entry
+                seed = seed_of(self._settings.seed, (case.task_id, sample_idx))
+                yield encoding.ids, replace(self._settings.sampling, n=1, seed=seed)
+
+        for completion in self._llm.complete_batch(prompts(), ordered=False):
+            self._record(*in_hand.pop(completion.prompt_index), completion)
+
+    def _refuse(self, case: Case, sample_idx: int, why: str) -> None:
+        nothing = Completion("", (), "error", Timings(0.0, 0.0, 0, 0), error=why)
+        self._record(case, sample_idx, FimEncoding([], frozenset()), nothing)
+
+    def _record(self, case: Case, sample_idx: int, encoding: FimEncoding, completion: Completion) -> None:
+        name = {"task_id": case.task_id, "sample_idx": sample_idx}
+        self._part.done(
+            {
+                **name,
+                "text": completion.text,
+                "token_ids": completion.token_ids,
+                "finish_reason": completion.finish_reason,
+                "num_prompt_tokens": len(encoding.ids),
+                "num_dropped_tokens": encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens,
+                "prompt_sha256": hashlib.sha256(np.asarray(encoding.ids, "<i4").tobytes()).hexdigest(),
+                "error": completion.error,
+            },
+            {
+                **name,
+                "first_token_seconds": completion.timings.first_token_seconds,
+                "total_seconds": completion.timings.total_seconds,
+                "num_new_tokens": completion.timings.num_new_tokens,
+                "num_cached_tokens": completion.num_cached_tokens,
+                "num_prompt_tokens": len(encoding.ids),
+                **self._names,
+            },
+        )
+        self._progress.add(completion)

@@ -1,0 +1,1 @@
+"""`eval score`: judge completions; metrics, intervals and test programs."""

@@ -1,0 +1,276 @@
+"""Runs the test program around a completion, for pass@k: in a process of its own, under limits, never in this one.
+
+Owns the processes, their deadline, and the proof that a program reached its end. Which isolation this machine can give
+is found out once and said in the results; none of them is a full sandbox, so a container or virtual machine around it
+stays good practice for models that are not trusted. Knows no benchmark and no metric.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_infer.eval.score import confinement
+
+Status = Literal["passed", "failed", "timed_out", "out_of_memory", "refused"]
+
+_START_SECONDS = 30.0
+"""What a process may take before its program begins; this is not counted as the program's time."""
+
+_TAIL_BYTES = 64 << 10
+_ERROR_CHARACTERS = 300
+_LEAST_MEMORY_BYTES = 64 << 20
+_NOBODY = 65534
+
+_PROBE = """\
+import threading
+thread = threading.Thread(target=int)
+thread.start()
+thread.join()
+open("file", "w").close()
+"""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one test program may use. Memory, and processor time (timeout + 1 s, rounded up), are per process.
+
+    timeout_seconds: of wall time; 3 is HumanEval's own. file_bytes: of one file. directory_bytes: of all files
+    together, where namespaces are in force. num_processes: threads included, likewise.
+    """
+
+    timeout_seconds: float = 3.0
+    memory_bytes: int = 2 << 30
+    file_bytes: int = 16 << 20
+    directory_bytes: int = 64 << 20
+    num_processes: int = 64
+    num_files: int = 128
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout_seconds <= 3600:
+            raise ValueError(f"--timeout_seconds must be above 0 and at most 3600, not {self.timeout_seconds}")
+        if self.memory_bytes < _LEAST_MEMORY_BYTES:
+            raise ValueError(
+                f"--memory_bytes must be at least {_LEAST_MEMORY_BYTES}, which Python needs to start, "
+                f"not {self.memory_bytes}"
+            )
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """One way to keep a test program apart. about: what it does and does not do. command: what starts the process."""
+
+    name: str
+    about: str
+    command: tuple[str, ...] = ()
+
+    @property
+    def has_namespaces(self) -> bool:
+        return self.name == "namespaces"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program. error: the last line that it wrote to stderr, or why it was ended; "" if passed."""
+
+    status: Status
+    error: str = ""
+
+
+GUARD = Isolation(
+    "guard",
+    "a process with resource limits; Python's audit hook refuses network, new processes, signals and writing outside a "
+    "temporary directory. Native code can go around the hook, and files of this user can be read.",
+)
+
+
+def namespaces() -> Isolation:
+    """User, network, process, mount and IPC namespaces through util-linux's unshare(1)."""
+    unshare = shutil.which("unshare") or "unshare"
+    command = [unshare, "--user", "--map-root-user", "--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child"]
+    if os.geteuid() == 0:
+        # The kernel exempts real user 0 from RLIMIT_NPROC. The real user changes, the effective one still reads Python.
+        command = [shutil.which("setpriv") or "setpriv", "--ruid", str(_NOBODY), *command]
+    return Isolation(
+        "namespaces",
+        "a process in Linux user, network, process, mount and IPC namespaces, with resource limits and no privileges: "
+        "no network, no sight of other processes, every file read-only but those of a temporary RAM disk, and all its "
+        "children end with it. Files of this user can be read.",
+        tuple(command),
+    )
+
+
+def find_isolation() -> Isolation:
+    """The strongest isolation that works here: a small program is run under each.
+
+    Raises:
+        ValueError: not even a limited process can be started here; the message has the reason.
+    """
+    outcome = Outcome("refused")
+    for candidate in (namespaces(), GUARD):
+        outcome = run_program(_PROBE, Limits(timeout_seconds=10.0), candidate)
+        if outcome.status == "passed":
+            return candidate
+    raise ValueError(f"no test program can be run here ({outcome.error}); score without --allow_exec")
+
+
+def run_programs(programs: Iterable[str], limits: Limits, isolation: Isolation, num_workers: int) -> Iterator[Outcome]:
+    """Outcomes in the order of the programs, `num_workers` of them running at a time."""
+    with ThreadPoolExecutor(num_workers) as pool:
+        yield from pool.map(lambda program: run_program(program, limits, isolation), programs)
+
+
+def run_program(program: str, limits: Limits, isolation: Isolation) -> Outcome:
+    """Run one Python program. It has passed if it ran to its last line and its process ended well, in time.
+
+    An early sys.exit(0) or os._exit(0) is no pass: a random nonce must come back after the last line.
+    """
+    nonce = secrets.token_bytes(16)
+    ours, theirs = socket.socketpair()
+    with ours, theirs, tempfile.TemporaryFile() as source, tempfile.TemporaryDirectory(prefix="eval-") as directory:
+        source.write(program.encode("utf-8", "surrogatepass"))
+        source.flush()
+        source.seek(0)
+        ours.sendall(nonce)
+        settings = {
+            **asdict(limits),
+            "namespaces": isolation.has_namespaces,
+            "directory": directory,
+            "program_fd": source.fileno(),
+            "proof_fd": theirs.fileno(),
+        }
+        confine = Path(confinement.__file__).read_text(encoding="utf-8")
+        try:
+            process = subprocess.Popen(
+                [*isolation.command, sys.executable, "-s", "-B", "-c", confine, json.dumps(settings)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                cwd=directory,
+                env=_environment(directory),
+                pass_fds=(source.fileno(), theirs.fileno()),
+                start_new_session=True,
+            )
+        except OSError as error:
+            return Outcome("refused", f"{error.filename or isolation.name}: {error.strerror}")
+        theirs.close()
+        watch = _Watch(process, ours, limits.timeout_seconds)
+        try:
+            watch.until_end()
+        finally:
+            watch.kill()
+        return _outcome(watch, nonce)
+
+
+def _environment(directory: str) -> dict[str, str]:
+    """All that a program sees of the environment. Hashes are fixed so that scoring twice gives the same results."""
+    return {
+        "PATH": "/usr/local/bin:/usr/bin:/bin",
+        "LANG": "C.UTF-8",
+        "HOME": directory,
+        "TMPDIR": directory,
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
+
+
+class _Watch:
+    """Follows one process to its end or its deadline, keeping the tail of its stderr and what it sent as proof."""
+
+    def __init__(self, process: subprocess.Popen[bytes], proof_socket: socket.socket, timeout_seconds: float) -> None:
+        assert process.stderr is not None
+        self.process = process
+        self.stderr = process.stderr
+        self.tail = b""
+        self.proof = b""
+        self.has_timed_out = False
+        self._proof_socket = proof_socket
+        self._timeout_seconds = timeout_seconds
+
+    @property
+    def has_begun(self) -> bool:
+        return self.proof.startswith(confinement.READY)
+
+    def until_end(self) -> None:
+        """Return when the process has ended or its time is over."""
+        deadline = time.monotonic() + _START_SECONDS
+        os.set_blocking(self.stderr.fileno(), False)
+        self._proof_socket.setblocking(False)
+        process_fd = os.pidfd_open(self.process.pid)
+        try:
+            with selectors.DefaultSelector() as selector:
+                for fd in (process_fd, self.stderr.fileno(), self._proof_socket.fileno()):
+                    selector.register(fd, selectors.EVENT_READ)
+                while (remaining := deadline - time.monotonic()) > 0:
+                    had_begun = self.has_begun
+                    ready = {key.fd for key, _ in selector.select(remaining)}
+                    for fd in ready - {process_fd}:
+                        if not self._read(fd):
+                            selector.unregister(fd)
+                    if process_fd in ready:
+                        return
+                    if self.has_begun and not had_begun:
+                        deadline = time.monotonic() + self._timeout_seconds
+        finally:
+            os.close(process_fd)
+        self.has_timed_out = True
+
+    def kill(self) -> None:
+        """End whatever is left: the process group, and with it the namespaces and all that lives in them."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for fd in (self.stderr.fileno(), self._proof_socket.fileno()):
+            # Bounded: what was still in the pipe, not what a survivor may go on writing.
+            self._read(fd)
+        self.stderr.close()
+
+    def _read(self, fd: int) -> bool:
+        """Take in what has come; False at the end of the stream."""
+        try:
+            received = os.read(fd, _TAIL_BYTES)
+        except BlockingIOError:
+            return True
+        except ConnectionResetError:
+            return False
+        if fd == self.stderr.fileno():
+            self.tail = (self.tail + received)[-_TAIL_BYTES:]
+        else:
+            self.proof = (self.proof + received)[:_TAIL_BYTES]
+        return bool(received)
+
+
+def _outcome(watch: _Watch, nonce: bytes) -> Outcome:
+    lines = [line for line in watch.tail.decode("utf-8", "replace").splitlines() if line.strip()]
+    last = lines[-1].strip()[:_ERROR_CHARACTERS] if lines else ""
+    status = watch.process.returncode
+    if not watch.has_begun:
+        return Outcome("refused", last or f"the process ended with status {status} before the program began")
+    if watch.has_timed_out:
+        return Outcome("timed_out", "the time limit was reached")
+    if status == 0 and watch.proof == confinement.READY + nonce:
+        return Outcome("passed")
+    if last.partition(":")[0].endswith("MemoryError"):
+        return Outcome("out_of_memory", last)
+    if status == -signal.SIGXCPU:
+        return Outcome("timed_out", "the limit of processor time was reached")
+    if status == 0 or not last:
+        reason = "exited before its last line" if status == 0 else f"ended with status {status}"
+        return Outcome("failed", f"the program {reason}")
+    return Outcome("failed", last)

@@ -1,0 +1,296 @@
+"""METRICS: what a prediction is worth beside its reference, each definition under a name that says which one it is.
+
+Owns exact match, edit similarity, the scores of CrossCodeEval and SAFIM, length, and pass@k; BLEU is bleu.py's. Knows
+no task. A `_bug_compatible` metric reproduces published numbers; the one without the ending is what was meant.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from rapidfuzz import fuzz
+from rapidfuzz.distance import Levenshtein
+
+from megatron_infer.eval.cases import Case
+from megatron_infer.eval.score import bleu
+from megatron_infer.eval.score.identifiers import IDENTIFIER_LANGUAGES, identifiers, match_identifiers
+from megatron_infer.eval.tasks import postprocess
+
+_SPACE = re.compile(r"\s+")
+_IDENTIFIER_VALUES = ("identifier_exact_match", "identifier_precision", "identifier_recall", "identifier_f1")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to judge one prediction.
+
+    about: the definition and its source. values: the names of what `function` returns, unique among all metrics, each
+    with the value of a perfect prediction, 1 or 100, or None where it is no share of anything.
+    function: a case and the post-processed prediction to values by name, or None where the metric does not apply: the
+    case has no reference, or the language is not supported.
+    """
+
+    name: str
+    about: str
+    values: Mapping[str, float | None]
+    function: Callable[[Case, str], dict[str, float] | None]
+
+
+def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
+    """Unbiased estimate of the chance that one of k samples is correct: 1 - C(n-c, k) / C(n, k).
+
+    Computed in whole numbers and rounded once. Source: Chen et al. 2021, arXiv:2107.03374, section 2.1.
+    Raises ValueError for fewer than k samples, where no unbiased estimate exists.
+    """
+    if not 0 <= num_correct <= num_samples:
+        raise ValueError(f"{num_correct} correct of {num_samples} samples is impossible")
+    if not 1 <= k <= num_samples:
+        raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples per case and k >= 1; there are {num_samples}")
+    total = math.comb(num_samples, k)
+    return (total - math.comb(num_samples - num_correct, k)) / total
+
+
+def edit_similarity_difflib(prediction: str, reference: str) -> float:
+    """`fuzz.ratio` of pure-Python fuzzywuzzy, a whole number from 0 to 100, of the stripped texts.
+
+    Twice the characters in difflib's matching blocks over all characters. It is not symmetric, and of texts from 200
+    characters on difflib leaves frequent characters out of account. Source: CrossCodeEval, `cal_edit_sim`.
+    """
+    prediction, reference = prediction.strip(), reference.strip()
+    if prediction == reference:
+        return 100.0
+    return float(round(100 * difflib.SequenceMatcher(None, prediction, reference).ratio()))
+
+
+def edit_similarity_indel(prediction: str, reference: str) -> float:
+    """`fuzz.ratio` of rapidfuzz, from 0 to 100, of the stripped texts; thefuzz rounds it to a whole number.
+
+    1 - insertions and deletions over all characters: twice the longest common subsequence.
+    """
+    return fuzz.ratio(prediction.strip(), reference.strip())
+
+
+def edit_similarity_levenshtein(prediction: str, reference: str) -> float:
+    """100 * (1 - Levenshtein distance / length of the longer text), of the stripped texts.
+
+    The formula of RepoEval, whose scorer first strips each line, drops empty ones, and cuts the prediction to as many
+    lines as the reference has. Two empty texts are equal: 100.
+    """
+    prediction, reference = prediction.strip(), reference.strip()
+    longer = max(len(prediction), len(reference))
+    return 100 * (1 - Levenshtein.distance(prediction, reference) / longer) if longer else 100.0
+
+
+def safim_syntax_match(prediction: str, reference: str, language: str) -> bool:
+    """Whether two API calls are the same: all whitespace removed, in Python with keyword arguments in any order."""
+    return _same_call(prediction, reference, language, compare_functions=True)
+
+
+def safim_syntax_match_bug_compatible(prediction: str, reference: str, language: str) -> bool:
+    """As SAFIM's evaluate.py: two Python calls with equal arguments match whatever they call."""
+    return _same_call(prediction, reference, language, compare_functions=False)
+
+
+def _same_call(prediction: str, reference: str, language: str, *, compare_functions: bool) -> bool:
+    prediction, reference = _SPACE.sub("", prediction), _SPACE.sub("", reference)
+    if language == "python" and (one := _python_call(prediction)) and (other := _python_call(reference)):
+        same_function = not compare_functions or ast.dump(one.func) == ast.dump(other.func)
+        return same_function and _arguments(one) == _arguments(other)
+    return prediction == reference
+
+
+def _python_call(code: str) -> ast.Call | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model's odd escapes are no news
+            body = ast.parse(code, mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    return body if isinstance(body, ast.Call) else None
+
+
+def _arguments(call: ast.Call) -> tuple[list[str], dict[str | None, str]]:
+    return [ast.dump(item) for item in call.args], {item.arg: ast.dump(item.value) for item in call.keywords}
+
+
+def _crosscodeeval(case: Case, prediction: str) -> dict[str, float] | None:
+    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
+        return None
+    statement = postprocess.crosscodeeval_statement(case.language, case.prompt.prefix, prediction)
+    predicted = postprocess.remove_line_comments(statement, case.language)
+    expected = postprocess.remove_line_comments(case.reference, case.language)
+    return _crosscodeeval_values("crosscodeeval", predicted, expected, case.language)
+
+
+def _crosscodeeval_bug_compatible(case: Case, prediction: str) -> dict[str, float] | None:
+    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
+        return None
+    predicted = postprocess.remove_line_comments_bug_compatible(prediction)
+    expected = postprocess.remove_line_comments_bug_compatible(case.reference)
+    return _crosscodeeval_values("crosscodeeval_bug_compatible", predicted, expected, case.language)
+
+
+def _crosscodeeval_values(name: str, predicted: str, expected: str, language: str) -> dict[str, float]:
+    """CrossCodeEval's scores of two texts without comments."""
+    lines, wanted = ([line for each in text.split("\n") if (line := each.strip())] for text in (predicted, expected))
+    return {
+        f"{name}_exact_match": float(lines == wanted),
+        f"{name}_edit_similarity_difflib": edit_similarity_difflib(predicted, expected),
+        **{f"{name}_{value}": score for value, score in _identifier_scores(predicted, expected, language).items()},
+    }
+
+
+def _identifier_match(case: Case, prediction: str) -> dict[str, float] | None:
+    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
+        return None
+    predicted = postprocess.remove_line_comments(prediction, case.language)
+    expected = postprocess.remove_line_comments(case.reference, case.language)
+    return _identifier_scores(predicted, expected, case.language)
+
+
+def _identifier_scores(predicted: str, expected: str, language: str) -> dict[str, float]:
+    match = match_identifiers(identifiers(predicted, language), identifiers(expected, language))
+    scores = (match.exact, match.precision, match.recall, match.f1)
+    return dict(zip(_IDENTIFIER_VALUES, scores, strict=True))
+
+
+def _length(case: Case, prediction: str) -> dict[str, float] | None:
+    if case.reference is None:
+        return None
+    return {
+        "prediction_characters": float(len(prediction.strip())),
+        "reference_characters": float(len(case.reference)),
+    }
+
+
+def _length_ratio(case: Case, prediction: str) -> dict[str, float] | None:
+    if not case.reference:
+        return None
+    return {"length_ratio": len(prediction.strip()) / len(case.reference)}
+
+
+def _of_texts(name: str, about: str, function: Callable[[str, str], float | bool], full: float = 1.0) -> Metric:
+    """A metric of one value of its own name, from the prediction and the reference alone."""
+
+    def judge(case: Case, prediction: str) -> dict[str, float] | None:
+        return None if case.reference is None else {name: float(function(prediction, case.reference))}
+
+    return Metric(name, about, {name: full}, judge)
+
+
+def _of_code(name: str, about: str, function: Callable[[str, str, str], float | bool | None]) -> Metric:
+    """A metric of one value of its own name, from the prediction, the reference and the language."""
+
+    def judge(case: Case, prediction: str) -> dict[str, float] | None:
+        value = None if case.reference is None else function(prediction, case.reference, case.language)
+        return None if value is None else {name: float(value)}
+
+    return Metric(name, about, {name: 1.0}, judge)
+
+
+def _crosscodeeval_metric(name: str, about: str, function: Callable[[Case, str], dict[str, float] | None]) -> Metric:
+    fractions = ("exact_match", *_IDENTIFIER_VALUES)
+    values = {f"{name}_edit_similarity_difflib": 100.0} | {f"{name}_{value}": 1.0 for value in fractions}
+    return Metric(name, about, values, function)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        _of_texts(
+            "exact_match",
+            "1 if prediction and reference are equal, both stripped (FIM-Eval run_evaluate.py; SantaCoder FIM in "
+            "bigcode-evaluation-harness, santacoder_fim.py)",
+            lambda prediction, reference: prediction.strip() == reference.strip(),
+        ),
+        _of_texts(
+            "exact_match_verbatim",
+            "1 if prediction and reference are equal to the character; SAFIM counts that as passed without running it "
+            "(evaluate.py)",
+            lambda prediction, reference: prediction == reference,
+        ),
+        _of_texts(
+            "exact_match_no_whitespace",
+            "1 if prediction and reference are equal without any whitespace; SAFIM's API completion outside Python",
+            lambda prediction, reference: _SPACE.sub("", prediction) == _SPACE.sub("", reference),
+        ),
+        _of_code(
+            "safim_syntax_match",
+            "SAFIM's API completion: equal without whitespace; in Python, equal calls, keyword arguments in any order",
+            safim_syntax_match,
+        ),
+        _of_code(
+            "safim_syntax_match_bug_compatible",
+            "SAFIM's API completion as its evaluate.py computes it: of Python calls, only the arguments are compared",
+            safim_syntax_match_bug_compatible,
+        ),
+        _of_texts(
+            "edit_similarity_difflib",
+            "fuzz.ratio of pure-Python fuzzywuzzy, 0 to 100, rounded: difflib's matching blocks (CrossCodeEval)",
+            edit_similarity_difflib,
+            100.0,
+        ),
+        _of_texts(
+            "edit_similarity_indel",
+            "fuzz.ratio of rapidfuzz and thefuzz, 0 to 100, not rounded: insertions and deletions",
+            edit_similarity_indel,
+            100.0,
+        ),
+        _of_texts(
+            "edit_similarity_levenshtein",
+            "100 * (1 - Levenshtein distance / length of the longer text): RepoEval's formula",
+            edit_similarity_levenshtein,
+            100.0,
+        ),
+        _of_texts(
+            "bleu_4",
+            "sentence BLEU without smoothing, tokens as mteval-v13a, order min(4, reference tokens); 1 for equal "
+            "texts, 0 if one is empty (FIM-Eval)",
+            bleu.bleu_4,
+        ),
+        _of_code(
+            "codebleu",
+            "CodeBLEU of the codebleu package, a quarter each, tokens as mteval-v13a, a data flow of 0 counts as 1 "
+            "(FIM-Eval)",
+            bleu.codebleu,
+        ),
+        Metric(
+            "identifier_match",
+            "identifiers outside line comments: equal lists; precision, recall and F1 of the sets (CrossCodeEval's "
+            "definition, of the whole prediction)",
+            dict.fromkeys(_IDENTIFIER_VALUES, 1.0),
+            _identifier_match,
+        ),
+        _crosscodeeval_metric(
+            "crosscodeeval",
+            "CrossCodeEval's scores as they are meant: of the first statement, without the language's line comments; "
+            "equal lists of stripped lines that are not empty, difflib's edit similarity, identifier match",
+            _crosscodeeval,
+        ),
+        _crosscodeeval_metric(
+            "crosscodeeval_bug_compatible",
+            "CrossCodeEval's scores as its eval_metric.py computes them: text is cut from any # or // on in every "
+            "language and inside strings; outside Python, a completion that begins with ; { or } is judged whole",
+            _crosscodeeval_bug_compatible,
+        ),
+        Metric(
+            "length",
+            "characters of the stripped prediction and of the reference; FIM-Eval prints the means of both",
+            {"prediction_characters": None, "reference_characters": None},
+            _length,
+        ),
+        Metric(
+            "length_ratio",
+            "characters of the stripped prediction over characters of the reference; none for an empty reference",
+            {"length_ratio": None},
+            _length_ratio,
+        ),
+    )
+}
+"""Every metric by its name."""

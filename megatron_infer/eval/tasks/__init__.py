@@ -1,0 +1,1 @@
+"""The benchmarks that are known: their fields, prompts, settings, post-processing and output rows."""
