@@ -10,6 +10,7 @@ import json
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -117,11 +118,11 @@ def save_sharded(
     files: dict[str, FileEntry] = {}
     with appearing(out_dir, sum(sizes) + _small_bytes(extra_files), force=force) as directory:
         with ExitStack() as stack:
+            reading = stack.enter_context(ThreadPoolExecutor(1))
+            paths = [directory / shard_name(rank, num_shards) for rank in range(num_shards)]
             writers = [
-                stack.enter_context(
-                    SafetensorsWriter(directory / shard_name(rank, num_shards), plans, metadata[rank], hashed=True)
-                )
-                for rank, plans in enumerate(shards)
+                stack.enter_context(SafetensorsWriter(path, plans, said, reading, hashed=True))
+                for path, plans, said in zip(paths, shards, metadata, strict=True)
             ]
             # Tensor by tensor rather than shard by shard: the source is read once, from its start to its end.
             for shares in zip(*(writer.plans for writer in writers), strict=True):
@@ -195,11 +196,11 @@ def save_hf(
     total_bytes = sum(plan.num_bytes for plan in plans)
     metadata = {"format": "pt"}
     num_bytes = sum(safetensors_bytes(group, metadata) for group in groups) + _small_bytes(extra_files)
-    with appearing(out_dir, num_bytes, force=force) as directory:
+    with appearing(out_dir, num_bytes, force=force) as directory, ThreadPoolExecutor(1) as reading:
         for number, group in enumerate(groups, 1):
             count = len(groups)
             file_name = "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-            with SafetensorsWriter(directory / file_name, group, metadata, hashed=False) as writer:
+            with SafetensorsWriter(directory / file_name, group, metadata, reading, hashed=False) as writer:
                 for plan in writer.plans:
                     writer.write(plan, progress or _silent)
             weight_map |= dict.fromkeys((plan.name for plan in group), file_name)

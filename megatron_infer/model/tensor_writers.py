@@ -11,7 +11,7 @@ import json
 import struct
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,19 +56,24 @@ class TensorPlan:
 class SafetensorsWriter:
     """A `.safetensors` file under way; its tensors are written in the order of `plans`, which is the file's.
 
+    `reading` is the thread that makes the next block while one is written.
+
     Layout (safetensors, format specification): length of the header as 8 little-endian bytes, the header as JSON padded
     with spaces to a multiple of 8, then the tensors without gaps.
     """
 
-    def __init__(self, path: Path, plans: Sequence[TensorPlan], metadata: Mapping[str, str], *, hashed: bool) -> None:
+    def __init__(
+        self, path: Path, plans: Sequence[TensorPlan], metadata: Mapping[str, str], reading: Executor, *, hashed: bool
+    ) -> None:
         self.path, self.plans = path, _aligned(plans)
+        self._reading = reading
         self._file = path.open("wb", buffering=0)
         self._digest = _Hash(hashed)
         self._write(memoryview(_header(self.plans, metadata)))
 
     def write(self, plan: TensorPlan, progress: Progress) -> None:
         """Write the next tensor."""
-        for view in _views(plan):
+        for view in _views(plan, self._reading):
             self._write(view)
             progress(len(view))
 
@@ -105,7 +110,11 @@ def safetensors_bytes(plans: Sequence[TensorPlan], metadata: Mapping[str, str]) 
 
 def write_pt(path: Path, plans: Sequence[TensorPlan], facts: Mapping[str, str], key: str, progress: Progress) -> None:
     """Write {"model": tensors, key: facts} as `torch.save` does; `torch.load` reads it, mapped or not."""
-    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+    with (
+        ThreadPoolExecutor(1) as reading,
+        path.open("wb") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive,
+    ):
         archive.writestr(_record("archive/data.pkl"), _pickled(plans, facts, key))
         archive.writestr(_record("archive/byteorder"), "little")
         archive.writestr(_record("archive/version"), "3\n")
@@ -115,7 +124,7 @@ def write_pt(path: Path, plans: Sequence[TensorPlan], facts: Mapping[str, str], 
             padding = -(file.tell() + _ZIP_HEADER_BYTES + len(record.filename)) % _ZIP_ALIGNMENT
             record.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)
             with archive.open(record, "w", force_zip64=True) as out:
-                for view in _views(plan):
+                for view in _views(plan, reading):
                     write_all(out.write, view)
                     progress(len(view))
 
@@ -131,10 +140,10 @@ def write_all(write: Callable[[memoryview], int | None], data: memoryview) -> No
         data = data[write(data) :]
 
 
-def _views(plan: TensorPlan) -> Iterator[memoryview]:
+def _views(plan: TensorPlan, reading: Executor) -> Iterator[memoryview]:
     """The tensor's bytes, block by block; refuses a reader that yields something else than was planned."""
     written = 0
-    for block in _ahead(plan.blocks()):
+    for block in _ahead(plan.blocks(), reading):
         assert block.dtype == plan.dtype
         view = block.contiguous().view(torch.uint8).flatten().numpy().data
         written += len(view)
@@ -142,13 +151,12 @@ def _views(plan: TensorPlan) -> Iterator[memoryview]:
     assert written == plan.num_bytes, plan.name
 
 
-def _ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same blocks, each read and converted on a thread of its own while the one before it is written."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, blocks, None)
-        while (block := pending.result()) is not None:
-            pending = pool.submit(next, blocks, None)
-            yield block
+def _ahead(blocks: Iterator[Tensor], reading: Executor) -> Iterator[Tensor]:
+    """The same blocks, each read and converted on another thread while the one before it is written."""
+    pending = reading.submit(next, blocks, None)
+    while (block := pending.result()) is not None:
+        pending = reading.submit(next, blocks, None)
+        yield block
 
 
 class _Hash:
