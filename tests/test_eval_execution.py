@@ -211,6 +211,12 @@ def test_the_mounts_cannot_be_undone(isolation: Isolation) -> None:
     assert run_program(program, LIMITS, isolation).status == "passed"
 
 
+@strong
+def test_other_processes_and_local_services_are_out_of_sight(isolation: Isolation) -> None:
+    program = "import os\nassert os.listdir('/proc') == os.listdir('/run') == []"
+    assert run_program(program, LIMITS, isolation).status == "passed"
+
+
 # ---- children -------------------------------------------------------------------------------------------------------
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -103,6 +105,48 @@ def test_only_a_key_that_dies_alone_is_given_up_and_those_that_did_come_last(run
     assert run.state().suspects() == []
 
 
+def test_more_parts_than_may_be_open_are_merged(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(records, "_MAX_OPEN_PARTS", 4)
+    keys = [(str(i), 0) for i in range(40)]
+    for attempt, key in enumerate(keys, start=1):
+        part = run.open_part(attempt, 0)
+        part.done(*done(key[0]))
+        part.close()
+    num_open = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 16, limits[1]))
+        run.finish(keys, lambda key, row: {}, 1.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert [json.loads(line)["task_id"] for line in (run.path / "completions.jsonl").open()] == [k for k, _ in keys]
+
+
+def test_a_lock_works_on_nfs_and_its_lack_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS locks nothing that is not open for writing."""
+
+    def on_nfs(descriptor: int, operation: int) -> None:
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    def without_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", on_nfs)
+    with RunDirectory(tmp_path / "out").locked():
+        assert RunDirectory(tmp_path / "out").manifest() is None
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    with pytest.raises(ValueError, match="without file locks"), RunDirectory(tmp_path / "out").locked():
+        pass
+
+
+def test_what_a_killed_process_was_replacing_is_swept_away(run: RunDirectory) -> None:
+    left = run.path / ".completions.jsonl.part-x1y2"
+    left.touch()
+    run.begin({"fingerprint": {}}, {})
+    assert not left.exists()
+
+
 def test_other_parameters_are_refused_with_the_difference(run: RunDirectory) -> None:
     known = run.manifest()
     assert known is not None
@@ -147,6 +191,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         fail()
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["value.json"]
+
+
+def test_lone_surrogates_are_escaped_and_all_else_is_not(tmp_path: Path) -> None:
+    value = {"é": ["\ud800", "名"]}
+    write_json(tmp_path / "value.json", value)
+    assert json.loads((tmp_path / "value.json").read_text(encoding="utf-8")) == value
+    assert json.loads(files.to_line(value).encode()) == value
+    assert files.to_line("é名") == '"é名"\n'
 
 
 def test_a_full_disk_tears_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import resource
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_infer.eval import command
+from megatron_infer.eval.run import command as run_command
 from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.records import GIVEN_UP, LONE_CRASHES, SHARED_CRASHES
 from megatron_infer.eval.run.replica import in_prefix_order, seed_of
@@ -167,8 +169,9 @@ def test_samples_have_seeds_of_their_own(arguments: list[str], tmp_path: Path, c
 
 def test_a_finished_run_is_not_repeated_nor_changed(arguments: list[str], calm: Path, capsys) -> None:
     before = (calm / "_SUCCESS").read_bytes()
-    status, _, err = evaluate(capsys, *arguments, "--out", str(calm))
+    status, out, err = evaluate(capsys, *arguments, "--out", str(calm))
     assert status == 0
+    assert json.loads(out)["num_completions"] == 36
     assert "finished: 36 completions; nothing to do" in err
     status, _, err = evaluate(capsys, *arguments, "--out", str(calm), "--temperature", "0.5", "--dtype", "float32")
     assert status == 2
@@ -186,7 +189,7 @@ def test_a_full_disk_ends_the_run_in_one_line_and_loses_nothing(
         status, _, err = evaluate(capsys, *arguments, "--out", str(tmp_path / "out"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 2
+    assert status == 1
     assert "is full (File too large); free some space: what is done is in" in err
     status, _, err = evaluate(capsys, *arguments, "--out", str(tmp_path / "out"))
     assert status == 0
@@ -203,6 +206,39 @@ def test_sigterm_ends_an_attempt_in_good_order(arguments: list[str], tmp_path: P
         done = run([sys.executable, str(script), *command_of([], *arguments, "--out", str(tmp_path / "out"))[1:]])
         assert done.returncode == 130, done.stderr
         assert "one at a time" not in done.stderr
+
+
+def test_sigterm_ends_a_background_job_too(arguments: list[str], tmp_path: Path) -> None:
+    """Shells have those ignore Ctrl-C."""
+    script = tmp_path / "background.py"
+    ignoring = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+    script.write_text(
+        ignoring + DEADLY.replace("SIGKILL", "SIGTERM").replace("if ", "if len(step.query_lens_S) > 3 or ")
+    )
+    done = run([sys.executable, str(script), *command_of([], *arguments, "--out", str(tmp_path / "out"))[1:]])
+    assert done.returncode == 130, done.stderr
+
+
+def test_every_rank_may_say_that_its_host_has_other_cases(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    monkeypatch.setattr(run_command, "prompts_sha256", lambda cases: "others")
+    status, _, err = evaluate(capsys, *arguments, "--out", str(tmp_path / "out"))
+    assert status == 1
+    assert "rank 0 reads other cases than the run began with" in err
+
+
+def test_lone_surrogates_in_data_are_no_obstacle(tiny_checkpoint: Path, tmp_path: Path, capsys) -> None:
+    """JSON can escape them, UTF-8 cannot hold them; a file's name has them for bytes that are not UTF-8."""
+    path = tmp_path / "\udcff.jsonl"
+    path.write_text(
+        '{"task_id": "\\ud800", "prefix": "a", "suffix": ""}\n{"task_id": "b", "prefix": "\\ud800", "suffix": ""}'
+    )
+    options = ["--model_dir", str(tiny_checkpoint), "--max_new_tokens", "4", "--out", str(tmp_path / "out")]
+    status, stdout, err = evaluate(capsys, "--task", "fim", "--data", str(path), *options)
+    assert status == 0, err
+    assert json.loads(stdout)["num_errors"] == 1
+    assert [row["task_id"] for row in rows(tmp_path / "out" / "completions.jsonl")] == ["\ud800", "b"]
 
 
 def test_prompts_that_cannot_be_laid_out_are_errors_in_the_result(
@@ -251,6 +287,7 @@ def test_context_from_a_source_tree_stands_before_the_prefix_and_is_part_of_the_
     [
         (["--task", "humaneval-xxl"], "there is no task 'humaneval-xxl'; known are"),
         (["--data", "missing.jsonl"], "cannot read"),
+        (["--out", ""], "--out is empty"),
         (["--limit", "0"], "--limit must be at least 1"),
         (["--max_new_tokens", "512"], "leaves no room for a prompt"),
         (["--prefix_field", "before"], "line 1: no field 'before', which task 'fim' reads; the line has task_id"),
@@ -282,6 +319,7 @@ def test_mistakes_get_one_clear_line(arguments: list[str], tmp_path: Path, capsy
         ('{"task_id": "x", "prefix": 1, "suffix": ""}', "line 1: field 'prefix' must be text"),
         ('{"task_id": "x", "prefix": "", "suffix": ""}\n[1]', "line 2: a JSON object is needed, not list"),
         ('{"task_id": "x", "prefix": "", "suffix": ""}\n{"pre', "line 2:"),
+        ('{"prefix": ' + 100_000 * "[", "line 1: maximum recursion depth"),
     ],
 )
 def test_bad_data_is_refused_by_line(tmp_path: Path, capsys, text: str, message: str) -> None:
@@ -289,6 +327,14 @@ def test_bad_data_is_refused_by_line(tmp_path: Path, capsys, text: str, message:
     path.write_text(text)
     assert command.main(["run", "--task", "fim", "--data", str(path), "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_damaged_archive_is_refused(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "cases.jsonl.gz"
+    whole = gzip.compress(b'{"prefix": "a", "suffix": "b"}')
+    path.write_bytes(whole[:10] + bytes(byte ^ 255 for byte in whole[10:]))
+    assert command.main(["run", "--task", "fim", "--data", str(path), "--out", str(tmp_path / "out")]) == 2
+    assert f"{path}, line 1: " in capsys.readouterr().err
 
 
 def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megatron_infer.eval.report import command as report
 from megatron_infer.eval.score import command as score
 from megatron_infer.eval.score.results import is_quarantined, read_run
 from megatron_infer.eval.score.statistics import bootstrap_mean, case_means, compare, sign_test
@@ -149,6 +150,15 @@ def test_field_names_of_the_run_are_used_again(tmp_path: Path) -> None:
     run = write_run(tmp_path / "o", tmp_path / "d.jsonl", rows, {"7": ["b"]}, fields=fields, id_field="id")
     assert score.main([str(run)]) == 0
     assert read_lines(run / "scores.jsonl")[0]["metrics"]["exact_match"] == 1.0
+
+
+def test_lone_surrogates_in_data_are_scored_and_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    odd = "x\ud800"
+    rows = [fim_row(f"c{odd}", odd, prefix=odd, suffix=odd, scenario=odd), fim_row("b", odd, path=odd, language=odd)]
+    run = write_run(tmp_path / "o", tmp_path / "d.jsonl", rows, {row["task_id"]: ["x"] for row in rows})
+    assert score.main([str(run)]) == 0, capfd.readouterr().err
+    assert report.main([str(run)]) == 0, capfd.readouterr().err
+    assert [row["task_id"] for row in read_lines(run / "scores.jsonl")] == [f"c{odd}", "b"]
 
 
 def test_a_prompt_given_up_is_told_from_other_errors(run: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +17,8 @@ from typing import IO, Any
 
 from megatron_infer.model.output_dir import flush
 
+_UNFINISHED = ".part-"
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _FLUSH_SECONDS = 2.0
 """What a power failure may cost. A killed process loses nothing: its lines are in the system's hands."""
 
@@ -27,7 +30,7 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     Raises:
         OSError: as the system does (a full disk, say); nothing half-written is kept.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.part-", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_UNFINISHED}", dir=path.parent)
     try:
         with open(descriptor, "w", encoding="utf-8", newline="") as file:
             yield file
@@ -42,15 +45,27 @@ def replacing(path: Path) -> Iterator[IO[str]]:
     flush(path.parent)
 
 
+def drop_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of files that they were replacing; nobody else may be writing there."""
+    for path in folder.glob(f".*{_UNFINISHED}*"):
+        path.unlink()
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by a JSON value, indented."""
     with replacing(path) as file:
-        file.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+        file.write(_to_json(value, indent=1) + "\n")
 
 
 def to_line(value: Any) -> str:
     """A JSON value on a line of its own."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+    return _to_json(value, separators=(",", ":")) + "\n"
+
+
+def _to_json(value: Any, **layout: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, **layout)
+    # UTF-8 has no lone surrogates, which JSON may escape, and which stand for odd bytes in names of files.
+    return json.dumps(value, **layout) if _SURROGATE.search(text) else text
 
 
 class LineFile:

@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _job(args: argparse.Namespace) -> Job:
+    if not args.out:
+        raise ValueError("--out is empty; name a directory for the results")
     if args.limit is not None and args.limit < 1:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
     if args.source_tree and args.task != "fim":
@@ -92,14 +94,16 @@ def _job(args: argparse.Namespace) -> Job:
 
 def _run(job: Job, command: Sequence[str]) -> int:
     log_to_stderr(logging.WARNING)
-    handout = Handout()
     with ExitStack() as stack:
         stack.enter_context(_troubles_explained(job.out))
+        handout = Handout()
         if handout.rank == 0:
             stack.enter_context(job.out.locked())
         plan = handout.tell(lambda: plan_attempt(job, handout.world_size, command))
         if plan["success"] is None:
             _attempt(job, handout, plan)
+        elif handout.rank == 0:
+            _show(job, plan["success"])
     return 0
 
 
@@ -132,9 +136,15 @@ def _attempt(job: Job, handout: Handout, plan: Mapping[str, Any]) -> None:
 
 def _lead(job: Job, handout: Handout, plan: Mapping[str, Any], llm: LLM, replica: int) -> tuple[list[Case], Progress]:
     """Do this replica's share."""
-    cases = job.cases()
-    if prompts_sha256(cases) != plan["prompts_sha256"]:
-        raise ValueError(f"{job.data} is another file on this host; all hosts must see one")
+    try:
+        cases = job.cases()
+        if prompts_sha256(cases) != plan["prompts_sha256"]:
+            raise ValueError(f"{job.data} is another file here")
+    except ValueError as error:
+        # Of a ValueError rank 0 alone would speak.
+        raise EngineDeadError(
+            f"rank {handout.rank} reads other cases than the run began with ({error}); all hosts must see one file"
+        ) from None
     work = job.work(cases)
     done = np.unpackbits(np.frombuffer(bytes.fromhex(plan["done"]), np.uint8), count=len(work)).astype(bool)
     part = job.out.open_part(plan["attempt"], replica)
@@ -165,6 +175,10 @@ def _finish(job: Job, cases: Sequence[Case], counts: Mapping[str, int], seconds:
         f"{counts['new_tokens'] / seconds:.0f} tokens/s, {cached:.0%} of prompt tokens from the prefix cache; "
         f"{success['num_errors']} errors, {success['num_quarantined']} of them given up"
     )
+    _show(job, success)
+
+
+def _show(job: Job, success: Mapping[str, Any]) -> None:
     print(json.dumps({"out": str(job.out.path), **success}), flush=True)
 
 
@@ -192,7 +206,11 @@ def _troubles_explained(out: RunDirectory) -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:
         signal.raise_signal(signal.SIGINT)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    # Shells have their background jobs ignore Ctrl-C, and with it SIGTERM would be ignored.
+    before = [
+        (number, signal.signal(number, handler))
+        for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, interrupt))
+    ]
     remedy = f"what is done is in {out.path}; the same command goes on from there"
     try:
         yield
@@ -201,9 +219,13 @@ def _troubles_explained(out: RunDirectory) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_FULL:
             raise
-        raise ValueError(f"the disk of {out.path} is full ({error.strerror}); free some space: {remedy}") from error
+        # Of a ValueError rank 0 alone would speak.
+        raise EngineDeadError(
+            f"the disk of {out.path} is full ({error.strerror}); free some space: {remedy}"
+        ) from error
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before:
+            signal.signal(number, handler)
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

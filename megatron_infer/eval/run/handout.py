@@ -15,7 +15,8 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
 from megatron_infer.tensor_parallel.rendezvous import World
 
-_STORE_TIMEOUT_SECONDS = 600.0
+_STORE_TIMEOUT_SECONDS = 30.0
+"""So long, and then once more, a starting rank looks for its launcher, which may have been killed meanwhile."""
 _POLL_SECONDS = 0.2
 
 

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from megatron_infer.eval.files import LineFile, replacing, to_line, write_json
+from megatron_infer.eval.files import LineFile, drop_unfinished, replacing, to_line, write_json
 from megatron_infer.model.manifest import sha256_of
 from megatron_infer.model.output_dir import flush
 
@@ -24,7 +24,10 @@ FORMAT, FORMAT_VERSION = "megatron_infer-eval", 1
 COMPLETIONS, TIMINGS, PREDICTIONS = "completions.jsonl", "timings.jsonl", "predictions.jsonl"
 MANIFEST, SUCCESS = "manifest.json", "_SUCCESS"
 _PARTS = "parts"
+_LOCK = ".lock"
 _LOCK_SECONDS = 15.0
+_MAX_OPEN_PARTS = 256
+"""Of the 1,024 files that a process may often have: many ranks over many attempts leave more parts than that."""
 
 SHARED_CRASHES = 2
 """A key that was in hand, among others, when processes died so often is suspected and from then on computed alone."""
@@ -84,12 +87,14 @@ class RunDirectory:
         """Create the directory and keep other runs out of it.
 
         Raises:
-            ValueError: it cannot be written to, or another run is at work there and does not end within 15 s, as the
-                orphans of a killed launcher do.
+            ValueError: it cannot be written to or locked, or another run is at work there and does not end within
+                15 s, as the orphans of a killed launcher do.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path, os.O_RDONLY)
+            # A file, not the directory itself: NFS, on which several hosts share a disk, locks only what is open for
+            # writing.
+            descriptor = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ValueError(f"cannot write to {self.path}: {error.strerror}") from None
         try:
@@ -129,6 +134,7 @@ class RunDirectory:
     def begin(self, manifest: Mapping[str, Any], attempt: Mapping[str, Any]) -> int:
         """Record that an attempt begins; its number, from 1."""
         (self.path / _PARTS).mkdir(exist_ok=True)
+        drop_unfinished(self.path)
         attempts = manifest.get("attempts", [])
         number = len(attempts) + 1
         value = {"format": FORMAT, "format_version": FORMAT_VERSION, **manifest}
@@ -237,6 +243,8 @@ def _lock(descriptor: int) -> bool:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.1)
+        except OSError as error:
+            raise ValueError(f"--out lies on a disk without file locks ({error.strerror}); choose another") from None
         else:
             return True
 
@@ -265,10 +273,15 @@ def _read_part(part: Path, state: State) -> None:
 
 def _rows(state: State, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
     """The lines of finished keys, in the order asked for; only their places are held in memory."""
+    files: dict[Path, IO[bytes]] = {}
     with ExitStack() as stack:
-        files = {part: stack.enter_context(part.open("rb")) for part in {place.part for place in state.done.values()}}
         for key in keys:
             place = state.done[key]
+            if place.part not in files:
+                if len(files) == _MAX_OPEN_PARTS:
+                    stack.close()
+                    files.clear()
+                files[place.part] = stack.enter_context(place.part.open("rb"))
             files[place.part].seek(place.offset)
             yield json.loads(files[place.part].readline())
 

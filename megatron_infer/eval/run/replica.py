@@ -41,7 +41,7 @@ class Settings:
 
 def seed_of(seed: int, key: Key) -> int:
     """The sampling seed of one key, from 0 to 2^63 - 1: a function of the run's seed and the key alone."""
-    digest = hashlib.sha256(f"{seed}\0{key[1]}\0{key[0]}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}\0{key[1]}\0{key[0]}".encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from codebleu import calc_codebleu
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from megatron_infer.eval import syntax
+
 _MAX_ORDER = 4
 _CODEBLEU_NAMES = {
     "python": "python",
@@ -71,6 +73,8 @@ def codebleu(prediction: str, reference: str, language: str) -> float | None:
     if name is None:
         return None
     weights = (0.25, 0.25, 0.25, 0.25)
+    # The package cannot take lone surrogates, for which data may have escapes; as "?" they keep their place.
+    prediction, reference = (syntax.encode(text).decode() for text in (prediction, reference))
     with _root_logger_silenced():
         scores = calc_codebleu([reference], [prediction], name, weights=weights, tokenizer=tokens_13a)
     return float(scores["codebleu"])

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     tables = make_tables(run, task, rows, execution, ks if args.allow_exec else ())
     write_scores(run, rows, tables)
     for line in show_tables(tables):
-        print(line)
+        print(line.encode(errors="replace").decode())  # names in the data may have lone surrogates
     if task.program is not None and not args.allow_exec:
         say(
             "tests were not run, so there is no pass@k: they execute code that the model wrote. To run them, with "

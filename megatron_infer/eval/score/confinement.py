@@ -19,7 +19,10 @@ from typing import Any
 READY = b"ready\n"
 """Sent once the limits are in force and the program is about to begin."""
 
-_MS_NOSUID_NODEV = 2 | 4
+_HIDDEN = ("/proc", "/run")
+"""What shows other processes, and the sockets of services that would do on a program's behalf what it may not do."""
+
+_MS_RDONLY, _MS_NOSUID_NODEV = 1, 2 | 4
 _AT_FDCWD = -100
 _AT_RECURSIVE = 0x8000
 _SYS_MOUNT_SETATTR = 442  # the same number on every architecture that Linux 5.12 and later run on
@@ -108,7 +111,7 @@ def limit_resources(settings: dict[str, Any]) -> None:
 
 
 def make_file_system_read_only(directory: str, directory_bytes: int) -> None:
-    """In a mount namespace of our own: every mount becomes read-only, and `directory` a new RAM disk.
+    """In a mount namespace of our own: every mount becomes read-only, _HIDDEN empty, and `directory` a new RAM disk.
 
     Raises OSError where the kernel does not let us (mount_setattr came with Linux 5.12).
     """
@@ -116,6 +119,9 @@ def make_file_system_read_only(directory: str, directory_bytes: int) -> None:
     attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY, 0, 0, 0)
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     _check(libc.syscall(_SYS_MOUNT_SETATTR, _AT_FDCWD, b"/", _AT_RECURSIVE, attributes, size), "mount_setattr")
+    for hidden in _HIDDEN:
+        if os.path.isdir(hidden) and not directory.startswith(f"{hidden}/"):
+            _check(libc.mount(b"tmpfs", hidden.encode(), b"tmpfs", _MS_RDONLY | _MS_NOSUID_NODEV, None), "mount")
     options = f"size={directory_bytes},mode=700".encode()
     _check(libc.mount(b"tmpfs", os.fsencode(directory), b"tmpfs", _MS_NOSUID_NODEV, options), "mount")
 

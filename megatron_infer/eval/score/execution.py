@@ -109,8 +109,9 @@ def namespaces() -> Isolation:
     return Isolation(
         "namespaces",
         "a process in Linux user, network, process, mount and IPC namespaces, with resource limits and no privileges: "
-        "no network, no sight of other processes, every file read-only but those of a temporary RAM disk, and all its "
-        "children end with it. Files of this user can be read.",
+        "no network, no sight of other processes, every file read-only but those of a temporary RAM disk, /proc and "
+        "/run empty, and all its children end with it. Files of this user can be read, and sockets of local services "
+        "outside /run be reached.",
         tuple(command),
     )
 
