@@ -210,10 +210,12 @@ def test_reference_bits_do_not_depend_on_the_batch() -> None:
 
 
 def test_the_choice_is_made_per_device_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cuda = select_ops(torch.device("cuda"), num_threads=1).report
     assert len(cuda) == len(OP_NAMES) and all(": vendor" in line and "native refused" in line for line in cuda)
     exact = select_ops(torch.device("cuda"), num_threads=1, deterministic=True).report
     assert all(": reference" in line and "deterministic" in line for line in exact)
+    assert all("triton refused: torch finds no usable GPU" in line for line in exact)
     monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
     fallback = select_ops(CPU, num_threads=1).report
     assert all(": reference" in line and "pip install -e ." in line for line in fallback)

@@ -168,7 +168,12 @@ def _block_bytes(config: EngineConfig, model: ModelConfig, rank: int) -> int:
 
 
 def build_runner(
-    checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, profile: Profile | None = None
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    group: TPGroup,
+    profile: Profile | None = None,
+    *,
+    force_ops: str | None = None,
 ) -> ModelRunner:
     """Load this rank's share of the model and allocate its KV cache; collective over the group.
 
@@ -177,10 +182,15 @@ def build_runner(
         config: a resolved EngineConfig.
         group: this rank's tensor-parallel group.
         profile: where ops and collectives are timed into, if anywhere.
+        force_ops: one implementation of all ops, to compare it with others; see select_ops.
     """
     model_config = checkpoint.config
     ops = select_ops(
-        group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa, deterministic=config.deterministic
+        group.device,
+        num_threads=config.num_threads or 1,
+        isa=config.cpu_isa,
+        deterministic=config.deterministic,
+        force=force_ops,
     )
     dtype = _TORCH_DTYPES[config.dtype]
     if group.rank == 0:

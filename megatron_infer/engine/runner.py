@@ -36,6 +36,9 @@ class ModelRunner:
         Returns:
             Rank 0: one Sampled per marked row. Other ranks: nothing.
         """
+        if self.tp.device.type == "cuda":
+            # Kernels are launched on the current device, which is each thread's own.
+            torch.cuda.set_device(self.tp.device)
         batch = Batch.load(step, self.kv.block_size, self.tp.device)
         self.kv.copy_heads(step.copies_C3.tolist())
         hidden_TD = self.model.forward(batch, self.kv)

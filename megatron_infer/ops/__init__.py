@@ -189,7 +189,7 @@ class FeedForwardLayer(Protocol):
         gate_up: PackedLinear,
         down: PackedLinear,
     ) -> Tensor:
-        """The second half: add_rms_norm, linear, silu_mul, linear; to the bit what those ops give."""
+        """The second half: add_rms_norm, linear, silu_mul, linear; on the CPU to the bit what those ops give."""
         ...
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -56,6 +57,26 @@ def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
     return Candidate("native", f"{kernels.isa}, {threads}", {name: getattr(kernels, name) for name in names})
 
 
+def _triton(device: torch.device, deterministic: bool) -> Candidate:
+    if device.type != "cuda":
+        return Candidate("triton", refusal=f"runs on CUDA, not on {device.type}")
+    if not torch.cuda.is_available():
+        return Candidate("triton", refusal="torch finds no usable GPU")
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return Candidate(
+            "triton", refusal=f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
+        )
+    if find_spec("triton") is None:
+        return Candidate("triton", refusal="triton is not installed")
+    # Here alone, so that a machine without a GPU never loads triton.
+    from megatron_infer.ops import triton_ops
+
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    detail = f"sm_{capability[0]}{capability[1]}, {num_sms} SMs{', deterministic' if deterministic else ''}"
+    return Candidate("triton", detail, triton_ops.table(num_sms, deterministic=deterministic))
+
+
 def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidate:
     if not forced and device.type == "cpu":
         return Candidate("vendor", refusal="its bits depend on the batch; on the CPU they never may")
@@ -82,21 +103,23 @@ def select_ops(
         num_threads: of the CPU kernels; the calling thread counts.
         isa: their instruction set; "auto" takes the best this CPU has, and all give the same bits.
         deterministic: only implementations whose bits do not depend on the batch.
-        force: "native", "vendor" or "reference" only, else ValueError.
+        force: "native", "triton", "vendor" or "reference" only, else ValueError.
 
     Raises:
         ValueError: `force` cannot be had; the message says why.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
-    if force not in (None, "native", "vendor", "reference"):
-        raise ValueError(f"force is {force!r}; it must be native, vendor or reference")
-    wanted = [force] if force else ["native", "vendor", "reference"]
     make: dict[str, Callable[[], Candidate]] = {
         "native": lambda: _native(device, num_threads, isa),
         "vendor": lambda: _vendor(device, deterministic, force is not None),
+        # Behind vendor as long as nobody has seen these kernels run on a GPU: they are what deterministic takes.
+        "triton": lambda: _triton(device, deterministic),
         "reference": _reference,
     }
+    if force not in (None, *make):
+        raise ValueError(f"force is {force!r}; it must be one of {', '.join(make)}")
+    wanted = [force] if force else list(make)
     refused: list[Candidate] = []
     for name in wanted:
         candidate = make[name]()

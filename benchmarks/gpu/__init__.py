@@ -1,0 +1,1 @@
+"""What gpu_suite.py is made of."""
