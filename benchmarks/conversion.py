@@ -174,6 +174,7 @@ def main() -> int:
         source_bytes = size_of(args.work / "source")
     finally:
         shutil.rmtree(args.work)
+    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "conversion.md").write_text(report(rows, source_bytes, args.repeats, about), encoding="utf-8")
     print(json.dumps({"runs": rows, "source_bytes": source_bytes, **{name: about[name] for name in TOLD}}))
     return 0
