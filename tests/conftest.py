@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -23,3 +24,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = root / "checkpoint"
     save_sharded(tensors.read, config, out, 2, extra_files=[tokenizer])
     return out
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c_interrupts() -> None:
+    """However the tests were started: the jobs that a shell runs in the background are born ignoring Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
