@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import math
 import random
 import resource
 import statistics
@@ -35,6 +34,7 @@ from megatron_infer.options import (
     is_first_rank,
     log_to_stderr,
     model_dir_of,
+    percentile,
     run_command,
     say,
 )
@@ -170,11 +170,6 @@ def _total_rate(timings_S: list[Timings]) -> float:
     began = max(t.token_seconds[0] for t in timings_S)
     ended = max(t.token_seconds[-1] for t in timings_S)
     return sum(second > began for t in timings_S for second in t.token_seconds) / (ended - began)
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that `percent` percent of the values do not exceed."""
-    return sorted(values)[max(0, math.ceil(len(values) * percent / 100) - 1)]
 
 
 def _peak_memory_bytes(device: str) -> int:

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -138,3 +138,8 @@ def build(cls: type, args: argparse.Namespace, default: Any = None) -> Any:
     assert all(spec.default is not MISSING for spec in fields(cls))
     given = {spec.name: getattr(args, spec.name) for spec in fields(cls)}
     return replace(default or cls(), **{name: value for name, value in given.items() if value is not None})
+
+
+def percentile(values: Sequence[float], percent: int) -> float:
+    """The smallest value that `percent` percent of the values do not exceed."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.workload import Workload
-from megatron_infer.bench import percentile
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.config import EngineConfig, ModelConfig, SamplingParams
 from megatron_infer.engine import launch
@@ -24,6 +23,7 @@ from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.model.weights import expected_tensors, hf_name, memory_estimate
+from megatron_infer.options import percentile
 from megatron_infer.tensor_parallel.group import TPGroup
 
 

@@ -26,7 +26,7 @@ from megatron_infer.eval.report.side_by_side import MAX_CASES, CaseView, outcome
 from megatron_infer.eval.score.results import Run, Scores, is_error, read_run, read_run_cases, read_scores, task_of
 from megatron_infer.eval.score.statistics import Comparison, compare
 from megatron_infer.eval.score.tables import GROUPINGS, headline, shown, values_by_case
-from megatron_infer.options import Parser, add_option, run_command
+from megatron_infer.options import Parser, add_option, percentile, run_command
 
 REPORT = "report.html"
 _MAX_LISTED = 50
@@ -170,11 +170,6 @@ def measure_speed(run: Run) -> Speed | None:
         first_token_seconds=[row["first_token_seconds"] for row in done],
         total_seconds=[row["total_seconds"] for row in done],
     )
-
-
-def percentile(values: Sequence[float], percent: int) -> float:
-    """The smallest value that `percent` percent of the values do not exceed."""
-    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)]
 
 
 def _attempt(attempt: Mapping[str, Any]) -> Row:
