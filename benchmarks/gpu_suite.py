@@ -1,114 +1,128 @@
-"""Everything that only a GPU can tell, in one command: tests, ceilings, our speed and memory, transformers beside it.
+"""Everything that only a GPU can tell, in one command: ceilings, our speed and memory, peers beside it, tests.
 
-python -m benchmarks.gpu_suite --out benchmarks/results        # a GPU with room for 2 x 15 GB of weights; minutes
+python -m benchmarks.gpu_suite --out benchmarks/results        # a GPU with room for 2 x 15 GB of weights
 python -m benchmarks.gpu_suite --device cpu --out DIR          # a tiny model on the CPU: tries the suite itself
 
-Random bf16 weights of aiXcoder-7B's shape are made on the device. A section that fails is reported as failed; the
-others go on. Writes OUT/gpu_<device>.json and .md, and ends with one JSON line.
+Random bf16 weights of aiXcoder-7B's shape are made on the device. Sections run in order of importance (gpu/sections.py)
+while the time lasts. OUT/gpu_<device>.json, .md and .png are written anew after each. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
-import re
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.gpu import ceilings, engine
-from benchmarks.gpu.report import markdown
-from benchmarks.gpu.workload import FULL, SMALL, Workload
+from benchmarks.gpu import report
+from benchmarks.gpu.sections import Section, plan
+from benchmarks.gpu.worker import SectionError, Worker
+from benchmarks.gpu.workload import workload_for
 from benchmarks.peers.machine import provenance
 
-KINDS = {"cuda": ("triton", "vendor"), "cpu": ("native", "vendor")}
-"""Implementations of the ops to measure."""
-FORMATS = ("none", "int8", "int4")
+_PATIENCE = 3
+"""A section may take this many times its estimate, and half a minute more, before it counts as hanging."""
 
 
-def run_tests() -> dict[str, Any]:
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "tests/test_gpu.py"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    output = (done.stdout + done.stderr).strip()
-    return {"status": done.returncode, "summary": output.splitlines()[-1], "output": output[-4000:]}
+def run_sections(
+    sections: Sequence[Section],
+    worker: Worker,
+    budget_seconds: float,
+    results: dict[str, Any],
+    write: Callable[[], None],
+) -> None:
+    """Run what the budget has room for, filling `results` and calling `write` after each section."""
+    began = time.perf_counter()
+    for section in sections:
+        started = time.perf_counter()
+        left = budget_seconds - (started - began)
+        if section.estimate_seconds > left:
+            reason = f"it takes about {section.estimate_seconds:.0f} s, and {left:.0f} s were left"
+            results["skipped"][section.name] = reason
+        else:
+            try:
+                patience = min(left, _PATIENCE * section.estimate_seconds + 30)
+                results["sections"][section.name] = worker.run(section.name, patience)
+            except SectionError as error:
+                results["failed"][section.name] = str(error)
+            results["seconds"][section.name] = round(time.perf_counter() - started, 1)
+        state = next(state for state in ("skipped", "failed", "sections") if section.name in results[state])
+        seconds = results["seconds"].get(section.name, 0.0)
+        print(
+            f"{section.name}: {'done' if state == 'sections' else state}, {seconds:.1f} s", file=sys.stderr, flush=True
+        )
+        write()
 
 
-def against_peer(weights: engine.SharedWeights, work: Workload, device: torch.device) -> dict[str, Any]:
-    """transformers' speed, and how many greedy ids agree before the first difference."""
-    # Here and not at the top: without transformers the other sections still run.
-    from benchmarks.gpu import peers
-
-    model = peers.load(weights, device)
-    figures = peers.measure(model, work, device)
-    prompt = [(7 * i) % work.model.vocab_size for i in range(work.peer_context)]
-    theirs = peers.greedy(model, prompt, work.new_tokens, device)
-    agreeing = {}
-    for ops in KINDS[device.type]:
-        with engine.running(weights, work, device, "none", ops) as run:
-            ours = run.greedy(prompt, work.new_tokens)
-        agreeing[ops] = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
-    return {"sides": figures, "greedy_ids_agreeing": agreeing, "of": work.new_tokens}
-
-
-def device_name(device: torch.device) -> str:
-    """For file names and headings."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sections one after the other; returns 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    args = parser.parse_args()
+    parser.add_argument("--gpt_fast", type=Path, help="a checkout of meta-pytorch/gpt-fast to measure beside ours")
+    parser.add_argument("--budget_seconds", type=float, default=540, help="sections beyond it are skipped")
+    parser.add_argument("--only", nargs="+", metavar="SECTION", help="these alone, for instance what was skipped")
+    args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("torch sees no GPU; --device cpu tries the suite with a tiny model")
-    device = torch.device(args.device, 0) if args.device == "cuda" else torch.device("cpu")
-    work = FULL if args.device == "cuda" else SMALL
-    weights = engine.SharedWeights.random(work.model, device)
-    sections: dict[str, Callable[[], Any]] = {
-        "tests": run_tests,
-        "ceilings": lambda: ceilings.measure(device, work.ceiling_bytes, work.matmul),
-        **{
-            f"engine {ops} {name}": partial(engine.measure, weights, work, device, name, ops)
-            for ops, name in itertools.product(KINDS[device.type], FORMATS)
-        },
-        "transformers": lambda: against_peer(weights, work, device),
+    if args.gpt_fast is not None and not (args.gpt_fast / "generate.py").is_file():
+        parser.error(f"{args.gpt_fast} is not a checkout of gpt-fast: it has no generate.py")
+    work = workload_for(args.device)
+    sections = plan(args.device, work, args.gpt_fast)
+    names = [section.name for section in sections]
+    unknown = [name for name in args.only or () if name not in names]
+    if unknown:
+        parser.error(f"no section {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, names))}")
+    sections = [section for section in sections if args.only is None or section.name in args.only]
+    results: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(0) if args.device == "cuda" else "CPU",
+        "device_type": args.device,
+        "provenance": _provenance(args.device, args.gpt_fast),
+        "seconds": {},
+        "sections": {},
+        "skipped": {},
+        "failed": {},
     }
-    results: dict[str, Any] = {"provenance": _provenance(device), "sections": {}, "failed": {}}
-    for name, section in sections.items():
-        began = time.perf_counter()
-        try:
-            results["sections"][name] = section()
-        except Exception:
-            results["failed"][name] = traceback.format_exc()
-        print(f"{name}: {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = "gpu_" + re.sub(r"\W+", "_", device_name(device).lower())
-    (args.out / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
-    (args.out / f"{stem}.md").write_text(markdown(device_name(device), results))
-    print(json.dumps(results["sections"]))
+    worker = Worker(args.device, args.gpt_fast)
+    try:
+        run_sections(sections, worker, args.budget_seconds, results, lambda: report.write(args.out, results, work))
+    finally:
+        worker.close()
+    report.draw(args.out, results, work)
+    report.write(args.out, results, work)
+    print(json.dumps(results))
     for name, error in results["failed"].items():
         print(f"FAILED {name}\n{error}", file=sys.stderr)
     return 1 if results["failed"] else 0
 
 
-def _provenance(device: torch.device) -> dict[str, Any]:
+def _provenance(device_type: str, gpt_fast: Path | None) -> dict[str, Any]:
     out = provenance("python -m benchmarks.gpu_suite", "auto", 1)
-    if device.type == "cuda":
-        driver = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
-        out["driver, SM clock, power limit"] = subprocess.run(driver, capture_output=True, text=True).stdout.strip()
+    with suppress(metadata.PackageNotFoundError):
+        out["triton"] = metadata.version("triton")
+    if device_type == "cuda":
         out["cuda"] = torch.version.cuda
+        fields = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu,ecc.mode.current"
+        out[fields.replace(",", ", ")] = _said("nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader")
+    if gpt_fast is not None:
+        out["gpt-fast"] = _said("git", "-C", str(gpt_fast), "rev-parse", "HEAD")
     return out
+
+
+def _said(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ class OneSequence:
     query_start_S1: Tensor
     context_lens_S: Tensor
     block_tables_SB: Tensor
+    max_query_len: int
 
     @classmethod
     def at(cls, ids: list[int], start: int, num_blocks: int) -> OneSequence:
@@ -46,6 +47,7 @@ class OneSequence:
             torch.tensor([0, len(ids)], dtype=torch.int32),
             torch.tensor([start + len(ids)], dtype=torch.int32),
             torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
+            len(ids),
         )
 
 
@@ -108,7 +110,7 @@ class LayerwiseNetwork:
         batch = OneSequence.at([0] * residual_TD.shape[0], 0, self._kv.num_blocks)
         x_TD = block.attention(None, residual_TD, block.attention_norm, self._rope, batch, self._kv.layers[0])
         x_TD = block.feed_forward(x_TD, residual_TD, block.ffn_norm)
-        return residual_TD.add_(x_TD)
+        return residual_TD if x_TD is None else residual_TD.add_(x_TD)
 
     def norm(self) -> Norm:
         """The norm in front of the head."""

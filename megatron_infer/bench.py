@@ -174,7 +174,7 @@ def _total_rate(timings_S: list[Timings]) -> float:
 
 def _peak_memory_bytes(device: str) -> int:
     """Rank 0's: what torch allocated on the GPU, or the process's largest resident set (mapped file pages included)."""
-    if device == "cuda":
+    if device != "cpu":
         return int(torch.cuda.max_memory_allocated())
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

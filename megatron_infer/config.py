@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import numbers
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -294,10 +295,12 @@ class EngineConfig:
     """Every knob of the engine. `None` and "auto" are resolved at start, and the result is printed with its source."""
 
     tensor_parallel_size: int | None = _help(None, "tensor-parallel ranks: 1, 2, 4 or 8 (default: the world size)")
-    device: str = _help("auto", "auto, cpu or cuda")
+    device: str = _help("auto", "auto, cpu, cuda (a GPU per rank) or cuda:N (all ranks of a host on GPU N)")
     dtype: str = _help("auto", "weights: auto (as stored; float16 becomes bfloat16 on the CPU), bfloat16 or float32")
     quantization: str = _help(
-        "auto", "weights: auto (as stored), none, or rounded while loading: int8 (8.5 bits each) or int4 (4.5 bits)"
+        "auto",
+        "weights: auto (as stored), none, or rounded while loading: int8 (8.5 bits each), int4 (4.5 bits) or fp8 (8 "
+        "bits, activations too; GPUs from compute capability 8.9 on)",
     )
     kv_cache_dtype: str = _help("auto", "KV cache: auto (as the weights), bfloat16 or float32")
     max_model_len: int | None = _help(
@@ -308,18 +311,25 @@ class EngineConfig:
     block_size: int = _help(16, "tokens per KV-cache block")
     kv_cache_memory_bytes: int | None = _help(None, "KV cache per rank in bytes (default: from measured free memory)")
     gpu_memory_utilization: float = _help(0.9, "share of a GPU's memory the engine may use")
+    cuda_graph_memory_bytes: int = _help(512 << 20, "GPU memory for recorded steps (CUDA graphs) in bytes; 0: none")
     enable_prefix_caching: bool = _help(True, "reuse the KV cache of equal prompt heads")
     num_threads: int | None = _help(None, "CPU threads per rank (default: the host's cores divided among its ranks)")
+    ops: str = _help(
+        "auto", "implementation of all operations: auto (the fastest that proves itself), native (CPU), triton (GPU), "
+        "vendor (torch's own, GPU) or reference (plain torch, slow)"
+    )  # fmt: skip
     cpu_isa: str = _help("auto", "instructions of the CPU kernels: auto, avx512, avx2, neon or generic; same answers")
     deterministic: bool = _help(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
 
     def __post_init__(self) -> None:
-        one_of("device", self.device, ("auto", "cpu", "cuda"))
-        if self.dtype in ("int8", "int4"):
+        if not re.fullmatch(r"cuda:\d+", self.device):
+            one_of("device", self.device, ("auto", "cpu", "cuda", "cuda:N"))
+        if self.dtype in ("int8", "int4", "fp8"):
             raise ValueError(f"dtype is that of activations and unrounded weights; use quantization={self.dtype!r}")
         one_of("dtype", self.dtype, ("auto", "bfloat16", "float32"))
-        one_of("quantization", self.quantization, ("auto", "none", "int8", "int4"))
+        one_of("quantization", self.quantization, ("auto", "none", "int8", "int4", "fp8"))
         one_of("kv_cache_dtype", self.kv_cache_dtype, ("auto", "bfloat16", "float32"))
+        one_of("ops", self.ops, ("auto", "native", "triton", "vendor", "reference"))
         one_of("cpu_isa", self.cpu_isa, ("auto", "avx512", "avx2", "neon", "generic"))
         if self.tensor_parallel_size is not None:
             one_of("tensor_parallel_size", self.tensor_parallel_size, TP_SIZES)
@@ -328,6 +338,7 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
+        int_in("cuda_graph_memory_bytes", self.cuda_graph_memory_bytes, 0, 2**63 - 1)
         one_of("block_size", self.block_size, (8, 16, 32, 64))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")

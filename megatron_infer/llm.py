@@ -17,8 +17,9 @@ from typing import Any
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.completion import Completion, CompletionStream, Timings, TokenLogprob
 from megatron_infer.config import DEFAULT_MODEL_NAME, EngineConfig, SamplingParams
-from megatron_infer.engine import launch, worker
+from megatron_infer.engine import launch, topology, worker
 from megatron_infer.engine.engine import Engine
+from megatron_infer.engine.memory import check_memory
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError, Items
@@ -66,7 +67,7 @@ class LLM:
             raise ValueError("model_dir is empty; give a checkpoint directory")
         self.model_dir = Path(model_dir)
         asked = replace(config or EngineConfig(), **options)
-        self._spmd = launch.under_torchrun()
+        self._spmd = topology.under_torchrun()
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
@@ -80,7 +81,7 @@ class LLM:
             self.fim = load_fim(fim or self.model_config.fim, self.tokenizer)
             self.order = order
             self.config = launch.resolve(asked, self.model_config)
-            launch.check_memory(self.config, self.model_config)
+            check_memory(self.config, self.model_config)
             self._followers: launch.Followers | None = None
             if not self._spmd and self.config.tensor_parallel_size != 1:
                 self._followers = launch.Followers(self.model_dir, model_name, self.config)
@@ -106,9 +107,9 @@ class LLM:
         size = self.config.tensor_parallel_size or 1
         deterministic = self.config.deterministic
         if self._spmd:
-            device = launch.rank_device(self.config, launch.local_rank())
+            device = topology.rank_device(self.config, topology.local_rank())
             return TPGroup.from_env(device, size, name="llm", deterministic=deterministic)
-        device = launch.rank_device(self.config, 0)
+        device = topology.rank_device(self.config, 0)
         if self._followers is None:
             return TPGroup.single(device)
         return TPGroup.connect(

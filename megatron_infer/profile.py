@@ -21,7 +21,7 @@ Phase = Literal["prefill", "decode"]
 Call = TypeVar("Call", bound=Callable[..., Any])
 ATTENTION = "attention"
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
-_LOADING = ("allocate_linear", "pack_rows", "pack_quantized", "report")
+_LOADING = ("allocate_linear", "pack_rows", "pack_quantized", "is_recordable", "report")
 """Fields of Ops that a step does not call."""
 
 
@@ -178,7 +178,7 @@ class Profile:
         *others: Any,
     ) -> Work:
         """Of the bytes only the weights', so that they can be told from attention's."""
-        _, _, _, _, k_cache, _, _, query_start_S1, context_lens_S, num_heads, *_ = others
+        _, _, _, _, k_cache, _, _, query_start_S1, context_lens_S, _, num_heads, *_ = others
         attention = self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
         linears = [_linear_work(residual_TD, packed) for packed in (qkv, out)]
         flops = sum(work.flops for work in (attention, *linears))
@@ -192,9 +192,15 @@ def named(name: str) -> Callable[..., Work]:
 
 
 def _feed_forward_layer_work(
-    x_TD: Tensor, residual_TD: Tensor, norm_D: Tensor, eps: float, gate_up: PackedLinear, down: PackedLinear
+    x_TD: Tensor | None,
+    residual_TD: Tensor,
+    norm_D: Tensor,
+    eps: float,
+    gate_up: PackedLinear,
+    down: PackedLinear,
+    is_whole: bool,
 ) -> Work:
-    first, second = _linear_work(x_TD, gate_up), _linear_work(x_TD, down)
+    first, second = _linear_work(residual_TD, gate_up), _linear_work(residual_TD, down)
     return Work("feed_forward_layer", first.num_bytes + second.num_bytes, first.flops + second.flops)
 
 

@@ -7,7 +7,7 @@ a wrong block, a missed copy or a stale token changes the answer.
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -50,10 +50,17 @@ class FakeModel:
 
     block_size: int
     memory: dict[int, dict[int, tuple[int, int, int]]] = field(default_factory=dict)
+    last_ids: list[int] = field(default_factory=list)
+    """samples of the last step"""
+
+    def resolved(self, step: Step) -> Step:
+        """With the last step's samples in place of the ids that stand for them."""
+        ids = [token_id if token_id >= 0 else self.last_ids[-1 - token_id] for token_id in step.token_ids_T.tolist()]
+        return replace(step, token_ids_T=np.array(ids, dtype=np.int32))
 
     def execute(self, step: Step, truth: list[list[int]]) -> list[Sampled]:
         """Run a step as followers see it; truth[s] are the ids of sequence s, to compare with what is read."""
-        step = Step.decode(step.encode())
+        step = self.resolved(Step.decode(step.encode()))
         copies = step.copies_C3.tolist()
         assert not {source for source, _, _ in copies} & {target for _, target, _ in copies}
         for source, target, num_tokens in copies:
@@ -70,6 +77,7 @@ class FakeModel:
             if step.sample_S[row]:
                 assert context == len(ids)
                 sampled.append(Sampled(next_token(read[-1][2])))
+        self.last_ids = [result.token_id for result in sampled]
         return sampled
 
     def _read(self, table: np.ndarray, num_tokens: int) -> list[tuple[int, int, int]]:
@@ -129,7 +137,11 @@ class Bench:
 
     def execute(self, step: Step) -> list[Sampled]:
         self.num_computed_tokens += int(step.query_lens_S.sum())
-        return self.model.execute(step, [self.requests[i].ids for i in step.request_ids])
+        truth = [list(self.requests[i].ids) for i in step.request_ids]
+        if (step.token_ids_T < 0).any():  # every row is one token, the sample of a step that is not committed
+            for ids, token_id in zip(truth, self.model.resolved(step).token_ids_T.tolist(), strict=True):
+                ids.append(token_id)
+        return self.model.execute(step, truth)
 
     def commit(self, step: Step, sampled: list[Sampled]) -> list[Event]:
         events = self.scheduler.commit(step, sampled)

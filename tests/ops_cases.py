@@ -51,7 +51,11 @@ class Paged:
 
     def arguments(self) -> tuple:
         tables = (self.block_tables_SB, self.query_start_S1, self.context_lens_S)
-        return (self.q_TNH, self.k_cache, self.v_cache, *tables, self.scale)
+        return (self.q_TNH, self.k_cache, self.v_cache, *tables, self.max_query_len, self.scale)
+
+    @property
+    def max_query_len(self) -> int:
+        return int(self.query_start_S1.diff().max())
 
     def rows(self, s: int) -> slice:
         return slice(int(self.query_start_S1[s]), int(self.query_start_S1[s + 1]))

@@ -28,14 +28,14 @@ import os, signal, sys
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.eval import command
 
-execute = ModelRunner.execute
+launch = ModelRunner.launch
 
 def deadly(self, step, draws=()):
     if {3 + ord(POISON)} in step.token_ids_T:
         os.kill(os.getpid(), signal.SIGKILL)
-    return execute(self, step, draws)
+    return launch(self, step, draws)
 
-ModelRunner.execute = deadly
+ModelRunner.launch = deadly
 sys.exit(command.main(sys.argv[1:]))
 """
 

@@ -166,6 +166,8 @@ def check_collectives(me: Rank, backend: str) -> str:
         assert torch.equal(group.all_gather(parts[me.rank]), torch.cat(parts, dim=1)), f"all_gather {rows}x{columns}"
     ids = torch.arange(6).view(2, 3) + 2**40 * me.rank
     assert torch.equal(group.all_gather(ids)[:, -3:], torch.arange(6).view(2, 3) + 2**40 * (me.size - 1))
+    residual = torch.ones(4, 5)
+    assert not group.add_all_reduce(torch.ones(4, 5), residual) and bool((residual == 1).all())
     for n in (0, 1, 510, 511, 512, 4096, 4097, 1_000_000, 2):
         sent = np.arange(n, dtype=np.int64) * 2**33 - 5
         assert np.array_equal(group.broadcast_ints(sent if me.rank == 0 else None), sent), f"broadcast of {n}"
@@ -469,6 +471,7 @@ def test_a_single_rank_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (group.rank, group.size, group.backend) == (0, 1, "single")
     assert group.all_reduce(x) is x
     assert group.all_gather(x) is x
+    assert not group.add_all_reduce(x, x)
     assert group.broadcast_ints(np.arange(3)).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="rank 0 passes the array"):
         group.broadcast_ints(None)

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from megatron_infer.config import ModelConfig, SamplingParams
-from megatron_infer.engine.batch import Batch
+from megatron_infer.engine.batch import Layout, Uploads
 from megatron_infer.engine.step import Step
 from megatron_infer.model.weights import hf_name
 from megatron_infer.tensor_parallel.group import TPGroup
@@ -86,7 +86,9 @@ def all_logits(config: ModelConfig, tensors: Tensors, prompt: list[int], size: i
     def work(group: TPGroup) -> torch.Tensor:
         runner = make_runner(config, tensors, group)
         with torch.no_grad():
-            hidden_TD = runner.model.forward(Batch.load(step, 16, CPU), runner.kv)
+            layout = Layout.of(step)
+            batch = layout.batch(layout.upload(step, 16, Uploads(CPU)))
+            hidden_TD = runner.model.forward(batch, runner.kv)
             return runner.model.head.gather(runner.model.logits(hidden_TD))
 
     return on_ranks(size, work)[0]

@@ -208,10 +208,10 @@ def test_half_a_layer_in_one_launch_is_the_single_ops(dtype: torch.dtype, length
             for whole in (False, True):
                 residual, caches = residual_TD.clone(), (case.k_cache.clone(), case.v_cache.clone())
                 rope = (angle.cos(), angle.sin(), positions_T, slots_T, *caches)
-                tables = case.arguments()[3:6]
+                tables = case.arguments()[3:7]
                 if whole:
                     y_TD = ops.attention_layer(
-                        x, residual, norm_D, 1e-5, qkv, out, *rope, *tables, heads, kv_heads, case.scale
+                        x, residual, norm_D, 1e-5, qkv, out, *rope, *tables, heads, kv_heads, case.scale, True
                     )
                 else:
                     given = (x, residual) if x is not None else (residual,)
@@ -224,7 +224,7 @@ def test_half_a_layer_in_one_launch_is_the_single_ops(dtype: torch.dtype, length
         gate_up, down = packed(ops, normal(2 * ffn, dim, seed=6) / 9, dtype), packed(ops, normal(dim, ffn) / 9, dtype)
         gate_up.bias = normal(2 * ffn, seed=7)
         ours, theirs = residual_TD.clone(), residual_TD.clone()
-        whole_TD = ops.feed_forward_layer(x_TD, ours, norm_D, 1e-5, gate_up, down)
+        whole_TD = ops.feed_forward_layer(x_TD, ours, norm_D, 1e-5, gate_up, down, True)
         single_TD = ops.linear(ops.silu_mul(ops.linear(ops.add_rms_norm(x_TD, theirs, norm_D, 1e-5), gate_up)), down)
         assert same_bits(whole_TD, single_TD) and same_bits(ours, theirs)
 

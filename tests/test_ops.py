@@ -164,6 +164,16 @@ def test_paged_attention_is_causal_softmax_attention(
     assert close(ops.paged_attention(*case.arguments()), attention_float64(case), 2e-6)
 
 
+@pytest.mark.parametrize("lengths", [[(1, 40), (1, 7), (1, 33)], [(3, 40), (3, 3)], [(20, 33)]], ids=str)
+def test_vendor_attention_of_equally_many_queries_waits_for_no_index(lengths: list) -> None:
+    """A tensor without contents cannot be read by the host: a CUDA graph can hold the op."""
+    ops = select_ops(CPU, num_threads=1, force="vendor")
+    case = paged_case(lengths)
+    q_TNH, k_cache, v_cache, tables, starts, contexts, longest, scale = case.arguments()
+    o_TNH = ops.paged_attention(q_TNH, k_cache, v_cache, tables, starts.to("meta"), contexts, longest, scale)
+    assert o_TNH.is_contiguous() and close(o_TNH, attention_float64(case), 2e-6)
+
+
 def test_silu_mul_over_the_whole_range(ops: Ops) -> None:
     gate_TF = torch.cat([torch.linspace(-110, 110, 997), 4 * normal(1003)]).reshape(2, 1000)
     up_TF = normal(2, 1000, seed=1)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_infer.config import SamplingParams
-from megatron_infer.engine.sampler import Draw, sample
+from megatron_infer.engine.sampler import Draw, draw_numbers, logprobs_on_device, sample, sample_on_device
 
 LOGITS = np.array([0.0, 3.0, 1.0, 2.0, 2.0, -5.0], dtype=np.float32)
 PROBABILITIES = np.exp(LOGITS.astype(np.float64)) / np.exp(LOGITS.astype(np.float64)).sum()
@@ -78,3 +79,50 @@ def test_a_row_without_finite_logits_is_an_error_not_a_token(bad: float) -> None
     poisoned[2] = bad
     for params in (SamplingParams(logprobs=0), SamplingParams(temperature=1.0)):
         assert "NaN or Inf" in (sample(poisoned, Draw(params, 0, 0, 0)).error or "")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+        {"temperature": 5e-324},
+        {"temperature": 1e9},
+    ],
+    ids=str,
+)
+def test_the_device_draws_what_the_host_draws(params) -> None:
+    """Rows of several requests at once, each with its own parameters and random number."""
+    rows_SV = np.random.default_rng(1).normal(0, 3, (150, 97)).astype(np.float32)
+    rows_SV[:, 50] = rows_SV[:, 20]  # equals, of which the lower index goes first
+    draws = [Draw(SamplingParams(**params), seed, 0, position) for seed in range(3) for position in range(50)]
+    expected = [sample(row, draw).token_id for row, draw in zip(rows_SV, draws, strict=True)]
+    numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
+    logits_SV = torch.from_numpy(rows_SV)
+    assert sample_on_device(logits_SV, numbers).tolist() == expected
+    mixed = numbers.clone()
+    mixed[::2, 0] = 0.0
+    greedy = [int(row.argmax()) for row in rows_SV]
+    drawn = sample_on_device(logits_SV, mixed).tolist()
+    assert drawn == [greedy[i] if i % 2 == 0 else expected[i] for i in range(150)]
+
+
+def test_on_the_device_too_a_row_without_finite_logits_has_no_token() -> None:
+    rows_SV = torch.from_numpy(np.stack([LOGITS, LOGITS, LOGITS]))
+    rows_SV[0, 1], rows_SV[1, 5] = float("nan"), float("-inf")
+    for temperature in (0.0, 1.0):
+        numbers = torch.tensor([draw_numbers(Draw(SamplingParams(temperature=temperature), 0, 0, 0))] * 3).double()
+        ids = sample_on_device(rows_SV, numbers).tolist()
+        assert ids[:2] == [-1, -1] and ids[2] >= 0
+
+
+def test_log_probabilities_from_the_device() -> None:
+    rows_SV, ids_S = torch.from_numpy(np.stack([LOGITS, LOGITS[::-1]])), torch.tensor([3, -1])
+    logprobs_S, top_SC, top_ids_SC = logprobs_on_device(rows_SV, ids_S, 3)
+    assert float(logprobs_S[0]) == pytest.approx(np.log(PROBABILITIES[3]), abs=1e-6)
+    assert top_ids_SC.tolist() == [[1, 3, 4], [4, 1, 2]]
+    assert top_SC[0].tolist() == pytest.approx(np.log(PROBABILITIES[[1, 3, 4]]), abs=1e-6)

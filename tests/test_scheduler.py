@@ -365,3 +365,62 @@ def test_steps_must_be_committed_one_by_one() -> None:
     with pytest.raises(AssertionError, match="0 samples for 1 rows"):
         bench.scheduler.commit(step, [])
     bench.commit(step, bench.execute(step))
+
+
+def test_a_step_ahead_computes_the_samples_of_the_step_in_flight() -> None:
+    bench = Bench()
+    first, second = bench.add(lasting_prompt(3, 4), 4), bench.add(lasting_prompt(5, 2), 2)
+    step = bench.scheduler.schedule()
+    assert step is not None
+    sampled = bench.execute(step)
+    ahead = bench.scheduler.schedule_ahead()
+    assert ahead is not None
+    assert ahead.request_ids == [first, second]
+    assert ahead.token_ids_T.tolist() == [-1, -2]
+    assert ahead.context_lens_S.tolist() == [4, 6]
+    bench.scheduler.check()
+    ahead_sampled = bench.execute(ahead)
+    bench.commit(step, sampled)
+    third = bench.scheduler.schedule_ahead()
+    assert third is not None
+    assert third.request_ids == [first], "the other one ends with what is in flight"
+    third_sampled = bench.execute(third)
+    bench.commit(ahead, ahead_sampled)
+    bench.verify(second)
+    bench.commit(third, third_sampled)
+    bench.run()
+    bench.verify(first)
+
+
+def test_nothing_is_planned_ahead_of_a_chunk_or_of_an_admission() -> None:
+    bench = Bench(max_num_batched_tokens=4, max_num_seqs=2)
+    bench.add(prompt_of(6), 4)
+    chunk = bench.scheduler.schedule()
+    assert chunk is not None
+    assert bench.scheduler.schedule_ahead() is None, "the prompt goes on"
+    bench.commit(chunk, bench.execute(chunk))
+    rest = bench.scheduler.schedule()
+    assert rest is not None
+    bench.add(prompt_of(2), 4)
+    assert bench.scheduler.schedule_ahead() is None, "there is room for the one that waits"
+    bench.commit(rest, bench.execute(rest))
+    bench.run()
+
+
+def test_a_request_that_ended_keeps_its_blocks_until_its_step_ahead_is_over() -> None:
+    bench = Bench()
+    request_id = bench.add(lasting_prompt(3, 8), 8)
+    step = bench.scheduler.schedule()
+    assert step is not None
+    sampled = bench.execute(step)
+    ahead = bench.scheduler.schedule_ahead()
+    assert ahead is not None
+    late = bench.execute(ahead)
+    assert bench.commit(step, [Sampled(EOS)])[0].finish_reason == "stop"
+    assert sampled != [Sampled(EOS)]
+    assert bench.pool.num_free < bench.pool.num_blocks
+    assert not bench.scheduler.has_work
+    assert bench.commit(ahead, late) == []
+    assert bench.pool.num_free == bench.pool.num_blocks
+    assert bench.requests[request_id].output_ids == [EOS]
+    bench.scheduler.check()

@@ -42,7 +42,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             block_hash=self.block_hash,
             enable_prefix_caching=self.enable_prefix_caching,
         )
-        self.in_flight: Step | None = None
+        self.in_flight: list[tuple[Step, list[Sampled]]] = []
         self.unfinished: list[int] = []
         self.failed: set[int] = set()
 
@@ -64,7 +64,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 self.unfinished.append(self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos))
 
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: not self.in_flight)
     @rule()
     def schedule(self) -> None:
         scheduler = self.bench.scheduler
@@ -77,15 +77,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(step.request_ids)) == len(step.request_ids) == scheduler.num_running
         assert step.query_lens_S.min() >= 1, "every running request progresses in every step"
         assert self.unfinished[0] in step.request_ids, "the oldest request progresses in every step"
-        self.in_flight = step
+        self.in_flight.append((step, self.bench.execute(step)))
 
-    @precondition(lambda self: self.in_flight is not None)
+    @precondition(lambda self: len(self.in_flight) == 1)
+    @rule()
+    def schedule_ahead(self) -> None:
+        step = self.bench.scheduler.schedule_ahead()
+        if step is not None:
+            assert (step.token_ids_T < 0).all()
+            assert set(step.request_ids) <= set(self.in_flight[0][0].request_ids) & set(self.unfinished)
+            self.in_flight.append((step, self.bench.execute(step)))
+
+    @precondition(lambda self: self.in_flight)
     @rule(failing=st.integers(0, 20))
     def commit(self, failing: int) -> None:
-        step, bench = self.in_flight, self.bench
-        assert step is not None
-        self.in_flight = None
-        sampled = bench.execute(step)
+        bench = self.bench
+        step, sampled = self.in_flight.pop(0)
         if failing < len(sampled):
             sampled[failing] = Sampled(0, error="not finite")
         rows = [i for i, is_sampled in zip(step.request_ids, step.sample_S, strict=True) if is_sampled]
@@ -107,7 +114,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.finish_reason == "abort"
             self.unfinished.remove(request_id)
 
-    @precondition(lambda self: self.in_flight is None)
+    @precondition(lambda self: not self.in_flight)
     @rule()
     def finish_everything(self) -> None:
         self.bench.run()

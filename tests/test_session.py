@@ -105,18 +105,18 @@ def test_open_streams_are_advanced_by_other_calls_and_lose_nothing(session: Test
 def test_ctrl_c_ends_one_call_and_costs_the_others_nothing(session: TestInference, monkeypatch) -> None:
     sampling = SamplingParams(max_new_tokens=30, ignore_eos=True)
     whole = session.llm.complete(FimPrompt(PREFIX, SUFFIX, PATH), sampling).text
-    plain = session.llm._runner.execute
+    plain = session.llm._runner.launch
     for pressed_at in (3, 31):  # in mid-stream, and in the step that ends the stream's request
         stream = session.llm.stream(FimPrompt(PREFIX, SUFFIX, PATH), sampling)
         text, calls = next(stream), itertools.count(2)
 
-        def execute(step, draws=(), calls=calls, pressed_at=pressed_at):
+        def launch(step, draws=(), calls=calls, pressed_at=pressed_at):
             if next(calls) == pressed_at:
                 signal.raise_signal(signal.SIGINT)
             return plain(step, draws)
 
         with monkeypatch.context() as patch:
-            patch.setattr(session.llm._runner, "execute", execute)
+            patch.setattr(session.llm._runner, "launch", launch)
             with pytest.raises(KeyboardInterrupt):
                 session.llm.complete("z = ", SamplingParams(max_new_tokens=60, ignore_eos=True))
         assert text + "".join(stream) == whole
@@ -367,7 +367,7 @@ def test_startup_errors_name_the_remedy(tmp_path: Path, tiny_checkpoint: Path) -
 
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(tiny_checkpoint: Path, monkeypatch) -> None:
-    monkeypatch.setattr("megatron_infer.engine.launch.free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr("megatron_infer.engine.memory.free_memory_bytes", lambda: 1000)
     monkeypatch.setattr("megatron_infer.engine.launch.build_runner", None)
     with pytest.raises(ValueError, match=r"need .* GiB"):
         LLM(tiny_checkpoint, **OPTIONS)

@@ -22,17 +22,20 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "tokenizer"),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
+    ("engine.plan",),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
     ("kernels", "profile"),
-    ("ops.reference", "ops.vendor", "tensor_parallel.shared_memory", "tensor_parallel.process_groups"),
+    ("ops.reference", "ops.vendor", "tensor_parallel.shared_memory", "tensor_parallel.symmetric_memory"),
+    ("tensor_parallel.process_groups",),
     ("ops.triton_ops",),
     ("ops.dispatch", "tensor_parallel.group"),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
     ("model.manifest", "model.pieces", "model.tensor_files", "model.tensor_writers", "model.output_dir"),
     ("tensor_parallel.layers", "model.checkpoint", "model.export"),
     ("model.transformer",),
-    ("engine.batch", "engine.sampler"),
+    ("engine.batch", "engine.sampler", "engine.topology"),
+    ("engine.graphs", "engine.memory"),
     ("engine.runner", "engine.interrupts"),
     ("engine.worker",),
     ("engine.engine", "engine.launch"),
@@ -55,10 +58,16 @@ NO_TORCH = (
     "cache.block_pool",
     "engine.step",
     "engine.request",
+    "engine.plan",
     "engine.scheduler",
 )
-MAY_IMPORT_KERNELS = ("ops", "tensor_parallel.group", "tensor_parallel.shared_memory")
-OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = ("ops.dispatch", "eval.command")
+MAY_IMPORT_KERNELS = (
+    "ops",
+    "tensor_parallel.group",
+    "tensor_parallel.shared_memory",
+    "tensor_parallel.symmetric_memory",
+)
+OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = ("ops.dispatch", "tensor_parallel.symmetric_memory", "eval.command")
 
 
 def modules() -> dict[str, ast.Module]:

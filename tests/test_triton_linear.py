@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +17,10 @@ from . import triton_interpreter as triton_interpreter  # first: what follows im
 
 from megatron_infer.kernels.triton import linear as layers  # isort: skip
 from megatron_infer.kernels.triton import linear_deterministic, linear_gemv  # isort: skip
+from megatron_infer.kernels.triton.linear_rope import norm_qkv_rope_store_kv  # isort: skip
 from megatron_infer.model.formats import dequantize, quantize  # isort: skip
 from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear, reference  # isort: skip
+from megatron_infer.ops.fp8 import FP8, quantize_rows  # isort: skip
 
 from .ops_cases import CPU, bounds_of, normal, packed, same_bits  # isort: skip
 
@@ -28,6 +35,8 @@ KINDS = [
     (torch.int8, torch.float32),
     (INT4, torch.bfloat16),
     (INT4, torch.float32),
+    (FP8, torch.bfloat16),
+    (FP8, torch.float32),
 ]
 """Of the weights and of the activations."""
 
@@ -38,8 +47,16 @@ def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_gemv, "_MIN_PROGRAMS", 1)
 
 
+def rounded_to_fp8(x_TK: Tensor) -> Tensor:
+    """Row by row, in float64."""
+    values_TK, scales_T = quantize_rows(x_TK)
+    return values_TK.double() * scales_T.double()[:, None]
+
+
 def stored(weight_NK: Tensor, dtype: torch.dtype) -> Tensor:
     """What the packed weight stands for, in float64."""
+    if dtype == FP8:
+        return rounded_to_fp8(weight_NK)
     if dtype not in QUANTIZED:
         return weight_NK.to(dtype).double()
     return dequantize(*quantize(weight_NK, dtype), GROUP).double()
@@ -64,10 +81,13 @@ def test_linear_is_the_matrix_product(
     weight = packed(OPS, weight_NK, dtype)
     weight.bias = normal(out_dim, seed=2)
     y_TN = layers.linear(x_TK, weight)
-    # Beyond 4 tokens value * scale is rounded to the dtype of x; beyond 16 torch rounds before the bias, too.
+    # Beyond 4 tokens value * scale is rounded to the dtype of x, and torch rounds before the bias.
     bound = 1e-6 if x_dtype == torch.float32 or tokens <= 4 else 2 * torch.finfo(x_dtype).eps
+    operand_TK = x_TK.double()
+    if dtype == FP8 and tokens > 4:
+        operand_TK, bound = rounded_to_fp8(x_TK), 2 * torch.finfo(torch.bfloat16).eps
     assert y_TN.dtype == x_dtype
-    assert error(y_TN, x_TK.double() @ stored(weight_NK, dtype).T + weight.bias.double()) <= bound
+    assert error(y_TN, operand_TK @ stored(weight_NK, dtype).T + weight.bias.double()) <= bound
 
 
 @pytest.mark.usefixtures("few_programs")
@@ -102,7 +122,7 @@ def test_quantized_differs_from_the_reference_by_its_rounding_of_activations(
     assert error(layers.linear(x_TK, packed(OPS, weight_NK, dtype)), expected.double()) <= bound
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, *QUANTIZED])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FP8, *QUANTIZED])
 def test_rows_can_be_packed_piecewise(dtype: torch.dtype) -> None:
     weight_NK = normal(15, 83)
     pieces = layers.allocate_linear(15, 83, bounds_of(83, dtype), dtype, CPU)
@@ -111,11 +131,17 @@ def test_rows_can_be_packed_piecewise(dtype: torch.dtype) -> None:
             layers.pack_quantized(pieces, rows.start, *quantize(weight_NK[rows], dtype))
         else:
             layers.pack_rows(pieces, rows.start, weight_NK[rows])
-    assert torch.equal(pieces.data, packed(OPS, weight_NK, dtype).data)
+    whole = packed(OPS, weight_NK, dtype)
+    assert torch.equal(pieces.data.view(torch.uint8), whole.data.view(torch.uint8))
+    for scales, of_whole in [
+        (pieces.layout.scales_NG, whole.layout.scales_NG),
+        (pieces.layout.scales_N, whole.layout.scales_N),
+    ]:
+        assert (scales is None and of_whole is None) or torch.equal(scales, of_whole)
 
 
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize("dtype", [torch.float32, *QUANTIZED])
+@pytest.mark.parametrize("dtype", [torch.float32, FP8, *QUANTIZED])
 @pytest.mark.parametrize("tokens", [3, 6])
 def test_a_spoilt_row_or_weight_shows_and_touches_nothing_else(dtype: torch.dtype, tokens: int) -> None:
     x_TK, weight_NK = normal(tokens, 96), normal(10, 96, seed=1)
@@ -127,13 +153,26 @@ def test_a_spoilt_row_or_weight_shows_and_touches_nothing_else(dtype: torch.dtyp
     assert same_bits(spoilt, clean)
 
 
+FUSED_KINDS = [KINDS[0], KINDS[1], KINDS[3], KINDS[5], KINDS[7]]
+
+
+def normed(x_TK: Tensor, norm_K: Tensor, eps: float) -> Tensor:
+    """RMSNorm in float64."""
+    x_TK = x_TK.double()
+    return x_TK * (x_TK.square().mean(1, keepdim=True) + eps).rsqrt() * norm_K.double()
+
+
 @pytest.mark.usefixtures("few_programs")
-@pytest.mark.parametrize(("dtype", "x_dtype"), [KINDS[0], KINDS[1], KINDS[3], KINDS[5]])
+@pytest.mark.parametrize(("dtype", "x_dtype"), FUSED_KINDS)
 @pytest.mark.parametrize("tokens", [2, 7])
 def test_fused_launches_give_what_their_parts_give(dtype: torch.dtype, x_dtype: torch.dtype, tokens: int) -> None:
     x_TK, weight_NK, norm_K = normal(tokens, 200).to(x_dtype), normal(12, 200, seed=1), 1 + normal(200, seed=2)
     weight, bias_N, eps = packed(OPS, weight_NK, dtype), normal(12, seed=3), 1e-5
     weight.bias = bias_N
+    if tokens > layers.max_fused_tokens(weight):
+        with pytest.raises(AssertionError):
+            layers.linear_add(x_TK, weight, normal(tokens, 12).to(x_dtype))
+        return
 
     def product(x_TK: Tensor) -> Tensor:
         return x_TK @ stored(weight_NK, dtype).T + bias_N.double()
@@ -149,14 +188,46 @@ def test_fused_launches_give_what_their_parts_give(dtype: torch.dtype, x_dtype: 
     layers.linear_add(x_TK, weight, residual_TN)
     assert error(residual_TN, total) <= bound
     if tokens <= layers.MAX_NORM_TOKENS:
-        normed = x * (x.square().mean(1, keepdim=True) + eps).rsqrt() * norm_K.double()
-        assert error(layers.norm_linear(x_TK, norm_K, eps, weight), product(normed)) <= bound
-        assert error(layers.norm_gate_up_silu(x_TK, norm_K, eps, weight), gated(product(normed))) <= bound
+        gate_up = layers.norm_gate_up_silu(x_TK, norm_K, eps, weight)
+        assert error(gate_up, gated(product(normed(x_TK, norm_K, eps)))) <= bound
+
+
+@pytest.mark.usefixtures("few_programs")
+@pytest.mark.parametrize(("dtype", "x_dtype"), FUSED_KINDS)
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim", "tokens", "with_norm"),
+    [(3, 1, 16, 1, True), (4, 2, 6, 4, True), (1, 1, 8, 2, False)],
+)
+def test_one_launch_fills_the_cache(
+    dtype: torch.dtype, x_dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, tokens: int, with_norm: bool
+) -> None:
+    """From the residual to rotated q and k and to v, rounded once, to their slots and to no other."""
+    out_dim, eps = (heads + 2 * kv_heads) * head_dim, 1e-5
+    x_TK, weight_NK = normal(tokens, 70).to(x_dtype), normal(out_dim, 70, seed=1)
+    norm_K = 1 + normal(70, seed=2) if with_norm else None
+    weight = packed(OPS, weight_NK, dtype)
+    weight.bias = normal(out_dim, seed=3)
+    angle_PH = normal(9, head_dim // 2, seed=4)
+    positions_T = torch.tensor([8, 0, 3, 4], dtype=torch.int32)[:tokens]
+    slots_T = torch.tensor([11, 0, 15, 6])[:tokens]
+    indices = (angle_PH.cos(), angle_PH.sin(), positions_T, slots_T)
+    caches = [torch.full((4, kv_heads, 4, head_dim), 7.0, dtype=x_dtype) for _ in range(2)]
+    q_TNH = norm_qkv_rope_store_kv(x_TK, norm_K, eps, weight, *indices, *caches, heads, kv_heads)
+    operand_TK = x_TK.double() if norm_K is None else normed(x_TK, norm_K, eps)
+    qkv_TC = (operand_TK @ stored(weight_NK, dtype).T + weight.bias.double()).float()
+    exact = [torch.full((4, kv_heads, 4, head_dim), 7.0) for _ in range(2)]
+    exact_TNH = reference.rope_store_kv(qkv_TC, *indices, *exact, heads, kv_heads)
+    assert q_TNH.dtype == x_dtype
+    for actual, expected in zip((q_TNH, *caches), (exact_TNH, *exact), strict=True):
+        assert error(actual, expected.double()) <= 2e-6
+    untouched = torch.ones(4, 4, dtype=torch.bool)
+    untouched.view(-1)[slots_T] = False
+    assert all((cache.transpose(1, 2)[untouched] == 7.0).all() for cache in caches)
 
 
 @pytest.mark.usefixtures("few_programs")
 def test_bits_of_a_row_do_not_depend_on_the_other_rows() -> None:
-    for dtype, tokens in [(torch.bfloat16, 4), (torch.bfloat16, 9), (INT4, 3), (torch.int8, 9), (INT4, 20)]:
+    for dtype, tokens in [(torch.bfloat16, 4), (torch.bfloat16, 9), (INT4, 3), (torch.int8, 9), (INT4, 20), (FP8, 4)]:
         weight = packed(OPS, normal(12, 64), dtype)
         x_TK, others_TK = normal(tokens, 64, seed=1).bfloat16(), normal(tokens, 64, seed=2).bfloat16()
         others_TK[1] = x_TK[1]
@@ -206,3 +277,32 @@ def test_deterministic_adds_the_bias_last_and_takes_no_tokens() -> None:
     weight.bias = normal(5, seed=2)
     assert same_bits(linear_deterministic.linear(x_TK, weight), plain_TN + weight.bias)
     assert linear_deterministic.linear(x_TK[:0], weight).shape == layers.linear(x_TK[:0], weight).shape == (0, 5)
+
+
+OVERLAP_PROGRAM = """
+from tests.triton_compile import compile_launches
+from tests.triton_launches_linear import LAUNCHES
+names = ("decode layer, bf16", "decode layer, int4", "decode layer of 1, fp8")
+compile_launches({name: LAUNCHES[name] for name in names}, [80, 90])
+"""
+
+
+def test_programs_wait_for_the_kernel_before_them_with_weights_under_way(tmp_path: Path) -> None:
+    """From compute capability 9.0 on. Weights are what is loaded evict_first, and of quantised ones prefetched."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    root = Path(__file__).resolve().parent.parent
+    subprocess.run([sys.executable, "-c", OVERLAP_PROGRAM], cwd=root, env=environment, check=True)
+    waiting: set[str] = set()
+    for path in tmp_path.rglob("*.ptx"):
+        text = path.read_text("utf-8")
+        memory = re.findall(r"(?:ld|st|atom|prefetch|red)\.global\S*|griddepcontrol\.\w+", text)
+        if ".target sm_80" in text:
+            assert not [access for access in memory if access.startswith("griddepcontrol")]
+            continue
+        waiting.add(path.stem)
+        start, wait = memory.index("griddepcontrol.launch_dependents"), memory.index("griddepcontrol.wait")
+        assert wait == start + 1 and start > 0
+        assert all("evict_first" in access or access.startswith("prefetch") for access in memory[:start])
+        assert [access for access in memory[wait:] if access.startswith("st.global")]
+    assert waiting == {"gemv_kernel", "gemv_rope_kernel"}

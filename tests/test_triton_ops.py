@@ -1,58 +1,48 @@
-"""The Triton kernels as one op table: chosen where there is a GPU for them, and enough for a whole model."""
+"""The Triton kernels as one op table: the halves of a layer are its single ops, and it is enough for a whole model."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
-from . import triton_interpreter as triton_interpreter  # first: what follows imports triton
+from .triton_interpreter import interpreter  # first: what follows imports triton
 
 from megatron_infer.config import SamplingParams  # isort: skip
 from megatron_infer.ops import Ops, triton_ops  # isort: skip
-from megatron_infer.ops import dispatch  # isort: skip
-from megatron_infer.ops.dispatch import select_ops  # isort: skip
+from megatron_infer.ops.dispatch import LAYER_OPS, OP_NAMES, select_ops  # isort: skip
+from megatron_infer.ops.fp8 import FP8  # isort: skip
 from megatron_infer.tensor_parallel.group import TPGroup  # isort: skip
 
-from .ops_cases import CPU, normal, packed  # isort: skip
+from .ops_cases import CPU, Paged, normal, packed, paged_case  # isort: skip
 from .tiny_models import generate, make_engine, make_runner, random_tensors, tiny_config  # isort: skip
 
-CUDA = torch.device("cuda", 0)
+
+def table(deterministic: bool = False) -> Ops:
+    return Ops(**triton_ops.table(2, CPU, deterministic=deterministic))
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int]]:
-    """A machine that seems to have a GPU, of whatever compute capability the test says."""
-    found = {"capability": (9, 0)}
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found["capability"])
-    properties = SimpleNamespace(multi_processor_count=132)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return found
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels launched so far."""
+    names: list[str] = []
+    call = interpreter.GridExecutor.__call__
+
+    def noted(self, *args, **kwargs):
+        names.append(self.fn.__name__)
+        return call(self, *args, **kwargs)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", noted)
+    return names
 
 
-def test_a_deterministic_gpu_gets_the_triton_kernels(gpu: dict[str, tuple[int, int]]) -> None:
-    exact = select_ops(CUDA, num_threads=1, deterministic=True)
-    assert len(exact.report) == len(dispatch.OP_NAMES)
-    assert all(": triton (sm_90, 132 SMs, deterministic); native refused" in line for line in exact.report)
-    forced = select_ops(CUDA, num_threads=1, force="triton")
-    assert forced.report[0].endswith("triton (sm_90, 132 SMs)")
-    assert forced.silu_mul is exact.silu_mul is triton_ops.silu_mul
-    assert exact.linear is not forced.linear and exact.feed_forward_layer is None
-
-
-def test_refusals_say_why(gpu: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    def report() -> str:
-        return select_ops(CUDA, num_threads=1, deterministic=True).report[0]
-
-    gpu["capability"] = (7, 5)
-    assert "this GPU has 7.5" in report()
-    gpu["capability"] = (8, 0)
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
-    assert "triton is not installed" in report()
-    with pytest.raises(ValueError, match="triton ops cannot be used on cpu: runs on CUDA, not on cpu"):
-        select_ops(CPU, num_threads=1, force="triton")
+def test_the_table_is_whole_and_deterministic_layers_are_made_of_single_ops() -> None:
+    fast, exact = (triton_ops.table(2, CPU, deterministic=deterministic) for deterministic in (False, True))
+    assert set(fast) == {*OP_NAMES, *LAYER_OPS} and set(exact) == set(OP_NAMES)
+    assert fast["linear"] is not exact["linear"] and fast["silu_mul"] is exact["silu_mul"]
+    assert exact["paged_attention"].keywords["deterministic"] and not fast["paged_attention"].keywords["deterministic"]
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
@@ -62,22 +52,119 @@ def test_gather_rows_keeps_the_tables_dtype(ids_dtype: torch.dtype) -> None:
     assert torch.equal(triton_ops.gather_rows(table_VD, ids_T), table_VD[ids_T.long()])
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 17])
-def test_half_a_layer_is_its_ops(tokens: int) -> None:
-    """But for the rounding of gate and up, which fp32 has not."""
-    x_TD, residual_TD, norm_D = normal(tokens, 64), normal(tokens, 64, seed=1), normal(64, seed=2)
-    halves = []
-    for ops in (Ops(**triton_ops.table(2, deterministic=False)), select_ops(CPU, num_threads=1, force="reference")):
-        gate_up, down = packed(ops, normal(2 * 56, 64, seed=3)), packed(ops, normal(64, 56, seed=4))
-        residual = residual_TD.clone()
-        if ops.feed_forward_layer is not None:
-            y_TD = ops.feed_forward_layer(x_TD, residual, norm_D, 1e-5, gate_up, down)
+D, F, N, G, H = 24, 20, 4, 2, 16
+
+
+@dataclass
+class Halves:
+    """A decoder layer's weights in one table, its cache, and a residual to run it on."""
+
+    ops: Ops
+    case: Paged
+    residual_TD: Tensor
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        shapes = {"qkv": ((N + 2 * G) * H, D), "out": (D, N * H), "gate_up": (2 * F, D), "down": (D, F)}
+        weights = [normal(*shape, seed=seed) / shape[1] ** 0.5 for seed, shape in enumerate(shapes.values())]
+        self.weights = {
+            name: packed(self.ops, weight, self.dtype) for name, weight in zip(shapes, weights, strict=True)
+        }
+        self.weights["qkv"].bias = normal((N + 2 * G) * H, seed=7)
+        self.norm_D, angle_PH = 1 + normal(D, seed=8), normal(64, H // 2, seed=9)
+        positions, slots = [], []
+        for s, context in enumerate(self.case.context_lens_S.tolist()):
+            rows = self.case.rows(s)
+            own = torch.arange(context - (rows.stop - rows.start), context)
+            positions.append(own.to(torch.int32))
+            slots.append(self.case.block_tables_SB[s, own // 16].long() * 16 + own % 16)
+        self.places = (angle_PH.cos(), angle_PH.sin(), torch.cat(positions), torch.cat(slots))
+        self.residual_TD = self.residual_TD.clone()
+        self.caches = (self.case.k_cache.clone(), self.case.v_cache.clone())
+        self.tables = (self.case.block_tables_SB, self.case.query_start_S1, self.case.context_lens_S)
+
+    def norm(self, x_TD: Tensor | None) -> Tensor:
+        if x_TD is None:
+            return self.ops.rms_norm(self.residual_TD, self.norm_D, 1e-5)
+        return self.ops.add_rms_norm(x_TD, self.residual_TD, self.norm_D, 1e-5)
+
+    def attention(self, x_TD: Tensor | None, *is_whole: bool) -> Tensor | None:
+        """By the layer op where is_whole is given, else by single ops."""
+        ops, weights, last = self.ops, self.weights, (self.case.max_query_len, self.case.scale)
+        if is_whole:
+            assert ops.attention_layer is not None
+            return ops.attention_layer(
+                x_TD, self.residual_TD, self.norm_D, 1e-5, weights["qkv"], weights["out"], *self.places, *self.caches,
+                *self.tables, last[0], N, G, last[1], *is_whole,
+            )  # fmt: skip
+        q_TNH = ops.rope_store_kv(ops.linear(self.norm(x_TD), weights["qkv"]), *self.places, *self.caches, N, G)
+        return ops.linear(ops.paged_attention(q_TNH, *self.caches, *self.tables, *last).flatten(1), weights["out"])
+
+    def feed_forward(self, x_TD: Tensor | None, *is_whole: bool) -> Tensor | None:
+        """As attention."""
+        ops, weights = self.ops, self.weights
+        if is_whole:
+            assert ops.feed_forward_layer is not None
+            return ops.feed_forward_layer(
+                x_TD, self.residual_TD, self.norm_D, 1e-5, weights["gate_up"], weights["down"], *is_whole
+            )
+        return ops.linear(ops.silu_mul(ops.linear(self.norm(x_TD), weights["gate_up"])), weights["down"])
+
+
+def close(actual: Tensor, expected: Tensor) -> bool:
+    return bool((actual - expected).abs().max() <= 4e-6 * expected.abs().max())
+
+
+GEMV = ["gemv_kernel", "gemv_kernel"]
+TILES = ["tile_kernel", "tile_kernel"]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "has_x", "is_whole", "attention", "feed_forward"),
+    [
+        ([(1, 5)], False, True, ["gemv_rope_kernel", "decode", "gemv_kernel"], GEMV),
+        ([(2, 30), (2, 2)], True, True, ["norm", "gemv_rope_kernel", "decode", "gemv_kernel"], ["norm", *GEMV]),
+        ([(1, 40)] * 3, True, False, ["norm", "gemv_rope_kernel", "decode", "gemv_kernel"], ["norm", *GEMV]),
+        ([(5, 9)], False, True, ["norm", "tile_kernel", "rope", "decode", "tile_kernel"], ["norm", *TILES]),
+        ([(17, 21)], True, True, ["norm", "rope", "prefill"], ["norm", "silu"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_half_a_layer_is_its_ops_in_few_launches(
+    launched: list[str],
+    lengths: list[tuple[int, int]],
+    has_x: bool,
+    is_whole: bool,
+    attention: list[str],
+    feed_forward: list[str],
+) -> None:
+    """Five launches for a layer of up to 4 tokens on one rank. Plain products of more than 16 tokens are torch's."""
+    case = paged_case(lengths, num_heads=N, num_kv_heads=G, head_dim=H)
+    residual_TD = normal(case.q_TNH.shape[0], D, seed=20)
+    x_TD = normal(*residual_TD.shape, seed=21) if has_x else None
+    mine = Halves(table(), case, residual_TD)
+    theirs = Halves(select_ops(CPU, num_threads=1, force="reference"), case, residual_TD)
+    for name, kernels in (("attention", attention), ("feed_forward", feed_forward)):
+        launched.clear()
+        y_TD, exact_TD = getattr(mine, name)(x_TD, is_whole), getattr(theirs, name)(x_TD)
+        assert len(launched) == len(kernels)
+        assert all(part in kernel for part, kernel in zip(kernels, launched, strict=True)), launched
+        assert (y_TD is None) == (is_whole and len(residual_TD) <= 16)
+        if y_TD is None:
+            assert close(mine.residual_TD, theirs.residual_TD + exact_TD)
+            theirs.residual_TD += exact_TD
         else:
-            hidden_TD = ops.add_rms_norm(x_TD, residual, norm_D, 1e-5)
-            y_TD = ops.linear(ops.silu_mul(ops.linear(hidden_TD, gate_up)), down)
-        halves.append((y_TD, residual))
-    assert torch.equal(halves[0][1], halves[1][1])
-    assert (halves[0][0] - halves[1][0]).abs().max() <= 2e-6 * halves[1][0].abs().max()
+            assert close(y_TD, exact_TD) and close(mine.residual_TD, theirs.residual_TD)
+    for cache, exact in zip(mine.caches, theirs.caches, strict=True):
+        assert torch.equal(cache.isnan(), exact.isnan()) and close(cache.nan_to_num(), exact.nan_to_num())
+
+
+def test_halves_beside_fp8_weights_take_torchs_product_from_five_tokens_on() -> None:
+    case = paged_case([(5, 9)], num_heads=N, num_kv_heads=G, head_dim=H)
+    layers = [Halves(table(), case, normal(5, D, seed=20), FP8) for _ in range(2)]
+    for name in ("attention", "feed_forward"):
+        y_TD, single_TD = getattr(layers[0], name)(None, True), getattr(layers[1], name)(None)
+        assert torch.equal(y_TD, single_TD) and torch.equal(layers[0].residual_TD, layers[1].residual_TD)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -91,8 +178,7 @@ def test_a_whole_model_generates_the_same_tokens(deterministic: bool) -> None:
     prompts = [[5, 9, 2, 7, 1, 3], [4] * 21]
     sampling = SamplingParams(max_new_tokens=2, logprobs=0)
     outputs = []
-    table = triton_ops.table(2, deterministic=deterministic)
-    for ops in (Ops(**table), select_ops(CPU, num_threads=1, force="reference")):
+    for ops in (table(deterministic), select_ops(CPU, num_threads=1, force="reference")):
         engine = make_engine(make_runner(config, tensors, TPGroup.single(CPU), ops=ops))
         outputs.append(generate(engine, prompts, sampling))
         engine.close()

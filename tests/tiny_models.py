@@ -115,6 +115,7 @@ def make_runner(
     block_size: int = 16,
     num_threads: int = 1,
     quantization: str = "none",
+    is_asynchronous: bool | None = None,
 ) -> ModelRunner:
     """A loaded runner without an LLM around it."""
     ops = ops or select_ops(CPU, num_threads=num_threads)
@@ -132,7 +133,7 @@ def make_runner(
         continue
     kv_heads = len(config.kv_heads_on(group.rank, group.size))
     kv = KVCache(config.num_hidden_layers, num_blocks, kv_heads, block_size, config.head_dim, dtype=dtype, device=CPU)
-    return ModelRunner(model, kv)
+    return ModelRunner(model, kv, is_asynchronous=is_asynchronous)
 
 
 def make_engine(

@@ -1,104 +1,98 @@
-"""Our side: the engine over random weights that were made on the device, driven as LLM drives it but without text."""
+"""Our side: the engine over the shared weights, driven as LLM drives it but without text."""
 
 from __future__ import annotations
 
+import gc
 import itertools
-import math
 import random
 import statistics
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.gpu.workload import Workload
+from benchmarks.gpu.weights import SharedWeights, kv_bytes_per_token, prefill_flops, streamed_bytes
+from benchmarks.gpu.workload import COMPLETION_TOKENS, Workload
 from megatron_infer.cache.block_pool import BlockPool
-from megatron_infer.config import EngineConfig, ModelConfig, SamplingParams
+from megatron_infer.config import EngineConfig, SamplingParams
 from megatron_infer.engine import launch
 from megatron_infer.engine.engine import Engine
-from megatron_infer.engine.request import Request
+from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
-from megatron_infer.model.weights import expected_tensors, hf_name, memory_estimate
 from megatron_infer.options import percentile
 from megatron_infer.tensor_parallel.group import TPGroup
 
+_KEYSTROKES = 7
+
 
 @dataclass(frozen=True)
-class SharedWeights:
-    """Random weights under Hugging Face's names, so that transformers can hold the very same tensors.
+class Variant:
+    """A way to run the engine: the weights' format, who implements the ops, whether CUDA graphs may be captured."""
 
-    Reads like a checkpoint.
-    """
-
-    config: ModelConfig
-    tensors: Mapping[str, Tensor]
-
-    @classmethod
-    def random(cls, config: ModelConfig, device: torch.device) -> SharedWeights:
-        """bf16 weights that keep activations near unit scale."""
-        torch.manual_seed(0)
-        tensors = {}
-        for name, shape in expected_tensors(config).items():
-            if len(shape) == 1:
-                tensors[hf_name(name)] = torch.ones(shape, dtype=torch.bfloat16, device=device)
-            else:
-                noise = torch.empty(shape, dtype=torch.bfloat16, device=device).normal_()
-                tensors[hf_name(name)] = noise if "embeddings" in name else noise.mul_(shape[1] ** -0.5)
-        return cls(config, tensors)
-
-    def read(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor:
-        """A slice of a tensor by its canonical name."""
-        tensor = self.tensors[hf_name(name)]
-        tensor = tensor if rows is None else tensor[rows[0] : rows[1]]
-        return tensor if cols is None else tensor[:, cols[0] : cols[1]]
+    quantization: str
+    ops: str
+    has_graphs: bool = True
 
 
 class Run:
     """One engine and what is measured with it."""
 
-    def __init__(self, engine: Engine, work: Workload, device: torch.device, weight_bytes: float) -> None:
-        self._engine, self._work, self._device = engine, work, device
-        self._weight_bytes = weight_bytes
+    def __init__(self, engine: Engine, work: Workload, weight_bytes: int) -> None:
+        self.engine, self._work, self._weight_bytes = engine, work, weight_bytes
         self._random, self._ids = random.Random(0), itertools.count()
 
-    def prompt(self, length: int) -> list[int]:
+    def random_prompt(self, length: int) -> list[int]:
         """Random ids; none is like an earlier prompt, so the prefix cache never helps unasked."""
         return [self._random.randrange(self._work.model.vocab_size) for _ in range(length)]
 
-    def complete(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
-        """For each prompt, the seconds after which each of its new tokens came."""
+    def complete(self, prompts: list[list[int]], new_tokens: int) -> list[list[tuple[float, Event]]]:
+        """For each prompt, every new token with the seconds after which it came."""
         sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         began = time.perf_counter()
-        times: dict[int, list[float]] = {}
+        arrivals: dict[int, list[tuple[float, Event]]] = {}
         for prompt in prompts:
             number = next(self._ids)
-            times[number] = []
-            self._engine.add(Request(number, prompt, sampling, self._work.max_model_len, frozenset()), seed=0)
-        while self._engine.has_work:
-            events = self._engine.step()
+            arrivals[number] = []
+            self.engine.add(Request(number, prompt, sampling, self._work.max_model_len, frozenset()), seed=0)
+        while self.engine.has_work:
+            events = self.engine.step()
             now = time.perf_counter() - began
             for event in events:
-                times[event.request_id].append(now)
-        return list(times.values())
+                if event.error is not None:
+                    raise RuntimeError(f"a request failed: {event.error}")
+                if event.token_id is not None:
+                    arrivals[event.request_id].append((now, event))
+        return list(arrivals.values())
+
+    def times(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
+        """The seconds alone."""
+        return [[seconds for seconds, _ in arrivals] for arrivals in self.complete(prompts, new_tokens)]
+
+    def greedy(self) -> list[int]:
+        """The continuation of the workload's prompt, to compare with others'."""
+        (arrivals,) = self.complete([self._work.prompt], self._work.new_tokens)
+        return [event.token_id for _, event in arrivals if event.token_id is not None]
 
     def decode(self, context: int, batch: int) -> dict[str, Any]:
-        """Latency between tokens and tokens per second once all sequences decode, with the bytes a step must read."""
+        """Latency between tokens and tokens per second while all sequences decode, and the bytes a step must read."""
+        new_tokens = 2 * self._work.new_tokens
         gaps: list[float] = []
         for _ in range(self._work.repetitions):
-            all_times = self.complete([self.prompt(context) for _ in range(batch)], 2 * self._work.new_tokens)
-            last_first = max(times[0] for times in all_times)
-            moments = sorted({moment for times in all_times for moment in times if moment >= last_first})
+            all_times = self.times([self.random_prompt(context) for _ in range(batch)], new_tokens)
+            # Prompts are prefilled one after the other, so that sequences begin, and end, at different steps.
+            first, last = max(times[0] for times in all_times), min(times[-1] for times in all_times)
+            moments = sorted({moment for times in all_times for moment in times if first <= moment <= last})
             gaps += [b - a for a, b in itertools.pairwise(moments)]
-        model = self._work.model
-        step = statistics.median(gaps)
-        kv_bytes = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim * 2 * context * batch
+        step = statistics.fmean(gaps)
+        kv_bytes = kv_bytes_per_token(self._work.model) * (context + new_tokens // 2) * batch
         return {
             "context": context,
             "batch": batch,
+            "ms_per_step": 1e3 * step,
             "inter_token_latency_ms": {f"p{p}": 1e3 * percentile(gaps, p) for p in (50, 95, 99)},
             "tokens_per_second": batch / step,
             "gb_per_second": (self._weight_bytes + kv_bytes) / step / 1e9,
@@ -106,63 +100,53 @@ class Run:
 
     def prefill(self, length: int) -> dict[str, Any]:
         """Time to the first token of a new prompt."""
-        seconds = [self.complete([self.prompt(length)], 1)[0][0] for _ in range(self._work.repetitions)]
-        median = statistics.median(seconds)
-        model = self._work.model
-        linear = sum(
-            math.prod(s) for n, s in expected_tensors(model).items() if len(s) == 2 and n.startswith("layers.")
-        )
+        samples = [self.times([self.random_prompt(length)], 1)[0][0] for _ in range(self._work.repetitions)]
+        seconds = statistics.median(samples)
         return {
             "tokens": length,
-            "time_to_first_token_ms": 1e3 * median,
-            "tokens_per_second": length / median,
-            "tflop_per_second": 2 * linear * length / median / 1e12,
+            "time_to_first_token_ms": 1e3 * seconds,
+            "tokens_per_second": length / seconds,
+            "tflop_per_second": prefill_flops(self._work.model, length) / seconds / 1e12,
         }
 
     def keystroke(self, context: int) -> dict[str, Any]:
-        """First token, and 32 tokens, of a prompt that is a computed one and three tokens more."""
+        """First token, and a whole completion, of a prompt that is a computed one and three tokens more."""
         first, completion = [], []
-        for _ in range(max(5, self._work.repetitions)):
-            warm = self.prompt(context)
-            self.complete([warm], 1)
-            typed = self.prompt(3)
-            first.append(self.complete([warm + typed], 1)[0][0])
-            completion.append(self.complete([warm + typed + self.prompt(3)], 32)[0][-1])
+        for _ in range(_KEYSTROKES):
+            prompt = self.random_prompt(context)
+            self.times([prompt], 1)
+            prompt = prompt + self.random_prompt(3)
+            first.append(self.times([prompt], 1)[0][0])
+            prompt = prompt + self.random_prompt(3)
+            completion.append(self.times([prompt], COMPLETION_TOKENS)[0][-1])
         return {
             "context": context,
             "time_to_first_token_ms": 1e3 * statistics.median(first),
-            "completion_of_32_ms": 1e3 * statistics.median(completion),
+            "completion_tokens": COMPLETION_TOKENS,
+            "completion_ms": 1e3 * statistics.median(completion),
         }
-
-    def greedy(self, prompt: list[int], new_tokens: int) -> list[int]:
-        """Ids, to compare with a peer's."""
-        sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
-        self._engine.add(Request(next(self._ids), prompt, sampling, self._work.max_model_len, frozenset()), seed=0)
-        ids = []
-        while self._engine.has_work:
-            ids += [event.token_id for event in self._engine.step() if event.token_id is not None]
-        return ids
 
 
 @contextmanager
 def running(
-    weights: SharedWeights, work: Workload, device: torch.device, quantization: str, ops: str | None = None
+    weights: SharedWeights, work: Workload, device: torch.device, variant: Variant, batch: int = 1
 ) -> Iterator[Run]:
-    """An engine over the weights, with one implementation of all ops if named; its memory is given back at the end."""
-    blocks_bytes = (
-        work.kv_tokens * work.model.num_hidden_layers * 2 * work.model.num_key_value_heads * work.model.head_dim
-    )
+    """An engine for up to `batch` long sequences; its memory is given back at the end."""
     asked = EngineConfig(
+        tensor_parallel_size=1,
         device=device.type,
         dtype="bfloat16",
-        quantization=quantization,
+        quantization=variant.quantization,
         max_model_len=work.max_model_len,
-        max_num_seqs=max(work.batches),
-        kv_cache_memory_bytes=2 * blocks_bytes,
+        max_num_seqs=max(batch, EngineConfig.max_num_seqs),
+        kv_cache_memory_bytes=work.kv_tokens(batch) * kv_bytes_per_token(work.model),
         gpu_memory_utilization=0.95,
     )
-    config = launch.resolve(asked, work.model)
-    runner = launch.build_runner(weights, config, TPGroup.single(device), force_ops=ops)  # type: ignore[arg-type]
+    if not variant.has_graphs:
+        asked = replace(asked, cuda_graph_memory_bytes=0)
+    # Not among what is asked for: on the CPU it would be refused.
+    config = replace(launch.resolve(asked, work.model), ops=variant.ops)
+    runner = launch.build_runner(weights, config, TPGroup.single(device))  # type: ignore[arg-type]
     scheduler = Scheduler(
         BlockPool(runner.kv.num_blocks, runner.kv.block_size, True),
         max_num_seqs=config.max_num_seqs,
@@ -170,34 +154,69 @@ def running(
         max_model_len=work.max_model_len,
     )
     engine = Engine(runner, scheduler)
-    embedding = work.model.vocab_size * work.model.hidden_size * 2
-    weight_bytes = memory_estimate(work.model, 1, torch.bfloat16, quantization) - embedding
+    del runner
+    run = Run(engine, work, streamed_bytes(work.model, variant.quantization))
     try:
-        yield Run(engine, work, device, weight_bytes)
+        yield run
     finally:
         engine.close()
-        del engine, runner
+        # What the caller still holds is the run, so it must let go of the device's memory.
+        del engine, run.engine
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def measure(
-    weights: SharedWeights, work: Workload, device: torch.device, quantization: str, ops: str
-) -> dict[str, Any]:
-    """Everything that is measured with one weight format and one implementation of the ops."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    with running(weights, work, device, quantization, ops) as run:
-        run.complete([run.prompt(work.batch_context)], 4)
-        figures: dict[str, Any] = {
-            "quantization": quantization,
-            "ops": ops,
+def measure(weights: SharedWeights, work: Workload, device: torch.device, variant: Variant) -> dict[str, Any]:
+    """One sequence at a time: memory after loading, decoding, prefill, and the keystroke of an editor's user."""
+    before = _device_memory(device)
+    with running(weights, work, device, variant) as run:
+        loaded = _device_memory(device)
+        run.times([run.random_prompt(work.batch_context)], 4)
+        return {
+            **_facts(run.engine.runner, variant),
+            "greedy_ids": run.greedy(),
             "decode": [run.decode(context, 1) for context in work.contexts],
             "prefill": [run.prefill(length) for length in work.prefills],
             "keystroke": run.keystroke(work.keystroke_context),
+            "memory": _memory(run.engine.runner, loaded - before),
+        }
+
+
+def measure_batches(weights: SharedWeights, work: Workload, device: torch.device, variant: Variant) -> dict[str, Any]:
+    """Many sequences at once."""
+    with running(weights, work, device, variant, max(work.batches)) as run:
+        run.times([run.random_prompt(work.batch_context)] * 2, 4)
+        return {
+            **_facts(run.engine.runner, variant),
             "batches": [run.decode(work.batch_context, batch) for batch in work.batches],
         }
-        if device.type == "cuda":
-            figures["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device) - before
-    return figures
+
+
+def _facts(runner: ModelRunner, variant: Variant) -> dict[str, Any]:
+    """What ran: the ops by who implements them, and which steps were captured."""
+    by_choice: dict[str, list[str]] = {}
+    for line in runner.model.ops.report:
+        name, _, chosen = line.partition(": ")
+        by_choice.setdefault(chosen, []).append(name)
+    facts: dict[str, Any] = {"quantization": variant.quantization, "ops": by_choice, "graphs": None}
+    if runner.graphs is not None:
+        facts["graphs"] = {"captured": sorted(runner.graphs.keys), "memory_bytes": runner.graphs.memory_bytes}
+    return facts
+
+
+def _device_memory(device: torch.device) -> int:
+    """Bytes in use on the device, by whatever program, once torch has given back what it only keeps."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def _memory(runner: ModelRunner, loaded_bytes: int) -> dict[str, int] | None:
+    """What loading took; the cache apart, since its size is the benchmark's choice. None on the CPU."""
+    if not loaded_bytes:
+        return None
+    cache = runner.kv.blocks.nbytes
+    return {"without_cache_bytes": loaded_bytes - cache, "cache_bytes": cache}

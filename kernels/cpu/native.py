@@ -341,9 +341,10 @@ class CpuKernels:
         block_tables_SB: Tensor,
         query_start_S1: Tensor,
         context_lens_S: Tensor,
+        max_query_len: int,
         scale: float,
     ) -> Tensor:
-        """See megatron_infer.ops."""
+        """See megatron_infer.ops; the lengths themselves are read, not their maximum."""
         num_sequences, max_blocks = block_tables_SB.shape
         shape = self._attention_shape(q_TNH.shape[1], k_cache, max_blocks)
         assert q_TNH.dtype is torch.float32 and q_TNH.is_contiguous() and k_cache.is_contiguous()
@@ -383,11 +384,13 @@ class CpuKernels:
         block_tables_SB: Tensor,
         query_start_S1: Tensor,
         context_lens_S: Tensor,
+        max_query_len: int,
         num_heads: int,
         num_kv_heads: int,
         scale: float,
+        is_whole: bool,
     ) -> Tensor:
-        """See megatron_infer.ops."""
+        """See megatron_infer.ops; the next half's norm adds the product to the residual, at no cost."""
         num_tokens, dim = residual_TD.shape
         num_sequences, max_blocks = block_tables_SB.shape
         head_dim = k_cache.shape[3]
@@ -425,14 +428,16 @@ class CpuKernels:
 
     def feed_forward_layer(
         self,
-        x_TD: Tensor,
+        x_TD: Tensor | None,
         residual_TD: Tensor,
         norm_D: Tensor,
         eps: float,
         gate_up: PackedLinear,
         down: PackedLinear,
+        is_whole: bool,
     ) -> Tensor:
-        """See megatron_infer.ops."""
+        """See megatron_infer.ops; the first half layer always leaves an x."""
+        assert x_TD is not None
         num_tokens, dim = x_TD.shape
         assert x_TD.dtype is torch.float32 is residual_TD.dtype and residual_TD.shape == x_TD.shape
         assert x_TD.is_contiguous() and residual_TD.is_contiguous() and dim == gate_up.in_dim

@@ -1,11 +1,13 @@
-"""Split-KV attention of 1 to 16 queries per sequence (decode, draft verification) over the paged cache.
+"""Attention over the paged cache, keys cut at fixed positions: decode, draft verification, prompts to the same bits.
 
-A program takes the rows (query, head) of one KV head and a stretch of keys, and leaves a partial softmax; a second
-kernel folds the partials in order. It is no atomic counter and "the last program merges": a counter must be zeroed
-before each launch, which is a launch as well, and one program would then merge what a whole grid can.
+A program takes the rows (query, head) of one KV head and a stretch of keys. Where others share its rows it leaves a
+partial softmax and adds 1 to a counter; whoever comes last folds the partials in order and sets the counter back to 0,
+where the next launch needs it. So one launch does all, and nothing has to be cleared before it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 MAX_QUERIES = 16
-"""Of a sequence that the decode kernel takes; longer ones are the prefill kernel's."""
+"""Of a sequence whose keys several programs share: each writes that many rows of partial results at most."""
 FOLD = 8
-"""Tiles whose partials are folded to one before any other is added, wherever that happens."""
+"""Tiles whose softmaxes are folded to one, a span, before any other is added, wherever that happens."""
+NUM_COUNTERS = 16384
+"""Row tiles x KV heads x sequences of a launch for which make_counters has room: 64 KiB."""
 LOG2_E = 1.4426950408889634
 
 
@@ -23,8 +27,7 @@ LOG2_E = 1.4426950408889634
 def _fold(max_M, sum_M, o_MH, new_max_M, new_sum_M, new_o_MH):
     """Add a later stretch of keys to a partial softmax: maxima in log2 units, sums, unnormalised outputs.
 
-    Every product and sum is an explicit FMA, so that it rounds alike in both kernels that fold. A stretch that a row
-    does not see (-inf, 0, 0) changes no bit.
+    A stretch that a row does not see (-inf, 0, 0) changes no bit, and the first one becomes the sum as it is.
     """
     top_M = tl.maximum(max_M, new_max_M)
     finite_M = tl.where(top_M == float("-inf"), 0.0, top_M)
@@ -34,60 +37,23 @@ def _fold(max_M, sum_M, o_MH, new_max_M, new_sum_M, new_o_MH):
     return top_M, sum_M, o_MH
 
 
-# The batch's index tensors are cut from one buffer and its shapes change from step to step; compiling for each
-# alignment or divisor would stop the engine now and then.
-@triton.jit(
-    do_not_specialize=["table_width", "num_partials", "tiles_per_partial"],
-    do_not_specialize_on_alignment=["table_ptr", "query_start_ptr", "context_ptr"],
-)
-def _decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    table_ptr,
-    query_start_ptr,
-    context_ptr,
-    partial_o_ptr,
-    partial_softmax_ptr,
-    scale_log2,
-    table_width,
-    num_kv_heads,
-    num_partials,
-    tiles_per_partial,
-    MAX_QUERIES: tl.constexpr,
-    GROUP: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    ROWS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Grid (row tiles * G, partials, S). One partial: `tiles_per_partial` tiles of keys of one sequence and KV head."""
-    kv_head, row_tile = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads
-    partial, s = tl.program_id(1), tl.program_id(2)
-    start = tl.load(query_start_ptr + s)
-    num_queries = tl.load(query_start_ptr + s + 1) - start
-    context = tl.load(context_ptr + s)
-    first_tile = partial * tiles_per_partial
-    if (num_queries > MAX_QUERIES) | (row_tile * ROWS >= num_queries * GROUP) | (first_tile * TILE >= context):
-        return
-    packed_M = row_tile * ROWS + tl.arange(0, ROWS)
-    query_M, head_M = packed_M // GROUP, kv_head * GROUP + packed_M % GROUP
-    h, j = tl.arange(0, BLOCK_H), tl.arange(0, TILE)
-    num_heads = num_kv_heads * GROUP
-    mask_MH = (query_M < num_queries)[:, None] & (h < H)[None, :]
-    row_M = (start + query_M).to(tl.int64) * num_heads + head_M
-    q_MH = tl.load(q_ptr + row_M[:, None] * H + h[None, :], mask=mask_MH, other=0.0)
-    position_M = context - num_queries + query_M
-
-    max_M = tl.full([ROWS], float("-inf"), tl.float32)
-    sum_M = tl.zeros([ROWS], tl.float32)
-    o_MH = tl.zeros([ROWS, BLOCK_H], tl.float32)
-    last_tile = tl.minimum(first_tile + tiles_per_partial, tl.cdiv(context, TILE))
+@triton.jit
+def _attend(
+    q_MH, position_M, first_tile, last_tile, k_ptr, v_ptr, table_ptr, context, scale_log2, num_kv_heads, kv_head,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_SIZE: tl.constexpr, TILE: tl.constexpr, FOLD: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax of tiles of keys, folded span by span where there may be more than one span."""
+    ROWS: tl.constexpr = q_MH.shape[0]
+    h = tl.arange(0, BLOCK_H)
+    empty_M, zero_M = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    zero_MH = tl.zeros([ROWS, BLOCK_H], tl.float32)
+    max_M, sum_M, o_MH = empty_M, zero_M, zero_MH
+    span_max_M, span_sum_M, span_o_MH = empty_M, zero_M, zero_MH
     for tile in tl.range(first_tile, last_tile):
-        position_J = tile * TILE + j
+        position_J = tile * TILE + tl.arange(0, TILE)
         written_J = position_J < context
-        block_J = tl.load(table_ptr + s * table_width + position_J // BLOCK_SIZE, mask=written_J, other=0)
+        block_J = tl.load(table_ptr + position_J // BLOCK_SIZE, mask=written_J, other=0)
         slot_J = (block_J.to(tl.int64) * num_kv_heads + kv_head) * BLOCK_SIZE + position_J % BLOCK_SIZE
         offset_JH = slot_J[:, None] * H + h[None, :]
         mask_JH = written_J[:, None] & (h < H)[None, :]
@@ -101,90 +67,214 @@ def _decode_kernel(
         finite_M = tl.where(tile_max_M == float("-inf"), 0.0, tile_max_M)
         p_MJ = tl.exp2(score_MJ - finite_M[:, None])
         tile_o_MH = tl.dot(p_MJ.to(q_MH.dtype), v_JH, input_precision="tf32x3")
-        max_M, sum_M, o_MH = _fold(max_M, sum_M, o_MH, tile_max_M, tl.sum(p_MJ, axis=1), tile_o_MH)
-
-    # At most min(T, 16 S) rows, and no two sequences of up to 16 queries overlap.
-    first_row = tl.minimum(start, s * MAX_QUERIES)
-    slot_M = ((first_row + query_M).to(tl.int64) * num_heads + head_M) * num_partials + partial
-    tl.store(partial_softmax_ptr + 2 * slot_M, max_M, mask=query_M < num_queries)
-    tl.store(partial_softmax_ptr + 2 * slot_M + 1, sum_M, mask=query_M < num_queries)
-    tl.store(partial_o_ptr + slot_M[:, None] * H + h[None, :], o_MH, mask=mask_MH)
+        span_max_M, span_sum_M, span_o_MH = _fold(
+            span_max_M, span_sum_M, span_o_MH, tile_max_M, tl.sum(p_MJ, axis=1), tile_o_MH
+        )
+        if HAS_SPANS:
+            ends_span = tile % FOLD == FOLD - 1
+            if ends_span:
+                max_M, sum_M, o_MH = _fold(max_M, sum_M, o_MH, span_max_M, span_sum_M, span_o_MH)
+                span_max_M, span_sum_M, span_o_MH = empty_M, zero_M, zero_MH
+    return _fold(max_M, sum_M, o_MH, span_max_M, span_sum_M, span_o_MH)
 
 
 @triton.jit
-def _fold_stored(max_1, sum_1, o_1H, o_ptr, softmax_ptr, first_slot, count, H: tl.constexpr, FOLD: tl.constexpr):
-    """Fold up to FOLD stored partials of one row in ascending order; all their loads are in flight at once."""
-    h = tl.arange(0, o_1H.shape[1])[None, :]
-    for i in tl.static_range(FOLD):
-        slot_1 = first_slot + i + tl.arange(0, 1)
-        new_max_1 = tl.load(softmax_ptr + 2 * slot_1, mask=i < count, other=float("-inf"))
-        new_sum_1 = tl.load(softmax_ptr + 2 * slot_1 + 1, mask=i < count, other=0.0)
-        new_o_1H = tl.load(o_ptr + slot_1[:, None] * H + h, mask=(h < H) & (i < count), other=0.0)
-        max_1, sum_1, o_1H = _fold(max_1, sum_1, o_1H, new_max_1, new_sum_1, new_o_1H)
-    return max_1, sum_1, o_1H
+def _leave_partial(
+    max_M, sum_M, o_MH, partial_o_ptr, partial_softmax_ptr, counter_ptr, slot_M, valid_M,
+    H: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Store a partial softmax for whoever merges; how many had done so before."""
+    h = tl.arange(0, BLOCK_H)[None, :]
+    tl.store(partial_softmax_ptr + 2 * slot_M, max_M, mask=valid_M)
+    tl.store(partial_softmax_ptr + 2 * slot_M + 1, sum_M, mask=valid_M)
+    tl.store(partial_o_ptr + slot_M[:, None].to(tl.int64) * H + h, o_MH, mask=valid_M[:, None] & (h < H))
+    tl.debug_barrier()  # the atomic is one thread's, and releases what all have stored
+    return tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
 
 
-@triton.jit(do_not_specialize=["num_partials"], do_not_specialize_on_alignment=["query_start_ptr", "context_ptr"])
-def _merge_kernel(
-    o_ptr,
-    partial_o_ptr,
-    partial_softmax_ptr,
-    query_start_ptr,
-    context_ptr,
-    num_partials,
-    MAX_QUERIES: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    PARTIAL: tl.constexpr,
-    IS_TILE: tl.constexpr,
-    FOLD: tl.constexpr,
-):
-    """Grid (N, queries, S). Folds the partials of one row.
+@triton.jit
+def _merge(
+    partial_o_ptr, partial_softmax_ptr, slot_M, valid_M, used, is_tile,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """Fold the stored partials of a row tile in ascending order; those that are single tiles first FOLD by FOLD."""
+    h = tl.arange(0, BLOCK_H)[None, :]
+    max_M = tl.full([slot_M.shape[0]], float("-inf"), tl.float32)
+    sum_M, o_MH = tl.zeros([slot_M.shape[0]], tl.float32), tl.zeros([slot_M.shape[0], BLOCK_H], tl.float32)
+    for first in range(0, used, FOLD):
+        span_max_M = tl.where(is_tile, float("-inf"), max_M)
+        span_sum_M, span_o_MH = tl.where(is_tile, 0.0, sum_M), tl.where(is_tile, 0.0, o_MH)
+        for i in tl.static_range(FOLD):  # unrolled, so that all their loads are in flight at once
+            mask_M = valid_M & (first + i < used)
+            mask_MH = mask_M[:, None] & (h < H)
+            softmax_M = partial_softmax_ptr + 2 * (slot_M + first + i)
+            o_ptr_MH = partial_o_ptr + (slot_M + first + i)[:, None].to(tl.int64) * H + h
+            # .cg: other SMs wrote them, and the L1 cache would not know.
+            new_max_M = tl.load(softmax_M, mask=mask_M, other=float("-inf"), cache_modifier=".cg")
+            new_sum_M = tl.load(softmax_M + 1, mask=mask_M, other=0.0, cache_modifier=".cg")
+            new_o_MH = tl.load(o_ptr_MH, mask=mask_MH, other=0.0, cache_modifier=".cg")
+            span_max_M, span_sum_M, span_o_MH = _fold(span_max_M, span_sum_M, span_o_MH, new_max_M, new_sum_M, new_o_MH)
+        if is_tile:
+            max_M, sum_M, o_MH = _fold(max_M, sum_M, o_MH, span_max_M, span_sum_M, span_o_MH)
+        else:
+            max_M, sum_M, o_MH = span_max_M, span_sum_M, span_o_MH
+    return max_M, sum_M, o_MH
 
-    Partials that are single tiles are first folded FOLD by FOLD, as the decode kernel does where it takes FOLD tiles.
-    """
-    head, query, s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+
+@triton.jit
+def _extent(
+    query_start_ptr, context_ptr, s, row_tile, single_tiles, tiles_per_partial,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """First query row of sequence s, its queries, its positions; tiles that the row tile sees, tiles of a partial."""
     start = tl.load(query_start_ptr + s)
     num_queries = tl.load(query_start_ptr + s + 1) - start
-    if (num_queries > MAX_QUERIES) | (query >= num_queries):
+    context = tl.load(context_ptr + s)
+    end_query = tl.minimum(num_queries, tl.cdiv((row_tile + 1) * ROWS, GROUP))
+    num_tiles = tl.cdiv(context - num_queries + end_query, TILE)
+    tiles = tl.where(num_tiles > single_tiles, tiles_per_partial, 1)
+    return start, num_queries, context, num_tiles, tiles
+
+
+# The batch's index tensors are cut from one buffer and its shapes change from step to step; compiling for each
+# alignment or divisor would stop the engine now and then. tiles_per_partial is no constant because the compiler would
+# make a loop of its own for the other value, 1, and take half as many registers again.
+@triton.jit(
+    do_not_specialize=["table_width", "num_partials", "tiles_per_partial", "single_tiles", "max_queries"],
+    do_not_specialize_on_alignment=["table_ptr", "query_start_ptr", "context_ptr"],
+)
+def _decode_kernel(
+    o_ptr,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    query_start_ptr,
+    context_ptr,
+    partial_o_ptr,
+    partial_softmax_ptr,
+    counter_ptr,
+    scale_log2,
+    table_width,
+    num_kv_heads,
+    num_partials,
+    tiles_per_partial,
+    single_tiles,
+    max_queries,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    FOLD: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+):
+    """Grid (row tiles * G, partials, S).
+
+    A partial is `tiles_per_partial` tiles of keys, in sequences of at most `single_tiles` tiles one. Without IS_SPLIT
+    there is one partial, however many tiles.
+    """
+    kv_head, row_tile = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads
+    partial, s = tl.program_id(1), tl.program_id(2)
+    start, num_queries, context, num_tiles, tiles = _extent(
+        query_start_ptr, context_ptr, s, row_tile, single_tiles, tiles_per_partial, GROUP, ROWS, TILE
+    )
+    used = tl.cdiv(num_tiles, tiles)
+    if (num_queries > max_queries) | (row_tile * ROWS >= num_queries * GROUP) | (partial >= used):
         return
-    used = tl.cdiv(tl.load(context_ptr + s), PARTIAL)
-    num_heads = tl.num_programs(0)
-    first_slot = ((tl.minimum(start, s * MAX_QUERIES) + query).to(tl.int64) * num_heads + head) * num_partials
-    empty_1, zero_1 = tl.full([1], float("-inf"), tl.float32), tl.zeros([1], tl.float32)
-    zero_1H = tl.zeros([1, BLOCK_H], tl.float32)
-    max_1, sum_1, o_1H = empty_1, zero_1, zero_1H
-    for first in range(0, used, FOLD):
-        slot, count = first_slot + first, used - first
-        if IS_TILE:
-            span_max_1, span_sum_1, span_o_1H = _fold_stored(
-                empty_1, zero_1, zero_1H, partial_o_ptr, partial_softmax_ptr, slot, count, H, FOLD
+    first_tile = partial * tiles
+    last_tile = tl.minimum(first_tile + tiles, num_tiles)
+    packed_M, h = row_tile * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_H)[None, :]
+    query_M, head_M = packed_M // GROUP, kv_head * GROUP + packed_M % GROUP
+    valid_M, num_heads = query_M < num_queries, num_kv_heads * GROUP
+    mask_MH = valid_M[:, None] & (h < H)
+    offset_MH = ((start + query_M) * num_heads + head_M)[:, None].to(tl.int64) * H + h
+    q_MH = tl.load(q_ptr + offset_MH, mask=mask_MH, other=0.0)
+    max_M, sum_M, o_MH = _attend(
+        q_MH, context - num_queries + query_M, first_tile, last_tile, k_ptr, v_ptr, table_ptr + s * table_width,
+        context, scale_log2, num_kv_heads, kv_head, H, BLOCK_H, BLOCK_SIZE, TILE, FOLD, HAS_SPANS=not IS_SPLIT,
+    )  # fmt: skip
+    # Read again, not kept: in the loop registers are short.
+    start, num_queries, _, num_tiles, tiles = _extent(
+        query_start_ptr, context_ptr, s, row_tile, single_tiles, tiles_per_partial, GROUP, ROWS, TILE
+    )
+    used = tl.cdiv(num_tiles, tiles)
+    valid_M = query_M < num_queries
+    mask_MH = valid_M[:, None] & (h < H)
+    offset_MH = ((start + query_M) * num_heads + head_M)[:, None].to(tl.int64) * H + h
+    if IS_SPLIT:
+        is_shared = used > 1
+        if is_shared:
+            # At most min(T, S * max_queries) rows have partials, and no two of the sequences that come here overlap.
+            first_row = tl.minimum(start, s * max_queries)
+            slot_M = ((first_row + query_M) * num_heads + head_M) * num_partials
+            counter_ptr += s * tl.num_programs(0) + tl.program_id(0)
+            arrived = _leave_partial(
+                max_M,
+                sum_M,
+                o_MH,
+                partial_o_ptr,
+                partial_softmax_ptr,
+                counter_ptr,
+                slot_M + partial,
+                valid_M,
+                H,
+                BLOCK_H,
             )
-            max_1, sum_1, o_1H = _fold(max_1, sum_1, o_1H, span_max_1, span_sum_1, span_o_1H)
-        else:
-            max_1, sum_1, o_1H = _fold_stored(
-                max_1, sum_1, o_1H, partial_o_ptr, partial_softmax_ptr, slot, count, H, FOLD
+            if arrived < used - 1:
+                return
+            tl.store(counter_ptr, 0)
+            max_M, sum_M, o_MH = _merge(
+                partial_o_ptr, partial_softmax_ptr, slot_M, valid_M, used, tiles == 1, H, BLOCK_H, FOLD
             )
-    h = tl.arange(0, BLOCK_H)[None, :]
-    row = (start + query).to(tl.int64) * num_heads + head
-    tl.store(o_ptr + row * H + h, (o_1H / sum_1[:, None]).to(o_ptr.dtype.element_ty), mask=h < H)
+    tl.store(o_ptr + offset_MH, (o_MH / sum_M[:, None]).to(o_ptr.dtype.element_ty), mask=mask_MH)
+
+
+def make_counters(device: torch.device) -> Tensor:
+    """The int32 zeros that launches on one stream count in, and leave zero."""
+    return torch.zeros(NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
 def decode_tiles(head_dim: int, group: int, itemsize: int) -> tuple[int, int]:
     """(rows per program, keys per tile): what 8 warps hold without spilling. A property of the model, not the batch.
 
-    32 KiB of K per tile or, where a product takes more registers, 16 KiB. Rows for at least four queries, in fp32 two.
+    32 KiB of K per tile or, where a product takes more registers, 16 KiB. Rows for at least four queries, in fp32 two,
+    but at most 32: 64 would take other tensor core instructions.
     """
     row_bytes = triton.next_power_of_2(head_dim) * itemsize
     tile_bytes = 32768 if itemsize == 2 and row_bytes <= 256 else 16384
     rows = (4 if itemsize == 2 else 2) * triton.next_power_of_2(group)
-    return max(16, rows), min(128, tile_bytes // row_bytes)
+    return max(16, min(32, rows)), min(128, tile_bytes // row_bytes)
 
 
-def tiles_per_partial(num_sequences: int, num_kv_heads: int, table_tiles: int, num_sms: int) -> int:
-    """1, or FOLD where that leaves 3 programs for every 2 SMs: fewer partials to write and read, the same bits."""
-    num_programs = num_sequences * num_kv_heads * triton.cdiv(table_tiles, FOLD)
-    return FOLD if 2 * num_programs >= 3 * num_sms else 1
+@dataclass(frozen=True)
+class WorkCut:
+    """How many programs share the keys of a row tile, which no bit of the result depends on.
+
+    Attributes:
+        partials: the most of any sequence; 1: one program takes all keys.
+        single_tiles: a sequence of up to so many tiles has a partial for each.
+        tiles_per_partial: in a longer one.
+    """
+
+    partials: int
+    single_tiles: int
+    tiles_per_partial: int
+
+
+def cut_work(row_tiles: int, table_tiles: int, num_sms: int, *, is_prompt: bool = False) -> WorkCut:
+    """Fewer partials are fewer to write and read: single tiles only while spans keep less than every other SM busy.
+
+    Args:
+        row_tiles: of the launch, over all KV heads and sequences. Two on every SM need no splitting at all.
+        table_tiles: of the longest sequence that the block table has room for.
+        is_prompt: too many rows for partial results.
+    """
+    if is_prompt or row_tiles >= 2 * num_sms:
+        return WorkCut(partials=1, single_tiles=0, tiles_per_partial=table_tiles)
+    single_tiles = FOLD * (triton.cdiv(num_sms, 2 * row_tiles) - 1)
+    return WorkCut(max(min(single_tiles, table_tiles), triton.cdiv(table_tiles, FOLD)), single_tiles, FOLD)
 
 
 def decode_attention(
@@ -199,39 +289,40 @@ def decode_attention(
     *,
     max_query_len: int,
     num_sms: int,
+    counters: Tensor,
 ) -> None:
-    """Fill the rows of o of the sequences with 1 to 16 queries, and touch no other.
+    """Fill the rows of o of the sequences with up to `max_query_len` queries, and touch no other.
 
-    A row's bits depend on its own sequence alone: keys are split at absolute positions, and the programs' row tile,
-    key tile and order of folding depend only on head_dim, dtype and N / G. More rows than one tile has read the keys
-    again, from the L2 cache: a larger tile for longer drafts would sum in another order.
+    A row's bits depend on the keys it sees alone: they are split at absolute positions, and the programs' row tile, key
+    tile and order of folding depend only on head_dim, dtype and N / G. More rows than one tile has read the keys again,
+    from the L2 cache: a larger tile for longer queries would sum in another order.
 
-    It allocates min(T, 16 S) * N * (head_dim + 2) floats per partial, and a partial per 1 or 8 tiles of the table.
+    Where keys are split (cut_work) it allocates min(T, S * max_query_len) * N * (head_dim + 2) floats per partial.
 
     Args:
-        max_query_len: an upper bound of the query lengths that matter here; more than 16 means 16.
         num_sms: of the device.
+        counters: int32 zeros (make_counters), left so; no two launches may use them at the same time.
     """
     num_tokens, num_heads, head_dim = q_TNH.shape
     num_kv_heads, block_size = k_cache.shape[1:3]
     num_sequences, table_width = block_tables_SB.shape
-    group, max_queries = num_heads // num_kv_heads, min(max_query_len, MAX_QUERIES)
+    group, device = num_heads // num_kv_heads, q_TNH.device
     rows, tile = decode_tiles(head_dim, group, max(q_TNH.element_size(), k_cache.element_size()))
-    table_tiles = triton.cdiv(table_width * block_size, tile)
-    tiles = tiles_per_partial(num_sequences, num_kv_heads, table_tiles, num_sms)
-    num_partials = triton.cdiv(table_tiles, tiles)
-    block_h = max(16, triton.next_power_of_2(head_dim))
-    shape = (min(num_tokens, MAX_QUERIES * num_sequences), num_heads, num_partials)
-    partial_o = torch.empty((*shape, head_dim), dtype=torch.float32, device=q_TNH.device)
-    partial_softmax = torch.empty((*shape, 2), dtype=torch.float32, device=q_TNH.device)
-    _decode_kernel[(triton.cdiv(max_queries * group, rows) * num_kv_heads, num_partials, num_sequences)](
-        q_TNH, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, partial_o, partial_softmax,
-        scale * LOG2_E, table_width, num_kv_heads, num_partials, tiles,
-        MAX_QUERIES=MAX_QUERIES, GROUP=group, H=head_dim, BLOCK_H=block_h, BLOCK_SIZE=block_size, ROWS=rows, TILE=tile,
-        num_warps=8, num_stages=2,
-    )  # fmt: skip
-    _merge_kernel[(num_heads, max_queries, num_sequences)](
-        o_TNH, partial_o, partial_softmax, query_start_S1, context_lens_S, num_partials,
-        MAX_QUERIES=MAX_QUERIES, H=head_dim, BLOCK_H=block_h, PARTIAL=tiles * tile, IS_TILE=tiles == 1, FOLD=FOLD,
-        num_warps=1,
+    grid_rows = triton.cdiv(max_query_len * group, rows) * num_kv_heads
+    row_tiles, table_tiles = grid_rows * num_sequences, triton.cdiv(table_width * block_size, tile)
+    cut = cut_work(row_tiles, table_tiles, num_sms, is_prompt=max_query_len > MAX_QUERIES)
+    partial_o = partial_softmax = None
+    if cut.partials > 1:
+        shape = (min(num_tokens, max_query_len * num_sequences), num_heads, cut.partials)
+        partial_o = torch.empty((*shape, head_dim), dtype=torch.float32, device=device)
+        partial_softmax = torch.empty((*shape, 2), dtype=torch.float32, device=device)
+        if row_tiles > counters.numel():
+            counters = torch.zeros(row_tiles, dtype=torch.int32, device=device)
+    # Split or not, products and sums must round alike: none are fused but the explicit FMAs.
+    _decode_kernel[(grid_rows, cut.partials, num_sequences)](
+        o_TNH, q_TNH, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, partial_o, partial_softmax,
+        counters, scale * LOG2_E, table_width, num_kv_heads, cut.partials, cut.tiles_per_partial, cut.single_tiles,
+        max_query_len,
+        GROUP=group, H=head_dim, BLOCK_H=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, ROWS=rows,
+        TILE=tile, FOLD=FOLD, IS_SPLIT=cut.partials > 1, num_warps=8, num_stages=2, enable_fp_fusion=False,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """How the Triton linear layers store a weight, and the pieces of device code that read it.
 
-Rows lie one after the other, padded along K to whole vectors: plain weights as they are, int8 and int4 as int32 words
-of 4 and 8, from which two or three instructions make a float. Knows no launch.
+Rows lie one after the other, padded along K to whole vectors: plain and fp8 weights as they are, int8 and int4 as int32
+words of 4 and 8, from which two or three instructions make a float. Knows no launch.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
+from megatron_infer.ops.fp8 import FP8, quantize_rows
 
 _PADDING = 16
 """Rows of plain weights start at multiples of this many elements, whatever K: every load can be 16 bytes wide."""
@@ -25,11 +26,13 @@ class Storage:
         planes: 2 for int8: the first halves of all groups of a row, then the second halves. Else 1.
         fields: weights of one k order in the words of all planes: 8 for quantised weights, 1 for plain ones.
         scales_NG: of quantised weights, bf16, rows padded with zeros to 16 groups so that loads can be wide.
+        scales_N: of fp8 weights, fp32; they are plain but for it.
     """
 
     planes: int
     fields: int
-    scales_NG: Tensor | None
+    scales_NG: Tensor | None = None
+    scales_N: Tensor | None = None
 
 
 def allocate_linear(
@@ -40,7 +43,8 @@ def allocate_linear(
         width = -(-in_dim // _PADDING) * _PADDING
         data = torch.empty(out_dim, 1, width, dtype=dtype, device=device)
         data[:, :, in_dim:] = 0
-        return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=Storage(1, 1, None))
+        scales_N = torch.empty(out_dim, dtype=torch.float32, device=device) if dtype == FP8 else None
+        return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=Storage(1, 1, scales_N=scales_N))
     planes = 1 if dtype == INT4 else 2
     num_groups = -(-in_dim // GROUP)
     data = torch.empty(out_dim, planes, num_groups * 4, dtype=torch.int32, device=device)
@@ -49,8 +53,11 @@ def allocate_linear(
 
 
 def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
-    """Store rows row_start .. row_start + N."""
-    packed.data[row_start : row_start + weight_NK.shape[0], 0, : packed.in_dim] = weight_NK
+    """Store rows row_start .. row_start + N; as fp8, each rounded with its own scale."""
+    rows = slice(row_start, row_start + weight_NK.shape[0])
+    if packed.dtype == FP8:
+        weight_NK, packed.layout.scales_N[rows] = quantize_rows(weight_NK.to(packed.data.device))
+    packed.data[rows, 0, : packed.in_dim] = weight_NK
 
 
 def pack_quantized(packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:

@@ -13,21 +13,16 @@ from torch import Tensor
 _HEADS = 8
 
 
-# The batch's index tensors are cut from one buffer, so their alignment changes from step to step; compiling for each
-# would stop the engine now and then.
-@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
-def _rope_store_kv_kernel(
-    qkv_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_ptr,
+@triton.jit
+def rotate_and_store(
+    low, high, token, head, h, inside,
+    cos_ptr, sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_ptr,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64)
-    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
-    h = tl.arange(0, BLOCK_HALF)[None, :]
-    inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (h < HALF)
-    source = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * (2 * HALF) + h
-    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    """Elements h and h + HALF of heads of one token, fp32, to where they belong; those not `inside` nowhere.
+
+    low, high and inside have the shape that head and h broadcast to. v is stored as it is.
+    """
     angle = tl.load(positions_ptr + token).to(tl.int64) * HALF + h
     cos = tl.load(cos_ptr + angle, mask=h < HALF, other=0.0)
     sin = tl.load(sin_ptr + angle, mask=h < HALF, other=0.0)
@@ -47,6 +42,27 @@ def _rope_store_kv_kernel(
     is_v = inside & (head >= NUM_HEADS + NUM_KV_HEADS)
     tl.store(v_cache_ptr + place, low.to(v_cache_ptr.dtype.element_ty), mask=is_v)
     tl.store(v_cache_ptr + place + HALF, high.to(v_cache_ptr.dtype.element_ty), mask=is_v)
+
+
+# The batch's index tensors are cut from one buffer, so their alignment changes from step to step; compiling for each
+# would stop the engine now and then.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
+def _rope_store_kv_kernel(
+    qkv_ptr, cos_ptr, sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_ptr,
+    NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None]
+    h = tl.arange(0, BLOCK_HALF)[None, :]
+    inside = (head < NUM_HEADS + 2 * NUM_KV_HEADS) & (h < HALF)
+    source = qkv_ptr + (token * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * (2 * HALF) + h
+    low = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
+    rotate_and_store(
+        low, high, token, head, h, inside, cos_ptr, sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_ptr,
+        NUM_HEADS, NUM_KV_HEADS, HALF, BLOCK_SIZE,
+    )  # fmt: skip
 
 
 def rope_store_kv(

@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of all layers in blocks: per layer [num_blocks, kv_heads, block_size, head_dim]."""
+    """Keys and values of all layers in blocks: per layer [num_blocks + 1, kv_heads, block_size, head_dim].
+
+    The last block belongs to nobody: the rows that pad a batch write there.
+    """
 
     def __init__(
         self,
@@ -23,10 +26,11 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        shape = (2, num_layers, num_blocks, kv_heads, block_size, head_dim)
+        shape = (2, num_layers, num_blocks + 1, kv_heads, block_size, head_dim)
         # empty, not zeros: on the CPU the system hands out pages as blocks are first written.
         self.blocks = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks, self.block_size = num_blocks, block_size
+        self.padding_block = num_blocks
         self.layers: list[tuple[Tensor, Tensor]] = [
             (self.blocks[0, layer], self.blocks[1, layer]) for layer in range(num_layers)
         ]

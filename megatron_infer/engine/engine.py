@@ -1,5 +1,7 @@
 """The loop: plan a step, have every rank execute it, hand out events. Lives on rank 0.
 
+Where steps run on a device of their own, the next one is planned and launched while this one runs.
+
 Speaks token ids only. A failure in one request is an event; a failure of a rank ends the engine for good.
 """
 
@@ -9,9 +11,10 @@ from typing import NoReturn
 
 from megatron_infer.engine import worker
 from megatron_infer.engine.request import Event, Request
-from megatron_infer.engine.runner import ModelRunner
+from megatron_infer.engine.runner import ModelRunner, Pending
 from megatron_infer.engine.sampler import Draw
 from megatron_infer.engine.scheduler import Scheduler
+from megatron_infer.engine.step import Step
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.tensor_parallel.group import RankFailure
 
@@ -22,6 +25,7 @@ class Engine:
     def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
         self.runner, self.scheduler, self.group = runner, scheduler, runner.tp
         self._requests: dict[int, tuple[Request, int, int]] = {}
+        self._in_flight: tuple[Step, Pending] | None = None
         self._failure: str | None = None
         self._closed = False
         self.num_steps = 0
@@ -56,33 +60,47 @@ class Engine:
     def step(self) -> list[Event]:
         """Advance every scheduled request by one step; returns what happened.
 
+        An asynchronous runner then has the next step in flight already, wherever that could be planned.
+
         Raises:
             EngineDeadError: a rank died or raised, with rank and cause.
         """
         self.ensure_alive()
-        plan = self.scheduler.schedule()
-        if plan is None:
+        current = self._in_flight or self._launch(self.scheduler.schedule())
+        if current is None:
             return []
-        draws = []
-        if plan.full_logits:
-            draws = [self._draw(i) for i, wanted in zip(plan.request_ids, plan.sample_S, strict=True) if wanted]
+        self._in_flight = self._launch(self.scheduler.schedule_ahead(), 1) if self.runner.is_asynchronous else None
+        step, pending = current
         try:
-            if self.group.size > 1:
-                worker.send_step(self.group, plan)
-            sampled = worker.execute(self.runner, plan, draws)
+            sampled = pending()
         except BaseException as error:
-            # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
             self._fail(error)
-        events = self.scheduler.commit(plan, sampled)
+        events = self.scheduler.commit(step, sampled)
         self.num_steps += 1
         for event in events:
             if event.finish_reason is not None:
                 self._requests.pop(event.request_id, None)
         return events
 
-    def _draw(self, request_id: int) -> Draw:
+    def _launch(self, step: Step | None, num_unknown: int = 0) -> tuple[Step, Pending] | None:
+        """Start a step; `num_unknown` tokens of each of its requests are still to come from the one before."""
+        if step is None:
+            return None
+        draws = []
+        if step.full_logits:
+            rows = zip(step.request_ids, step.sample_S, strict=True)
+            draws = [self._draw(i, num_unknown) for i, is_sampled in rows if is_sampled]
+        try:
+            if self.group.size > 1:
+                worker.send_step(self.group, step)
+            return step, worker.launch(self.runner, step, draws)
+        except BaseException as error:
+            # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
+            self._fail(error)
+
+    def _draw(self, request_id: int, num_unknown: int) -> Draw:
         request, seed, choice = self._requests[request_id]
-        return Draw(request.sampling, seed, choice, request.num_output)
+        return Draw(request.sampling, seed, choice, request.num_output + num_unknown)
 
     def _fail(self, error: BaseException) -> NoReturn:
         cause = str(error) if isinstance(error, RankFailure) else f"rank 0: {type(error).__name__}: {error}"

@@ -14,7 +14,8 @@ from typing import Any
 from torch._C._distributed_c10d import TCPStore
 
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine.launch import build_runner, rank_device
+from megatron_infer.engine.launch import build_runner
+from megatron_infer.engine.topology import rank_device
 from megatron_infer.engine.worker import serve_follower
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.tensor_parallel.group import TPGroup

@@ -1,78 +1,210 @@
 """Executes one Step on this rank: batch, forward pass, logits, sampling.
 
-Every rank runs the same code; rank 0 alone samples and returns tokens. It does not know requests, queues or text.
+Every rank runs the same code; rank 0 alone returns tokens. It does not know requests, queues or text.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from operator import itemgetter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.engine.batch import Batch
+from megatron_infer.engine.batch import Batch, Layout, Uploads
+from megatron_infer.engine.graphs import Graphs, Key, Outputs, Recorder
 from megatron_infer.engine.request import Sampled
-from megatron_infer.engine.sampler import NOT_FINITE, Draw, sample
+from megatron_infer.engine.sampler import (
+    NOT_FINITE,
+    Draw,
+    draw_numbers,
+    logprobs_on_device,
+    sample,
+    sample_on_device,
+)
 from megatron_infer.engine.step import Step
 from megatron_infer.model.transformer import Transformer
+from megatron_infer.profile import Profile
+
+Pending = Callable[[], list[Sampled]]
+"""Waits for a launched step: on rank 0 one Sampled per row that the step marks as sampled; else nothing."""
 
 
 class ModelRunner:
-    """The model and its KV cache on one tensor-parallel rank."""
+    """The model and its KV cache on one tensor-parallel rank.
 
-    def __init__(self, model: Transformer, kv: KVCache) -> None:
+    Attributes:
+        is_asynchronous: steps run on the device while the host goes on; rows are then sampled there, and the next step
+            may be launched before this one's samples are known. Else rows are sampled on the host.
+        graphs: recorded steps, once record_graphs() was called; left aside while a profile is recording.
+    """
+
+    def __init__(
+        self, model: Transformer, kv: KVCache, *, is_asynchronous: bool | None = None, profile: Profile | None = None
+    ) -> None:
         self.model, self.kv, self.tp = model, kv, model.tp
+        self._profile = profile
+        self.is_asynchronous = self.tp.device.type == "cuda" if is_asynchronous is None else is_asynchronous
+        self.graphs: Graphs | None = None
+        self._uploads = Uploads(self.tp.device)
+        self._last_ids = torch.zeros(0, dtype=torch.int64, device=self.tp.device)
+        """Samples of the last step, for the ids of the next that stand for them."""
 
     @torch.no_grad()
-    def execute(self, step: Step, draws: Sequence[Draw] = ()) -> list[Sampled]:
-        """Run one step; collective over the group.
+    def record_graphs(
+        self, recorder: Recorder, keys: Sequence[Key], *, max_model_len: int, max_num_seqs: int, memory_bytes: int
+    ) -> None:
+        """Record steps of these shapes; collective over the group. See engine.graphs."""
+        # Of a fixed size and place from now on: recorded steps read and write it.
+        self._last_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.tp.device)
+        self.graphs = Graphs(
+            self._compute,
+            recorder,
+            self._uploads,
+            keys=keys,
+            block_size=self.kv.block_size,
+            table_width=-(-max_model_len // self.kv.block_size),
+            padding_block=self.kv.padding_block,
+            memory_bytes=memory_bytes,
+            most=self._most,
+        )
+
+    def _most(self, own: int) -> int:
+        gathered = self.tp.all_gather(torch.tensor([[float(own)]], dtype=torch.float32, device=self.tp.device))
+        return int(gathered.max())
+
+    @torch.no_grad()
+    def launch(self, step: Step, draws: Sequence[Draw] = ()) -> Pending:
+        """Start one step; collective over the group.
 
         Args:
             step: the plan, the same on every rank.
-            draws: rank 0: how to sample each row that the step marks as sampled, in order.
-        Returns:
-            Rank 0: one Sampled per marked row. Other ranks: nothing.
+            draws: rank 0, where the step asks for full logits: how to sample each row that it marks, in order.
         """
         if self.tp.device.type == "cuda":
             # Kernels are launched on the current device, which is each thread's own.
             torch.cuda.set_device(self.tp.device)
-        batch = Batch.load(step, self.kv.block_size, self.tp.device)
         self.kv.copy_heads(step.copies_C3.tolist())
-        hidden_TD = self.model.forward(batch, self.kv)
-        num_sampled = batch.sample_rows.shape[0]
-        if not num_sampled:
-            return []
-        # While all decode, every row is sampled.
-        sampled_SD = hidden_TD if num_sampled == hidden_TD.shape[0] else hidden_TD.index_select(0, batch.sample_rows)
-        local_SV = self.model.logits(sampled_SD)
-        if step.full_logits:
-            return self._sample(local_SV, draws)
-        return self._argmax(local_SV)
-
-    def _sample(self, local_SV: Tensor, draws: Sequence[Draw]) -> list[Sampled]:
+        on_device = self.is_asynchronous and step.full_logits
+        numbers = [draw_numbers(draw) for draw in draws] if on_device else []
+        # Inside a recording nothing can be timed.
+        graphs = None if self._profile is not None and self._profile.is_active else self.graphs
+        key = graphs.key_of(step) if graphs is not None else None
+        if graphs is not None and key is not None:
+            batch, (local_SV, ids_S) = graphs.replay(key, step, numbers)
+        else:
+            layout = Layout.of(step, len(numbers))
+            batch = layout.batch(layout.upload(step, self.kv.block_size, self._uploads, numbers))
+            if not layout.num_samples:
+                self.model.forward(self._resolved(batch), self.kv)
+                return _nothing
+            local_SV, ids_S = self._compute(batch)
+        if not step.full_logits:
+            return self._pending(ids_S)
         logits_SV = self.model.head.gather(local_SV)
+        if self.is_asynchronous:
+            return self._sample_on_device(logits_SV, batch.draws_S5, draws)
         if self.tp.rank:
-            return []
+            return _nothing
         rows = logits_SV.float().cpu().numpy()
-        return [sample(row, draw) for row, draw in zip(rows, draws, strict=True)]
+        sampled = [sample(row, draw) for row, draw in zip(rows, draws, strict=True)]
+        return lambda: sampled
 
-    def _argmax(self, local_SV: Tensor) -> list[Sampled]:
-        """Greedy: ranks exchange (max, index) pairs. A vocabulary below 2^24 keeps the index exact in fp32."""
+    def _compute(self, batch: Batch) -> Outputs:
+        """What a graph records: this rank's logits of the sampled rows and their greedy ids; remembers those."""
+        hidden_TD = self.model.forward(self._resolved(batch), self.kv)
+        # While all decode, every row is sampled.
+        is_all = batch.sample_rows.shape[0] == hidden_TD.shape[0]
+        local_SV = self.model.logits(hidden_TD if is_all else hidden_TD.index_select(0, batch.sample_rows))
+        ids_S = self._greedy(local_SV)
+        if self.is_asynchronous:
+            self._remember(ids_S)
+        return local_SV, ids_S
+
+    def _resolved(self, batch: Batch) -> Batch:
+        """With the samples of the last step in place of the ids that stand for them."""
+        if not self.is_asynchronous or not self._last_ids.shape[0]:
+            return batch
+        ids_T = batch.token_ids_T
+        # A row without a sample (-1) goes on with any id: its request has ended.
+        sampled_T = self._last_ids.index_select(0, (-1 - ids_T).clamp_(0, self._last_ids.shape[0] - 1)).clamp_(min=0)
+        return replace(batch, token_ids_T=torch.where(ids_T < 0, sampled_T, ids_T))
+
+    def _remember(self, ids_S: Tensor) -> None:
+        num_ids = ids_S.shape[0]
+        if num_ids > self._last_ids.shape[0]:
+            self._last_ids = torch.zeros_like(ids_S)
+        self._last_ids[:num_ids] = ids_S
+
+    def _greedy(self, local_SV: Tensor) -> Tensor:
+        """ids_S, -1 for a row with NaN or Inf. Ranks exchange (max, index) pairs and come to the same result.
+
+        A vocabulary below 2^24 keeps the index exact in fp32.
+        """
         values_S, indices_S = self.model.ops.argmax(local_SV)
-        if self.tp.size == 1:
-            return [_best([pair]) for pair in zip(values_S.tolist(), indices_S.tolist(), strict=True)]
-        pairs_S2 = torch.stack([values_S.float(), (indices_S + self.model.head.start).float()], dim=1)
-        gathered = self.tp.all_gather(pairs_S2)
+        if self.tp.size > 1:
+            pairs_S2 = torch.stack([values_S.float(), (indices_S + self.model.head.start).float()], dim=1)
+            gathered = self.tp.all_gather(pairs_S2)
+            # The first rank's among equals: it has the lower ids.
+            values_S, ranks_S = self.model.ops.argmax(gathered[:, ::2].contiguous())
+            indices_S = gathered[:, 1::2].gather(1, ranks_S[:, None])[:, 0].long()
+        return torch.where(values_S.isnan(), -1, indices_S)
+
+    def _sample_on_device(self, logits_SV: Tensor, draws_S5: Tensor, draws: Sequence[Draw]) -> Pending:
+        """Rank 0 draws; the others get its ids, for the next step."""
+        is_rank_0 = self.tp.rank == 0
+        ids_S = sample_on_device(logits_SV, draws_S5) if is_rank_0 else torch.zeros_like(logits_SV[:, 0]).long()
+        if self.tp.size > 1:
+            ids_S = self.tp.all_gather(ids_S[:, None])[:, 0].contiguous()
+        self._remember(ids_S)
+        counts = [draw.params.logprobs for draw in draws]
+        if not is_rank_0 or all(count is None for count in counts):
+            return self._pending(ids_S)
+        most = max(count or 0 for count in counts)
+        ids, logprobs, top, top_ids = map(_fetch, (ids_S, *logprobs_on_device(logits_SV, ids_S, most)))
+
+        def wait() -> list[Sampled]:
+            rows = zip(ids(), logprobs(), top(), top_ids(), counts, strict=True)
+            return [_with_logprobs(*row) for row in rows]
+
+        return wait
+
+    def _pending(self, ids_S: Tensor) -> Pending:
         if self.tp.rank:
-            return []
-        return [_best(list(zip(row[::2], row[1::2], strict=True))) for row in gathered.tolist()]
+            return _nothing
+        ids = _fetch(ids_S)
+        return lambda: [_sampled(token_id) for token_id in ids()]
 
 
-def _best(pairs: Sequence[tuple[float, float]]) -> Sampled:
-    """The index with the largest value among (value, index) of every rank; the first rank's among equals."""
-    if not all(math.isfinite(value) for value, _ in pairs):
-        return Sampled(0, error=NOT_FINITE)
-    return Sampled(int(max(pairs, key=itemgetter(0))[1]))
+def _nothing() -> list[Sampled]:
+    return []
+
+
+def _fetch(values: Tensor) -> Callable[[], list]:  # type: ignore[type-arg]  # numbers, nested like the tensor
+    """Start copying to the host; calling the result waits for that and gives the values."""
+    if values.device.type == "cpu":
+        # The next step may overwrite them.
+        return values.tolist if values.is_contiguous() and values._base is None else values.clone().tolist
+    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+    host.copy_(values, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait() -> list:  # type: ignore[type-arg]
+        copied.synchronize()
+        return host.tolist()
+
+    return wait
+
+
+def _sampled(token_id: int) -> Sampled:
+    return Sampled(0, error=NOT_FINITE) if token_id < 0 else Sampled(token_id)
+
+
+def _with_logprobs(
+    token_id: int, logprob: float, top: Sequence[float], top_ids: Sequence[int], count: int | None
+) -> Sampled:
+    if token_id < 0 or count is None:
+        return _sampled(token_id)
+    return Sampled(token_id, logprob, tuple(zip(top_ids[:count], top[:count], strict=True)))

@@ -1,7 +1,7 @@
-"""From one row of logits to one token id.
+"""From one row of logits to one token id: on the host row by row, or on the device for all rows of a step.
 
-Works on one row at a time in float64 on the host, so that nothing in the batch, no thread count and no rank changes a
-bit of what is drawn. Randomness is counter-based: (seed, choice, position) alone decide.
+Works in float64 and on each row by itself, so that nothing in the batch, no thread count and no rank changes a bit of
+what is drawn. Randomness is counter-based: (seed, choice, position) alone decide.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from megatron_infer.config import SamplingParams
 from megatron_infer.engine.request import Sampled
 
 Row = npt.NDArray[np.float64]
 
+_ROWS_AT_ONCE = 16
+"""Rows sorted together on the device: a float64 copy of a vocabulary of 49152 takes 6 MiB for them."""
 NOT_FINITE = "the model produced NaN or Inf for this request; check the checkpoint's weights and dtype"
 
 
@@ -94,3 +98,49 @@ def _draw_token(row_V: Row, draw: Draw) -> int:
 def _uniform(draw: Draw) -> float:
     generator = np.random.Generator(np.random.Philox(key=[draw.seed, draw.choice], counter=draw.position))
     return float(generator.random())
+
+
+def draw_numbers(draw: Draw) -> tuple[float, float, float, float, float]:
+    """What `sample_on_device` needs to know of a draw; the random number depends on (seed, choice, position) alone."""
+    params = draw.params
+    uniform = 0.0 if params.temperature == 0.0 else _uniform(draw)
+    return params.temperature, float(params.top_k), params.top_p, params.min_p, uniform
+
+
+def sample_on_device(logits_SV: Tensor, draws_S5: Tensor) -> Tensor:
+    """`sample` for many rows without the host: ids_S int64, -1 where a logit is NaN or infinite.
+
+    The same steps in float64. Sums over the vocabulary may round otherwise than NumPy's, which shows only where the
+    random number falls on the edge between two tokens.
+
+    Args:
+        logits_SV: of any floating dtype. draws_S5: float64, `draw_numbers` of each row.
+    """
+    parts = zip(logits_SV.split(_ROWS_AT_ONCE), draws_S5.split(_ROWS_AT_ONCE), strict=True)
+    return torch.cat([_sample_rows(logits.double(), draws) for logits, draws in parts])
+
+
+def _sample_rows(logits_SV: Tensor, draws_S5: Tensor) -> Tensor:
+    temperature, top_k, top_p, min_p, uniform = (column[:, None] for column in draws_S5.unbind(1))
+    is_greedy = temperature == 0.0
+    scaled_SV = (logits_SV - logits_SV.amax(dim=1, keepdim=True)) / torch.where(is_greedy, 1.0, temperature)
+    probs_SV, ids_SV = torch.softmax(scaled_SV, dim=1).sort(dim=1, descending=True, stable=True)
+    rank_V = torch.arange(probs_SV.shape[1], device=probs_SV.device)
+    kept_SV = (rank_V < top_k) | (top_k == 0)
+    probs_SV = probs_SV * kept_SV
+    before_SV = probs_SV.cumsum(dim=1) - probs_SV
+    kept_SV &= (before_SV < top_p * probs_SV.sum(dim=1, keepdim=True)) | (top_p == 1.0) | (rank_V == 0)
+    kept_SV &= probs_SV >= min_p * probs_SV[:, :1]
+    cumulative_SV = (probs_SV * kept_SV).cumsum(dim=1)
+    drawn_S1 = (cumulative_SV <= uniform * cumulative_SV[:, -1:]).sum(dim=1, keepdim=True)
+    drawn_S1 = torch.minimum(drawn_S1, kept_SV.sum(dim=1, keepdim=True) - 1)
+    ids_S1 = torch.where(is_greedy, logits_SV.argmax(dim=1, keepdim=True), ids_SV.gather(1, drawn_S1.clamp(min=0)))
+    return torch.where(logits_SV.isfinite().all(dim=1), ids_S1[:, 0], -1)
+
+
+def logprobs_on_device(logits_SV: Tensor, ids_S: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Log probabilities fp32 of ids_S [S], and the `count` largest of each row with their ids [S, count]."""
+    logprobs_SV = torch.log_softmax(logits_SV.double(), dim=1).float()
+    # Not topk: among equals the lower index goes first.
+    top_SC, top_ids_SC = (part[:, :count] for part in logprobs_SV.sort(dim=1, descending=True, stable=True))
+    return logprobs_SV.gather(1, ids_S.clamp(min=0)[:, None])[:, 0], top_SC, top_ids_SC

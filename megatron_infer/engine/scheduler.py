@@ -9,26 +9,11 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import numpy as np
 
 from megatron_infer.cache.block_pool import ROOT, BlockPool, Match, common_head
+from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Event, Request, Sampled
 from megatron_infer.engine.step import Step
-
-
-@dataclass
-class _Plan:
-    """A step in the making, and what its commit has to settle."""
-
-    rows: list[tuple[Request, int]] = field(default_factory=list)
-    """(request, number of its tokens computed)"""
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    step: Step | None = None
-
-    def has(self, request: Request) -> bool:
-        return any(row_request is request for row_request, _ in self.rows)
 
 
 class Scheduler:
@@ -48,7 +33,8 @@ class Scheduler:
         self._requests: dict[int, Request] = {}
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
-        self._plan: _Plan | None = None
+        self._plans: deque[Plan] = deque()
+        """Of the steps in flight: at most two, in order."""
         self._refused: tuple[Request | None, int] = (None, 0)
         """The request that last found too few blocks, and how many were to be had."""
 
@@ -100,7 +86,7 @@ class Scheduler:
         if request is None or request.finish_reason is not None:
             return None
         event = request.finish("abort")
-        if self._plan is not None and self._plan.has(request):
+        if self._is_in_flight(request):
             self._running.remove(request)  # commit frees its blocks: the step still writes them
         elif request in self._running:
             self._running.remove(request)
@@ -111,9 +97,9 @@ class Scheduler:
         return event
 
     def schedule(self) -> Step | None:
-        """Plan the next step, or None when there is nothing to do. Every step must be committed before the next."""
-        assert self._plan is None, "the last step is not committed"
-        plan = _Plan()
+        """Plan the next step, or None when there is nothing to do. Every step before must be committed."""
+        assert not self._plans, "the last step is not committed"
+        plan = Plan()
         self._make_room_for_decoding()
         budget = self.max_num_batched_tokens
         # Admission ends when the budget does. So only the last one admitted can be short of its prompt's end: a long
@@ -126,25 +112,56 @@ class Scheduler:
         if not plan.rows:
             assert not self.has_work, "requests wait, and nothing runs that could make room for them"
             return None
-        plan.step = self._build_step(plan)
-        self._plan = plan
+        plan.step = plan.build(self.pool)
+        self._plans.append(plan)
         return plan.step
+
+    def schedule_ahead(self) -> Step | None:
+        """Plan the step after the one in flight, whose samples are not known yet; None where they must be.
+
+        That is so unless all of its rows are sampled and nobody could be admitted. The new step computes the samples
+        themselves, of those requests that need not end with them: id -1 - j is the j-th sample of the step in flight.
+        A request that turns out to have ended has its row computed for nothing.
+        """
+        assert len(self._plans) == 1, "one step must be in flight"
+        (plan,) = self._plans
+        can_admit = self._waiting and len(self._running) < self.max_num_seqs
+        assert plan.step is not None
+        if can_admit or not plan.step.sample_S.all():
+            return None
+        ahead, sample_indices = Plan(), []
+        for j, (request, _) in enumerate(plan.rows):
+            if request.finish_reason is not None or len(request.ids) + 1 >= request.longest_len:
+                continue
+            if len(request.block_table) < self.pool.blocks_for(len(request.ids) + 1):
+                fresh = self.pool.take(1)
+                if fresh is None:
+                    return None
+                request.block_table.append(fresh[0])
+            ahead.rows.append((request, 1))
+            sample_indices.append(j)
+        if not ahead.rows:
+            return None
+        ahead.step = ahead.build_ahead(self.pool, sample_indices)
+        self._plans.append(ahead)
+        return ahead.step
 
     def commit(self, step: Step, sampled: Sequence[Sampled]) -> list[Event]:
         """Take in an executed step: one Sampled per row with `sample_S` 1, in order; returns an Event for each.
 
-        Only now do its full blocks become matchable. Aborted requests yield no event here.
+        Only now do its full blocks become matchable. Requests that have ended by now yield no event here.
         """
-        plan = self._plan
-        assert plan is not None, "no step is in flight"
-        assert plan.step is step, "only the step planned last can be committed"
+        assert self._plans, "no step is in flight"
+        plan = self._plans[0]
+        assert plan.step is step, "steps are committed in the order in which they were planned"
         assert len(sampled) == int(step.sample_S.sum()), f"{len(sampled)} samples for {int(step.sample_S.sum())} rows"
-        self._plan = None
+        self._plans.popleft()
         self.pool.release([source for source, _, _ in plan.copies])
         events: list[Event] = []
         samples = iter(sampled)
         for (request, chunk), is_sampled in zip(plan.rows, step.sample_S.tolist(), strict=True):
-            request.num_computed += chunk
+            # What was computed for nothing is not among the ids.
+            request.num_computed = min(request.num_computed + chunk, len(request.ids))
             result = next(samples) if is_sampled else None
             if result is not None and request.finish_reason is None:
                 events.append(request.accept(result))
@@ -154,10 +171,14 @@ class Scheduler:
                 request.cacheable = False
             self._seal_full_blocks(request)
             if request.finish_reason is not None:
-                if request.finish_reason != "abort":
+                if request in self._running:
                     self._running.remove(request)
-                self._retire(request)
+                if not self._is_in_flight(request):
+                    self._retire(request)
         return events
+
+    def _is_in_flight(self, request: Request) -> bool:
+        return any(plan.has(request) for plan in self._plans)
 
     # ---- planning ---------------------------------------------------------------------------------------------------
 
@@ -180,7 +201,7 @@ class Scheduler:
                 self._waiting.appendleft(latest)
                 self.num_preemptions += 1
 
-    def _admit(self, plan: _Plan, budget: int) -> None:
+    def _admit(self, plan: Plan, budget: int) -> None:
         """Move waiting requests into the step, in order, while budget, sequences and blocks last."""
         if not self._waiting:
             return
@@ -207,7 +228,7 @@ class Scheduler:
             if key is not None:
                 being_written.setdefault(key, row)
 
-    def _allocate(self, request: Request, match: Match, plan: _Plan) -> bool:
+    def _allocate(self, request: Request, match: Match, plan: Plan) -> bool:
         """Blocks for all of the request's tokens, or nothing: a prompt is never preempted between its own chunks.
 
         One block per running request stays free, or their next tokens would evict the newcomer at once.
@@ -263,32 +284,6 @@ class Scheduler:
         shared = common_head(request.ids[start:limit], other.ids[start:limit]) // size * size
         return 2 * (shared - match.tail_len) >= min(budget, len(request.ids) - start - match.tail_len)
 
-    def _build_step(self, plan: _Plan) -> Step:
-        token_ids: list[int] = []
-        query_lens, context_lens, sample, block_tables = [], [], [], []
-        full_logits = False
-        for request, chunk in plan.rows:
-            end = request.num_computed + chunk
-            is_sampled = end == len(request.ids)
-            token_ids.extend(request.ids[request.num_computed : end])
-            query_lens.append(chunk)
-            context_lens.append(end)
-            sample.append(int(is_sampled))
-            full_logits |= is_sampled and not request.sampling.greedy_only
-            # A copy: commit may exchange a block of the table, and an exported array cannot grow.
-            num_blocks = self.pool.blocks_for(end)
-            block_tables.append(np.frombuffer(request.block_table, dtype=np.int32, count=num_blocks).copy())
-        return Step(
-            token_ids_T=np.array(token_ids, dtype=np.int32),
-            query_lens_S=np.array(query_lens, dtype=np.int32),
-            context_lens_S=np.array(context_lens, dtype=np.int32),
-            block_tables=block_tables,
-            sample_S=np.array(sample, dtype=np.int32),
-            copies_C3=np.array(plan.copies, dtype=np.int32).reshape(-1, 3),
-            full_logits=full_logits,
-            request_ids=[request.request_id for request, _ in plan.rows],
-        )
-
     # ---- blocks -----------------------------------------------------------------------------------------------------
 
     def _seal_full_blocks(self, request: Request) -> None:
@@ -324,21 +319,21 @@ class Scheduler:
         """Assert every invariant of the queues and of the pool; for tests and post-mortems."""
         pool = self.pool
         pool.check()
-        in_flight = [] if self._plan is None else [request for request, _ in self._plan.rows]
-        aborted = [request for request in in_flight if request.finish_reason == "abort"]
+        in_flight = [request for plan in self._plans for request, _ in plan.rows]
+        ended = [request for request in in_flight if request.finish_reason is not None]
         order = list(self._requests.values())  # a dict keeps the order of arrival
-        assert [r for r in order if r not in aborted] == [*self._running, *self._waiting]
+        assert [r for r in order if r not in ended] == [*self._running, *self._waiting]
         refs = [0] * pool.num_blocks
         for block in [b for request in order for b in request.block_table]:
             refs[block] += 1
-        for source, _, _ in self._plan.copies if self._plan is not None else ():
+        for source in [source for plan in self._plans for source, _, _ in plan.copies]:
             refs[source] += 1
         assert refs == [pool.num_refs(block) for block in range(pool.num_blocks)], "a block leaked or is held too often"
         for request in self._waiting:
             assert request.num_computed == 0
             assert not request.block_table
         assert len(self._running) <= min(self.max_num_seqs, self.max_num_batched_tokens)
-        if self._plan is None:
+        if not self._plans:
             assert all(request.num_remaining == 1 for request in self._running[:-1])
         for request in self._running:
             assert 0 <= request.num_computed < len(request.ids)

@@ -23,6 +23,7 @@ class Step:
     """
 
     token_ids_T: Ints
+    """-1 - j: the j-th sample of the step before, which is not known yet."""
     query_lens_S: Ints
     context_lens_S: Ints
     """Tokens in the KV cache once this step has run, those of this step included."""

@@ -6,20 +6,23 @@ Owns the messages between rank 0 and its followers: integers only, never pickle.
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_infer.engine.interrupts import interrupt_left_to_rank_0
-from megatron_infer.engine.runner import ModelRunner
+from megatron_infer.engine.request import Sampled
+from megatron_infer.engine.runner import ModelRunner, Pending
+from megatron_infer.engine.sampler import Draw
 from megatron_infer.engine.step import Step
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 
 Ints = npt.NDArray[np.int64]
+Result = TypeVar("Result")
 Items = Generator[Any, None, None]
 """The results of one collective call, as JSON values."""
 
@@ -120,7 +123,7 @@ def _follow(runner: ModelRunner) -> Items:
             message = runner.tp.broadcast_ints(None)
             kind = Kind(int(message[0]))
             if kind is Kind.STEP:
-                execute(runner, Step.decode(message[1:]))
+                launch(runner, Step.decode(message[1:]))
         if kind is Kind.RESULT and not abandoned:
             try:
                 yield _read_json(message)
@@ -134,10 +137,22 @@ def _follow(runner: ModelRunner) -> Items:
             raise _Closed("rank 0 closed the session")
 
 
-def execute(runner: ModelRunner, step: Step, draws: Any = ()) -> Any:
-    """Run a step; whatever goes wrong here is told to the other ranks before it is raised."""
+def launch(runner: ModelRunner, step: Step, draws: Sequence[Draw] = ()) -> Pending:
+    """Start a step; what goes wrong, here or while waiting for it, is told to the other ranks before it is raised."""
+    pending = _told(runner, lambda: runner.launch(step, draws))
+
+    def wait() -> list[Sampled]:
+        sampled = pending()
+        # A GPU that no longer waits for a rank that died goes on with whatever it has.
+        runner.tp.check()
+        return sampled
+
+    return lambda: _told(runner, wait)
+
+
+def _told(runner: ModelRunner, call: Callable[[], Result]) -> Result:
     try:
-        return runner.execute(step, draws)
+        return call()
     except RankFailure:
         raise
     except Exception as error:

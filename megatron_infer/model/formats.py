@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig
-from megatron_infer.ops import GROUP, INT4, QUANTIZED, Ops, PackedLinear, chunk_bounds
+from megatron_infer.config import EngineConfig, ModelConfig
+from megatron_infer.ops import GROUP, INT4, QUANTIZED, Ops, PackedLinear, chunk_bounds, fp8
 
 Range = tuple[int, int]
 
@@ -85,6 +85,30 @@ class PlainFormat:
 
 
 @dataclass(frozen=True)
+class Fp8Format(PlainFormat):
+    """float8_e4m3fn weights with an fp32 scale per row of this rank's slice, rounded by the op table.
+
+    K is cut at multiples of what torch's fp8 product takes. Tensor-parallel degrees round differently.
+    """
+
+    def chunk_bounds(self, in_dim: int) -> tuple[int, ...]:
+        return chunk_bounds(in_dim, fp8.UNIT)
+
+    def load_rows(
+        self,
+        packed: PackedLinear,
+        row_start: int,
+        source: TensorSource,
+        name: str,
+        rows: Range | None = None,
+        cols: Range | None = None,
+    ) -> None:
+        weight_NK = source.read(f"{name}.weight", rows, cols)
+        for start, stop in row_blocks(weight_NK.shape[0], weight_NK.shape[1]):
+            self.ops.pack_rows(packed, row_start + start, weight_NK[start:stop])
+
+
+@dataclass(frozen=True)
 class RoundingFormat(PlainFormat):
     """int8 or int4 weights with a scale per output row and GROUP of k, rounded to nearest while loading.
 
@@ -149,14 +173,14 @@ def weight_formats(
 
     Args:
         dtype: of weights that are not quantised.
-        quantization: "none", "int8" or "int4"; the checkpoint's own where it is quantised.
+        quantization: "none", "int8", "int4" or "fp8"; the checkpoint's own where it is quantised.
     """
     stored = config.quantization
     assert stored is None or stored.format == quantization
 
     def make(weights: torch.dtype, is_stored: bool) -> WeightFormat:
         if weights not in QUANTIZED:
-            return PlainFormat(ops, weights, device)
+            return Fp8Format(ops, weights, device) if weights == fp8.FP8 else PlainFormat(ops, weights, device)
         if stored is None or not is_stored:
             return RoundingFormat(ops, weights, device)
         return QuantizedFormat(ops, weights, device, stored.group_size)
@@ -167,13 +191,53 @@ def weight_formats(
 
 
 def stored_dtypes(dtype: torch.dtype, quantization: str) -> tuple[torch.dtype, torch.dtype]:
-    """Of the blocks' linear layers and of the head. int4 leaves the head int8: its errors go straight to the logits."""
-    quantized = {"none": (dtype, dtype), "int8": (torch.int8, torch.int8), "int4": (INT4, torch.int8)}
-    return quantized[quantization]
+    """Of the blocks' linear layers and of the head.
+
+    int4 leaves the head int8, and fp8 leaves it in `dtype`: its errors go straight to the logits.
+    """
+    return {
+        "none": (dtype, dtype),
+        "int8": (torch.int8, torch.int8),
+        "int4": (INT4, torch.int8),
+        "fp8": (fp8.FP8, dtype),
+    }[quantization]
+
+
+def check_fp8(model: ModelConfig, config: EngineConfig, tp: int, capability: tuple[int, int] | None) -> None:
+    """Refuse fp8 weights where they cannot be multiplied, before any is read.
+
+    Args:
+        tp: the tensor-parallel degree. capability: of the GPU; None on the CPU.
+    Raises:
+        ValueError: with what to use instead.
+    """
+    needs = f"quantization 'fp8' needs a GPU of compute capability {'.'.join(map(str, fp8.CAPABILITY))} or more"
+    if capability is None:
+        raise ValueError(f"{needs}; on the CPU use quantization='int8', which works everywhere")
+    if capability < fp8.CAPABILITY:
+        raise ValueError(f"{needs}, this one has {'.'.join(map(str, capability))}; use quantization='int8'")
+    if config.deterministic:
+        raise ValueError(
+            "quantization 'fp8' rounds and sums in the order of torch's kernels, which deterministic=True rules out; "
+            "use quantization='int8', or leave deterministic off"
+        )
+    query, kv = (len(heads(0, tp)) * model.head_dim for heads in (model.query_heads_on, model.kv_heads_on))
+    sizes = {
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.intermediate_size,
+        f"query columns on each of {tp} ranks": query,
+        f"key columns on each of {tp} ranks": 2 * kv,
+    }
+    odd = [f"{what} {size}" for what, size in sizes.items() if size % fp8.UNIT]
+    if odd:
+        raise ValueError(
+            f"quantization 'fp8' needs linear layers of multiples of {fp8.UNIT}, but this model has "
+            f"{' and '.join(odd)}; use quantization='int8'"
+        )
 
 
 def bytes_per_weight(dtype: torch.dtype) -> float:
-    """Storage of one weight, its share of the scale included."""
+    """Storage of one weight, its share of the scale included; of fp8, whose rows share one, without it."""
     return {torch.int8: 1 + 2 / GROUP, INT4: 0.5 + 2 / GROUP}.get(dtype, float(dtype.itemsize))
 
 

@@ -41,6 +41,8 @@ class BatchView(Protocol):
     def context_lens_S(self) -> Tensor: ...
     @property
     def block_tables_SB(self) -> Tensor: ...
+    @property
+    def max_query_len(self) -> int: ...
 
 
 class Attention:
@@ -81,22 +83,24 @@ class Attention:
         rope: tuple[Tensor, Tensor],
         batch: BatchView,
         kv: tuple[Tensor, Tensor],
-    ) -> Tensor:
+    ) -> Tensor | None:
+        """What is to be added to the residual, to which x (if any) is added first; None: it has been."""
         if self.ops.attention_layer is not None:
             partial_TD = self.ops.attention_layer(
                 x_TD, residual_TD, norm.weight_D, norm.eps, self.qkv.packed, self.out.packed, *rope, batch.positions_T,
                 batch.slots_T, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S,
-                self.num_heads, self.num_kv_heads, self.scale,
+                batch.max_query_len, self.num_heads, self.num_kv_heads, self.scale, self.out.is_whole,
             )  # fmt: skip
-            return self.out.reduce(partial_TD)
+            return None if partial_TD is None else self.out.reduce(partial_TD, residual_TD)
         x_TD = norm(x_TD, residual_TD)
         q_TNH = self.ops.rope_store_kv(
             self.qkv(x_TD), *rope, batch.positions_T, batch.slots_T, *kv, self.num_heads, self.num_kv_heads
         )
         o_TNH = self.ops.paged_attention(
-            q_TNH, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S, self.scale
-        )
-        return self.out(o_TNH.view(o_TNH.shape[0], -1))
+            q_TNH, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S, batch.max_query_len,
+            self.scale,
+        )  # fmt: skip
+        return self.out(o_TNH.view(o_TNH.shape[0], -1), residual_TD)
 
 
 class FeedForward:
@@ -122,13 +126,14 @@ class FeedForward:
             fmt=fmt,
         )
 
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, norm: Norm) -> Tensor:
+    def __call__(self, x_TD: Tensor | None, residual_TD: Tensor, norm: Norm) -> Tensor | None:
+        """As Attention."""
         if self.ops.feed_forward_layer is not None:
             partial_TD = self.ops.feed_forward_layer(
-                x_TD, residual_TD, norm.weight_D, norm.eps, self.gate_up.packed, self.down.packed
+                x_TD, residual_TD, norm.weight_D, norm.eps, self.gate_up.packed, self.down.packed, self.down.is_whole
             )
-            return self.down.reduce(partial_TD)
-        return self.down(self.ops.silu_mul(self.gate_up(norm(x_TD, residual_TD))))
+            return None if partial_TD is None else self.down.reduce(partial_TD, residual_TD)
+        return self.down(self.ops.silu_mul(self.gate_up(norm(x_TD, residual_TD))), residual_TD)
 
 
 class Norm:
@@ -142,7 +147,7 @@ class Norm:
         self.weight_D.copy_(source.read(f"{self.name}.weight"))
 
     def __call__(self, x_TD: Tensor | None, residual_TD: Tensor) -> Tensor:
-        """Adds x, what the last half layer gave (None before the first), to the residual in place; the norm of that."""
+        """Adds x, what the last half layer left to add (if anything), to the residual in place; the norm of that."""
         if x_TD is None:
             return self.ops.rms_norm(residual_TD, self.weight_D, self.eps)
         return self.ops.add_rms_norm(x_TD, residual_TD, self.weight_D, self.eps)

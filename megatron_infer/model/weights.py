@@ -235,7 +235,8 @@ def memory_estimate(config: ModelConfig, tp: int, dtype: torch.dtype, quantizati
     """Bytes of weights on the fullest of `tp` ranks: matrices in `dtype` or quantised, norms and biases in fp32.
 
     A tied head counts twice, as the embedding is looked up by rows and the head is packed for multiplication; KV heads
-    count on every rank that holds a copy. Padding of the packed layout (well under 1%) is left out.
+    count on every rank that holds a copy. Padding of the packed layout and the scales of fp8 rows (well under 1%) are
+    left out.
     """
     config.validate_tp(tp)
     hidden = config.hidden_size

@@ -31,7 +31,8 @@ class PackedLinear:
 
     Attributes:
         data: opaque; only the ops of the same table read it.
-        dtype: of the weights as stored: floating, or torch.int8 or torch.int4 with a bf16 scale per row and GROUP of k.
+        dtype: of the weights as stored: floating (float8_e4m3fn with an fp32 scale per row), torch.int8 or torch.int4
+            (with a bf16 scale per row and GROUP of k).
         chunk_bounds: of the chunks of K this rank owns, from 0 to in_dim; 8, 4, 2 or 1 chunks.
         bias: fp32 [out_dim], added last; None where it is added after the all-reduce.
         layout: whatever the owner keeps about `data`.
@@ -124,12 +125,14 @@ class PagedAttention(Protocol):
         block_tables_SB: Tensor,
         query_start_S1: Tensor,
         context_lens_S: Tensor,
+        max_query_len: int,
         scale: float,
     ) -> Tensor:
         """Causal grouped-query attention, o_TNH.
 
         Sequence s has the query rows query_start[s] .. query_start[s + 1], its last positions; context_lens[s] counts
-        all positions, these included. Index tensors are int32. Head n reads KV head n // (N / G).
+        all positions, these included. Index tensors are int32; max_query_len, the most query rows of a sequence, spares
+        the host from reading them. Head n reads KV head n // (N / G).
         """
         ...
 
@@ -170,26 +173,33 @@ class AttentionLayer(Protocol):
         block_tables_SB: Tensor,
         query_start_S1: Tensor,
         context_lens_S: Tensor,
+        max_query_len: int,
         num_heads: int,
         num_kv_heads: int,
         scale: float,
-    ) -> Tensor:
+        is_whole: bool,
+    ) -> Tensor | None:
         """The first half of a decoder layer up to where ranks add their sums: add_rms_norm (rms_norm of the residual
-        where x is None), linear, rope_store_kv, paged_attention, linear; to the bit what those ops give."""
+        where x is None), linear, rope_store_kv, paged_attention, linear; on the CPU to the bit what those ops give.
+
+        is_whole: the last product is the whole sum, neither other ranks' nor a bias missing. Then the op may add it to
+        the residual itself, and returns None.
+        """
         ...
 
 
 class FeedForwardLayer(Protocol):
     def __call__(
         self,
-        x_TD: Tensor,
+        x_TD: Tensor | None,
         residual_TD: Tensor,
         norm_D: Tensor,
         eps: float,
         gate_up: PackedLinear,
         down: PackedLinear,
-    ) -> Tensor:
-        """The second half: add_rms_norm, linear, silu_mul, linear; on the CPU to the bit what those ops give."""
+        is_whole: bool,
+    ) -> Tensor | None:
+        """The second half, alike: add_rms_norm or rms_norm, linear, silu_mul, linear."""
         ...
 
 
@@ -198,6 +208,8 @@ class Ops:
     """One callable per op, chosen once, and the report of how they were chosen.
 
     A table may also have the halves of a decoder layer as single launches; None: they are made of the ops above.
+    is_recordable: a step of equally long queries can be a CUDA graph and is worth it: nothing in it waits for the host,
+    and it reads no more of the KV cache than the lengths on the device say, however wide the block tables.
     """
 
     allocate_linear: AllocateLinear
@@ -213,4 +225,5 @@ class Ops:
     gather_rows: GatherRows
     attention_layer: AttentionLayer | None = None
     feed_forward_layer: FeedForwardLayer | None = None
+    is_recordable: bool = False
     report: tuple[str, ...] = ()

@@ -1,19 +1,24 @@
 """Chooses, once at load, who implements each op, and says why every better candidate was refused.
 
-Knows which candidates exist for a device and in which order they are wanted; knows nothing of their arithmetic.
+Knows which candidates exist for a device and in which order they are wanted; knows nothing of their arithmetic. On a
+GPU, what is not torch itself is used only after ops.selfcheck has found no fault in it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from megatron_infer.kernels.cpu import native
-from megatron_infer.ops import Ops, reference, vendor
+from megatron_infer.ops import Ops, optional, reference, vendor
+from megatron_infer.ops.selfcheck import find_fault
+from megatron_infer.ops.selfcheck_inputs import CheckShape as CheckShape
 
 OP_NAMES = (
     "allocate_linear",
@@ -32,7 +37,8 @@ OP_NAMES = (
 LAYER_OPS = ("attention_layer", "feed_forward_layer")
 """Single launches for several ops, where a candidate has them."""
 
-OpTable = dict[str, Callable[..., Any]]
+OpTable = dict[str, Any]
+"""Callables by the names of Ops's fields."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,17 @@ class Candidate:
     detail: str = ""
     ops: OpTable | None = None
     refusal: str = ""
+
+    def proven(self, base: OpTable, device: torch.device, shape: CheckShape | None, deterministic: bool) -> Candidate:
+        """This candidate, or its refusal for a fault that shows when its ops, the others from `base`, are run."""
+        if self.ops is None or shape is None:
+            return self
+        checked, trusted = Ops(**{**base, **self.ops}, report=()), Ops(**_VENDOR, report=())
+        fault = find_fault(checked, trusted, device, shape, names=tuple(self.ops), deterministic=deterministic)
+        return self if fault is None else Candidate(self.name, refusal=fault)
+
+
+_VENDOR: OpTable = {name: getattr(vendor, name) for name in OP_NAMES}
 
 
 def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
@@ -74,7 +91,7 @@ def _triton(device: torch.device, deterministic: bool) -> Candidate:
 
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     detail = f"sm_{capability[0]}{capability[1]}, {num_sms} SMs{', deterministic' if deterministic else ''}"
-    return Candidate("triton", detail, triton_ops.table(num_sms, deterministic=deterministic))
+    return Candidate("triton", detail, triton_ops.table(num_sms, device, deterministic=deterministic))
 
 
 def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidate:
@@ -82,11 +99,84 @@ def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidat
         return Candidate("vendor", refusal="its bits depend on the batch; on the CPU they never may")
     if not forced and deterministic:
         return Candidate("vendor", refusal="its bits depend on the batch, and deterministic is set")
-    return Candidate("vendor", "torch", {name: getattr(vendor, name) for name in OP_NAMES})
+    return Candidate("vendor", "torch", _VENDOR)
 
 
 def _reference() -> Candidate:
     return Candidate("reference", "plain torch, slow", {name: getattr(reference, name) for name in OP_NAMES})
+
+
+def _flash_attention(device: torch.device, shape: CheckShape) -> Candidate:
+    capability = torch.cuda.get_device_capability(device)
+    if find_spec("flash_attn_interface") is None:
+        if find_spec("flash_attn") is None:
+            return Candidate("flash-attn", refusal="not installed")
+        return Candidate(
+            "flash-attn",
+            # Gathering the pages before each call would need their number on the host: no step could be a CUDA graph.
+            refusal="version 2 takes pages of multiples of 256 tokens, "
+            f"the cache has blocks of {shape.block_size}; FlashAttention 3 takes any",
+        )
+    if not (8, 0) <= capability < (10, 0):
+        return Candidate(
+            "flash-attn",
+            refusal="version 3 has kernels for compute capability 8 and 9, "
+            f"this GPU has {capability[0]}.{capability[1]}",
+        )
+    if shape.dtype not in (torch.bfloat16, torch.float16) or shape.kv_dtype != shape.dtype:
+        return Candidate("flash-attn", refusal=f"takes q and cache in bfloat16, not {shape.dtype}, {shape.kv_dtype}")
+    try:
+        call = import_module("flash_attn_interface").flash_attn_with_kvcache
+    except (ImportError, AttributeError, OSError) as error:
+        return Candidate("flash-attn", refusal=f"cannot be loaded: {error}")
+    op = partial(optional.paged_attention, flash_attn_with_kvcache=call)
+    return Candidate("flash-attn", "version 3", {"paged_attention": op})
+
+
+def _apex() -> Candidate:
+    if find_spec("fused_layer_norm_cuda") is None:
+        why = "built without its CUDA extensions" if find_spec("apex") is not None else "not installed"
+        return Candidate("apex", refusal=why)
+    try:
+        call = import_module("fused_layer_norm_cuda").rms_forward_affine_mixed_dtypes
+    except (ImportError, AttributeError, OSError) as error:
+        return Candidate("apex", refusal=f"cannot be loaded: {error}")
+    norms: OpTable = {name: partial(getattr(optional, name), rms_forward=call) for name in ("rms_norm", "add_rms_norm")}
+    return Candidate("apex", "fused RMSNorm", norms)
+
+
+_OPTIONAL_OPS = {"flash-attn": ("paged_attention",), "apex": ("rms_norm", "add_rms_norm")}
+
+
+def _optional(device: torch.device, shape: CheckShape, chosen: str, deterministic: bool) -> list[Candidate]:
+    """Packages that may replace single ops of the chosen table."""
+    if chosen == "vendor" and not deterministic:
+        offers = (_flash_attention(device, shape), _apex())
+        return [offer.proven(_VENDOR, device, shape, deterministic) for offer in offers]
+    if deterministic:
+        reason = "its bits depend on the batch, and deterministic is set"
+    else:
+        reason = f"it replaces ops of vendor, not of {chosen}, whose layers call no other package"
+    return [Candidate(name, refusal=reason) for name in _OPTIONAL_OPS]
+
+
+def _assembled(chosen: Candidate, refused: list[Candidate], replacing: list[Candidate]) -> Ops:
+    """The chosen table with the ops that others replace, and a line for each op."""
+    assert chosen.ops is not None
+    because = "".join(f"; {other.name} refused: {other.refusal}" for other in refused)
+    ops, report = dict(chosen.ops), []
+    for op in OP_NAMES:
+        line = f"{chosen.name} ({chosen.detail}){because}"
+        for other in replacing:
+            if op not in _OPTIONAL_OPS[other.name]:
+                continue
+            if other.ops is None:
+                line += f"; {other.name} refused: {other.refusal}"
+            else:
+                ops[op], line = other.ops[op], f"{other.name} ({other.detail}){because}"
+        report.append(f"{op}: {line}")
+    is_recordable = chosen.name == "triton" or any(other.ops and "paged_attention" in other.ops for other in replacing)
+    return Ops(**ops, is_recordable=is_recordable, report=tuple(report))
 
 
 def select_ops(
@@ -95,6 +185,7 @@ def select_ops(
     num_threads: int,
     isa: str = "auto",
     deterministic: bool = False,
+    shape: CheckShape | None = None,
     force: str | None = None,
 ) -> Ops:
     """The best implementation of every op on `device`.
@@ -103,30 +194,31 @@ def select_ops(
         num_threads: of the CPU kernels; the calling thread counts.
         isa: their instruction set; "auto" takes the best this CPU has, and all give the same bits.
         deterministic: only implementations whose bits do not depend on the batch.
-        force: "native", "triton", "vendor" or "reference" only, else ValueError.
+        shape: of the model: GPU kernels other than torch's are then run on inputs of that shape and compared with
+            torch's before they are taken, and packages that replace single ops are looked for.
+        force: "native", "triton", "vendor" (with what replaces its ops) or "reference" only, else ValueError.
 
     Raises:
         ValueError: `force` cannot be had; the message says why.
+        RuntimeError: a kernel left the GPU unusable to this process.
     """
     if num_threads < 1:
         raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+    shape = shape if device.type == "cuda" else None
     make: dict[str, Callable[[], Candidate]] = {
         "native": lambda: _native(device, num_threads, isa),
+        "triton": lambda: _triton(device, deterministic).proven({}, device, shape, deterministic),
         "vendor": lambda: _vendor(device, deterministic, force is not None),
-        # Behind vendor as long as nobody has seen these kernels run on a GPU: they are what deterministic takes.
-        "triton": lambda: _triton(device, deterministic),
         "reference": _reference,
     }
     if force not in (None, *make):
         raise ValueError(f"force is {force!r}; it must be one of {', '.join(make)}")
-    wanted = [force] if force else list(make)
     refused: list[Candidate] = []
-    for name in wanted:
+    for name in [force] if force else list(make):
         candidate = make[name]()
         if candidate.ops is not None:
-            because = "".join(f"; {other.name} refused: {other.refusal}" for other in refused)
-            report = tuple(f"{op}: {candidate.name} ({candidate.detail}){because}" for op in OP_NAMES)
-            return Ops(**candidate.ops, report=report)
+            replacing = _optional(device, shape, name, deterministic) if shape is not None else []
+            return _assembled(candidate, refused, replacing)
         if name == "native" and device.type == "cpu" and isa != "auto":
             raise ValueError(f"cpu_isa {isa!r} cannot be used: {candidate.refusal}. Leave it at auto.")
         refused.append(candidate)

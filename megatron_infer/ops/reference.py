@@ -22,6 +22,8 @@ def allocate_linear(
     out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> PackedLinear:
     """The transposed matrix, [in_dim, out_dim], int4 as int8; the scales of a quantised one, fp32 [groups, out_dim]."""
+    if dtype.itemsize == 1 and dtype.is_floating_point:
+        raise ValueError("the reference ops hold no fp8 weights; use quantization='int8'")
     is_quantized = dtype in QUANTIZED
     data = torch.empty(in_dim, out_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
     scales_GN = None
@@ -204,6 +206,7 @@ def paged_attention(
     block_tables_SB: Tensor,
     query_start_S1: Tensor,
     context_lens_S: Tensor,
+    max_query_len: int,
     scale: float,
 ) -> Tensor:
     """Sequence by sequence: gather its pages, then attend."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear
+from megatron_infer.ops.fp8 import FP8, quantize_rows, scaled_matmul
 from megatron_infer.ops.reference import argmax as argmax
 from megatron_infer.ops.reference import rope_store_kv as _rope_store_kv
 
@@ -17,18 +18,27 @@ from megatron_infer.ops.reference import rope_store_kv as _rope_store_kv
 def allocate_linear(
     out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> PackedLinear:
-    """The matrix as it is, [out_dim, in_dim], int4 as int8; the scales of a quantised one, bf16 [out_dim, groups]."""
+    """The matrix as it is, [out_dim, in_dim], int4 as int8; the scales of a quantised one, bf16 [out_dim, groups].
+
+    fp8 has one fp32 scale per row.
+    """
     is_quantized = dtype in QUANTIZED
     data = torch.empty(out_dim, in_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
-    scales_NG = None
+    scales = None
     if is_quantized:
-        scales_NG = torch.empty(out_dim, -(-in_dim // GROUP), dtype=torch.bfloat16, device=device)
-    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales_NG)
+        scales = torch.empty(out_dim, -(-in_dim // GROUP), dtype=torch.bfloat16, device=device)
+    elif dtype == FP8:
+        scales = torch.empty(out_dim, dtype=torch.float32, device=device)
+    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales)
 
 
 def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
-    """Store rows row_start .. row_start + N."""
-    packed.data[row_start : row_start + weight_NK.shape[0]] = weight_NK
+    """Store rows row_start .. row_start + N; fp8 rounds each with a scale of its own."""
+    rows = slice(row_start, row_start + weight_NK.shape[0])
+    if packed.dtype == FP8:
+        packed.data[rows], packed.layout[rows] = quantize_rows(weight_NK.to(packed.data.device))
+    else:
+        packed.data[rows] = weight_NK
 
 
 def pack_quantized(packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
@@ -38,8 +48,11 @@ def pack_quantized(packed: PackedLinear, row_start: int, values_NK: Tensor, scal
 
 
 def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
-    """x W^T + b in the dtype of x; whole K at once. A quantised weight is expanded anew: saves memory, not time."""
+    """x W^T + b in the dtype of x; whole K at once. An int8 or int4 weight is expanded anew: saves memory, not time."""
     bias_N = None if packed.bias is None else packed.bias.to(x_TK.dtype)
+    if packed.dtype == FP8:
+        y_TN = scaled_matmul(x_TK, packed.data, packed.layout)
+        return y_TN if bias_N is None else y_TN + bias_N
     weight_NK = packed.data.to(x_TK.dtype)
     if packed.dtype in QUANTIZED:
         weight_NK *= packed.layout.to(x_TK.dtype).repeat_interleave(GROUP, dim=1)[:, : packed.in_dim]
@@ -95,13 +108,14 @@ def paged_attention(
     block_tables_SB: Tensor,
     query_start_S1: Tensor,
     context_lens_S: Tensor,
+    max_query_len: int,
     scale: float,
 ) -> Tensor:
     """Gathers the padded pages and calls torch's attention.
 
-    One sequence, or one query per sequence, needs no host synchronisation; a mixture goes sequence by sequence.
+    Sequences with as many queries each need no host synchronisation; a mixture goes sequence by sequence.
     """
-    num_sequences, num_tokens = block_tables_SB.shape[0], q_TNH.shape[0]
+    num_sequences, block_size = block_tables_SB.shape[0], k_cache.shape[2]
 
     def pages_of(tables_SB: Tensor) -> tuple[Tensor, Tensor]:
         # The tables' padding may be any number.
@@ -109,12 +123,10 @@ def paged_attention(
         k, v = (cache[tables].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
         return k, v
 
-    if num_tokens == num_sequences:
-        return _attend(q_TNH[:, :, None], pages_of(block_tables_SB), context_lens_S, scale)[:, :, 0].contiguous()
-    if num_sequences == 1:
-        o_1NTH = _attend(q_TNH.transpose(0, 1)[None], pages_of(block_tables_SB), context_lens_S, scale)
-        return o_1NTH[0].transpose(0, 1).contiguous()
-    block_size = k_cache.shape[2]
+    if q_TNH.shape[0] == num_sequences * max_query_len:
+        q_SNQH = q_TNH.unflatten(0, (num_sequences, max_query_len)).transpose(1, 2)
+        o_SNQH = _attend(q_SNQH, pages_of(block_tables_SB), context_lens_S, scale)
+        return o_SNQH.transpose(1, 2).flatten(0, 1)
     starts, lengths = query_start_S1.tolist(), context_lens_S.tolist()
     parts = []
     for s, length in enumerate(lengths):

@@ -21,8 +21,9 @@ from torch.distributed import is_gloo_available, is_nccl_available
 from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
 from megatron_infer.profile import Profile, named
 from megatron_infer.tensor_parallel.process_groups import GlooBackend, NcclBackend
-from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, World
+from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, World, first
 from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
+from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory, gpu_uuid
 
 __all__ = ["RankFailure", "TPGroup"]
 
@@ -62,7 +63,8 @@ class TPGroup:
 
     Attributes:
         rank, size: position in the group. device: where the tensors live.
-        backend: "single", "shared memory", "gloo" or "nccl". why: why it was chosen.
+        backend: "single", "shared memory", "gloo" or "nccl". why: why it was chosen, and of "nccl" whether the launch
+            behind add_all_reduce is there.
     """
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: Backend | None, why: str) -> None:
@@ -73,6 +75,8 @@ class TPGroup:
         self.backend = backend.name if backend else "single"
         self.why = why
         self._backend = backend
+        self._add_all_reduce = backend.add_all_reduce if isinstance(backend, NcclBackend) else None
+        self._check = backend.check if isinstance(backend, NcclBackend) else None
         # Kept alive: where no launcher does, rank 0 hosts it, also for the next group and for the user's own use.
         self._store: Store | None = None
         self._failure: RankFailure | None = None
@@ -151,7 +155,8 @@ class TPGroup:
         Args:
             name: keeps groups apart that share a store; ranks that belong together pass the same one.
             deterministic: NCCL sums in tree order as well (slower). The CPU backends always do.
-            backend: a CPU backend to insist on.
+            backend: a CPU backend to insist on. Ranks that cannot use NCCL, because they share a GPU or it is missing,
+                take gloo in any case.
             timeout_seconds: how long to wait for a rank that is alive, in joining and in every collective except for
                 followers in broadcast_ints (they may idle for ever).
             is_alive: whether a rank's process still runs, where the caller knows; asked while waiting for it to join.
@@ -167,14 +172,16 @@ class TPGroup:
             return cls.single(device)
         if device.type not in ("cpu", "cuda"):
             raise ValueError(f"tensor parallelism works on cpu and cuda devices, not on {device.type!r}")
-        if device.type == "cuda" and not is_nccl_available():
-            raise ValueError("this PyTorch was built without NCCL: install a CUDA build, or use device='cpu'")
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError("torch finds no usable GPU: install a CUDA build of it, or use device='cpu'")
         meeting = Rendezvous(store, rank, size, name, timeout_seconds, is_alive)
-        channel, why = _connect_cpu(meeting, backend, library_path)
-        chosen: Backend = channel
-        if device.type == "cuda":
-            chosen = NcclBackend(meeting, device, channel, deterministic)
-            why = f"CUDA devices; integers travel over {channel.name} ({why})"
+        refusal = _nccl_refusal(meeting, device) if device.type == "cuda" else ""
+        chosen: Backend
+        chosen, why = _connect_cpu(meeting, "gloo" if refusal else backend, library_path)
+        if refusal:
+            why = f"{refusal}; tensors are staged through the host"
+        elif device.type == "cuda":
+            chosen, why = _connect_cuda(meeting, device, chosen, why, deterministic)
         meeting.finish()
         group = cls(rank, size, device, chosen, why)
         group._store = store
@@ -183,7 +190,8 @@ class TPGroup:
     def all_reduce(self, x: Tensor) -> Tensor:
         """The sum of every rank's `x` (same shape), added in fp32 in one binary tree: ((r0+r1)+(r2+r3))+...
 
-        In place or new: use the return value. NCCL without `deterministic` adds in an order of its own.
+        In place or new: use the return value. NCCL without `deterministic` adds in an order of its own, except where
+        symmetric memory takes the sum.
         """
         if self._backend is None:
             return x
@@ -191,6 +199,20 @@ class TPGroup:
             return self._ready().all_reduce(x)
         except BaseException as error:
             self._failed(error, "all_reduce")
+
+    def add_all_reduce(self, x_TN: Tensor, residual_TN: Tensor) -> bool:
+        """Add the sum of every rank's `x_TN` to `residual_TN` (same shape; the same on every rank), in one launch.
+
+        Summed as by all_reduce, but not rounded to the dtype of `x_TN` in between. False, the same on every rank: this
+        group has no such launch for this size, and nothing has happened.
+        """
+        if self._add_all_reduce is None:
+            return False
+        try:
+            self._ready()
+            return self._add_all_reduce(x_TN, residual_TN)
+        except BaseException as error:
+            self._failed(error, "add_all_reduce")
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
         """Every rank's `x_SN` (same shape) concatenated along the last dimension, in rank order."""
@@ -220,10 +242,25 @@ class TPGroup:
         except BaseException as error:
             self._failed(error, "broadcast_ints")
 
+    @property
+    def is_recordable(self) -> bool:
+        """Whether the collectives on tensors may be part of a CUDA graph: not where they go through the host."""
+        return self.backend in ("single", "nccl")
+
+    def check(self) -> None:
+        """Raise RankFailure if the group has failed: what kernels that waited for other ranks left is void then."""
+        if self._check is not None:
+            try:
+                self._check()
+            except RankFailure as error:
+                self._failed(error, "check")
+
     def record(self, profile: Profile) -> None:
         """Time this rank's collectives into `profile`; with one rank there are none."""
         if self._backend is not None:
             self._backend = TimedBackend(self._backend, profile, self.device)
+        if self._add_all_reduce is not None:
+            self._add_all_reduce = profile.timed(self.device, named("all_reduce"), self._add_all_reduce)
 
     def abort(self, message: str) -> None:
         """Tell the peers that this rank fails, and why; they raise RankFailure. The first failure of a group stands."""
@@ -257,6 +294,32 @@ class TPGroup:
             # Ctrl-C or an exit in the middle of a collective: this rank no longer knows where its peers are.
             self.abort(f"{type(error).__name__} in {where}")
         raise error
+
+
+def _nccl_refusal(meeting: Rendezvous, device: torch.device) -> str:
+    """Why these ranks cannot use NCCL, or nothing: the same on every rank."""
+    lacks = "" if is_nccl_available() else f"the PyTorch of rank {meeting.rank} was built without NCCL"
+    told = [line.split("\n") for line in meeting.exchange("gpu", f"{gpu_uuid(device)}\n{lacks}")]
+    if reason := first(reason for _, reason in told):
+        return reason
+    return "ranks share a GPU, which NCCL refuses" if len({gpu for gpu, _ in told}) < meeting.size else ""
+
+
+def _connect_cuda(
+    meeting: Rendezvous,
+    device: torch.device,
+    channel: SharedMemoryBackend | GlooBackend,
+    why: str,
+    deterministic: bool,
+) -> tuple[NcclBackend, str]:
+    symmetric = SymmetricMemory.connect(meeting, device)
+    if isinstance(symmetric, SymmetricMemory):
+        launch = "small all-reduces are one launch over symmetric memory"
+        backend = NcclBackend(meeting, device, channel, deterministic, symmetric)
+    else:
+        launch = f"no symmetric memory: {symmetric}"
+        backend = NcclBackend(meeting, device, channel, deterministic, None)
+    return backend, f"CUDA devices; {launch}; integers travel over {channel.name} ({why})"
 
 
 def _connect_cpu(

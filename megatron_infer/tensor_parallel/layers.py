@@ -81,11 +81,19 @@ class RowParallelLinear:
         if self.has_bias:
             self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        return self.reduce(self.fmt.matmul(x_TK, self.packed))
+    @property
+    def is_whole(self) -> bool:
+        """Whether this rank's product is the result: neither other ranks' sums nor a bias are to be added."""
+        return self.tp.size == 1 and not self.has_bias
 
-    def reduce(self, partial_TN: Tensor) -> Tensor:
-        """Add this rank's partial sums to the other ranks', and the bias to that."""
+    def __call__(self, x_TK: Tensor, residual_TN: Tensor) -> Tensor | None:
+        """What is to be added to the residual; None: it has been."""
+        return self.reduce(self.fmt.matmul(x_TK, self.packed), residual_TN)
+
+    def reduce(self, partial_TN: Tensor, residual_TN: Tensor) -> Tensor | None:
+        """Add this rank's partial sums to the other ranks', and the bias to that; as `__call__`."""
+        if not self.has_bias and self.tp.add_all_reduce(partial_TN, residual_TN):
+            return None
         y_TN = self.tp.all_reduce(partial_TN)
         return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 

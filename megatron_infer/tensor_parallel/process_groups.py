@@ -10,8 +10,9 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,9 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from megatron_infer.tensor_parallel.rendezvous import UNKNOWN_RANK, ProcessIdentity, RankFailure, Rendezvous
+from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 
+Result = TypeVar("Result")
 _TICK = timedelta(seconds=0.25)
 _DIAGNOSIS_SECONDS = 3.0
 _UNLIMITED = timedelta(days=365)
@@ -39,7 +42,10 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
 
 
 class GlooBackend:
-    """Collectives over TCP. A lost connection becomes a RankFailure that names the rank where that can be known."""
+    """Collectives over TCP. A lost connection becomes a RankFailure that names the rank where that can be known.
+
+    Tensors may live on a GPU: they are staged through the host, which no CUDA graph can hold.
+    """
 
     name = "gloo"
 
@@ -65,14 +71,14 @@ class GlooBackend:
             sums.copy_(x)
             for piece in torch.split(sums.view(-1), _CHUNK_ELEMENTS):
                 piece.copy_(tree_sum(self._gather(piece, "all_reduce")))
-            return sums.to(x.dtype)
+            return sums.to(x.device, x.dtype)
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
             local = torch.empty(x_SN.shape, dtype=x_SN.dtype, device="cpu")
             local.copy_(x_SN)
             parts = self._gather(local.view(-1), "all_gather") if local.numel() else [local] * self._size
-            return torch.cat([part.view(x_SN.shape) for part in parts], dim=-1)
+            return torch.cat([part.view(x_SN.shape) for part in parts], dim=-1).to(x_SN.device)
 
     def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
         header = np.zeros(_HEADER_INTS, dtype=np.int64)
@@ -201,16 +207,25 @@ class Control(Protocol):
 class NcclBackend:
     """Collectives between GPUs. Integers and failures travel over `control`, so no plan ever waits for a GPU stream.
 
-    A kernel waiting for a dead peer would spin for ever, so a thread watches `control` and aborts the communicator.
+    A kernel waiting for a dead peer would spin for ever, so a thread watches `control` and then ends every wait: it
+    aborts the communicator and `symmetric`, which takes what is small enough for it.
     """
 
     name = "nccl"
 
-    def __init__(self, meeting: Rendezvous, device: torch.device, control: Control, deterministic: bool) -> None:
+    def __init__(
+        self,
+        meeting: Rendezvous,
+        device: torch.device,
+        control: Control,
+        deterministic: bool,
+        symmetric: SymmetricMemory | None,
+    ) -> None:
         self._size = meeting.size
         self._device = device
         self._control = control
         self._deterministic = deterministic
+        self._symmetric = symmetric
         self._failure: RankFailure | None = None
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=meeting.timeout_seconds)
@@ -224,10 +239,18 @@ class NcclBackend:
 
     def all_reduce(self, x: Tensor) -> Tensor:
         x = x.contiguous()
+        symmetric = self._symmetric
+        if symmetric is not None and self._guard(lambda: symmetric.all_reduce(x)):
+            return x
         if self._deterministic:
             return tree_sum([part.float() for part in self._gather(x)]).to(x.dtype)
-        self._run("allreduce", [x])
+        self._guard(lambda: self._group.allreduce([x]).wait())
         return x
+
+    def add_all_reduce(self, x_TN: Tensor, residual_TN: Tensor) -> bool:
+        """See TPGroup."""
+        symmetric = self._symmetric
+        return symmetric is not None and self._guard(lambda: symmetric.add_all_reduce(x_TN, residual_TN))
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
         return torch.cat(list(self._gather(x_SN.contiguous())), dim=-1)
@@ -235,34 +258,41 @@ class NcclBackend:
     def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
         return self._control.broadcast_ints(ints)
 
+    def check(self) -> None:
+        """See TPGroup."""
+        if self._failure is not None:
+            raise self._failure
+
     def abort(self, message: str) -> RankFailure:
         failure = self._control.abort(message)
         self._stop.set()
-        self._group.abort()
+        self._end_waits()
         return failure
 
     def close(self) -> None:
+        if self._failure is None:
+            # Before the watcher stops: a kernel may wait for a peer that is gone.
+            torch.cuda.synchronize(self._device)
+            if self._symmetric is not None:
+                self._symmetric.close()
         self._stop.set()
         self._watcher.join()
-        if self._failure is None:
-            torch.cuda.synchronize(self._device)
         # Not shutdown(): that waits for peers which may be gone.
         self._group.abort()
         self._control.close()
 
     def _gather(self, x: Tensor) -> Tensor:
         gathered = x.new_empty((self._size, *x.shape))
-        self._run("_allgather_base", gathered.view(-1), x.view(-1))
+        self._guard(lambda: self._group._allgather_base(gathered.view(-1), x.view(-1)).wait())
         return gathered
 
-    def _run(self, operation: str, *arguments: Any) -> None:
-        if self._failure is not None:
-            raise self._failure
+    def _guard(self, launch: Callable[[], Result]) -> Result:
+        self.check()
         try:
-            getattr(self._group, operation)(*arguments).wait()
+            return launch()
         except RuntimeError as error:
             self._control.poll()
-            raise RankFailure(UNKNOWN_RANK, f"NCCL: {_first_line(error)}") from error
+            raise RankFailure(UNKNOWN_RANK, f"a collective on the GPU: {_first_line(error)}") from error
 
     def _watch(self) -> None:
         while not self._stop.wait(0.5):
@@ -270,8 +300,13 @@ class NcclBackend:
                 self._control.poll()
             except RankFailure as failure:
                 self._failure = failure
-                self._group.abort()
+                self._end_waits()
                 return
+
+    def _end_waits(self) -> None:
+        if self._symmetric is not None:
+            self._symmetric.abort()
+        self._group.abort()
 
 
 def _first_line(error: BaseException) -> str:

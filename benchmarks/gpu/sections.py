@@ -1,0 +1,132 @@
+"""What the suite does, in order of importance: each section's name, a guess at its seconds, and the call.
+
+Knows which sections a device can have; neither a budget nor a process.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu import ceilings, engine, two_ranks
+from benchmarks.gpu.engine import Variant
+from benchmarks.gpu.weights import SharedWeights
+from benchmarks.gpu.workload import Workload
+
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_engine.py", "tests/test_group_cuda.py")
+"""Files of tests that need a GPU."""
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What every section works with."""
+
+    weights: SharedWeights
+    work: Workload
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Section:
+    """estimate_seconds: on an H100, what is compiled on the way included."""
+
+    name: str
+    estimate_seconds: float
+    run: Callable[[Bench], Any]
+
+
+def plan(device_type: str, work: Workload, gpt_fast: Path | None) -> list[Section]:
+    """All sections for "cuda" or "cpu"; gpt_fast: a checkout of it, if there is one."""
+    return list(_cuda(work, gpt_fast) if device_type == "cuda" else _cpu(work, gpt_fast))
+
+
+def _cuda(work: Workload, gpt_fast: Path | None) -> Iterator[Section]:
+    plain = Variant("none", "triton")
+    first, *others = work.peer_contexts
+    yield Section("ceilings", 30, _ceilings)
+    yield Section("bf16", 70, partial(_engine, plain))
+    yield Section("transformers eager", 45, partial(_transformers, work.peer_contexts, False))
+    yield Section("transformers compiled", 75, partial(_transformers, (first,), True))
+    if gpt_fast is not None:
+        yield Section("gpt-fast", 75, partial(_gpt_fast, gpt_fast))
+    yield Section("int8", 40, partial(_engine, Variant("int8", "triton")))
+    yield Section("int4", 40, partial(_engine, Variant("int4", "triton")))
+    yield Section("bf16 batches", 40, partial(_batches, plain))
+    yield Section("fp8", 40, partial(_engine, Variant("fp8", "triton")))
+    yield Section("bf16 vendor", 40, partial(_engine, Variant("none", "vendor")))
+    yield Section("tests", 100, _tests)
+    yield Section("two ranks", 60, _two_ranks)
+    yield Section("bf16 no graphs", 25, partial(_engine, Variant("none", "triton", has_graphs=False)))
+    yield Section("transformers compiled, more contexts", 60, partial(_transformers, tuple(others), True))
+
+
+def _cpu(work: Workload, gpt_fast: Path | None) -> Iterator[Section]:
+    plain = Variant("none", "native")
+    yield Section("ceilings", 2, _ceilings)
+    yield Section("bf16", 3, partial(_engine, plain))
+    yield Section("transformers eager", 5, partial(_transformers, work.peer_contexts, False))
+    if gpt_fast is not None:
+        yield Section("gpt-fast", 5, partial(_gpt_fast, gpt_fast))
+    yield Section("int8", 3, partial(_engine, Variant("int8", "native")))
+    yield Section("int4", 3, partial(_engine, Variant("int4", "native")))
+    yield Section("bf16 batches", 3, partial(_batches, plain))
+    yield Section("bf16 vendor", 3, partial(_engine, Variant("none", "vendor")))
+    yield Section("tests", 20, _tests)
+    yield Section("two ranks", 30, _two_ranks)
+
+
+def _ceilings(bench: Bench) -> dict[str, Any]:
+    return ceilings.measure(bench.work, bench.device)
+
+
+def _engine(variant: Variant, bench: Bench) -> dict[str, Any]:
+    return engine.measure(bench.weights, bench.work, bench.device, variant)
+
+
+def _batches(variant: Variant, bench: Bench) -> dict[str, Any]:
+    return engine.measure_batches(bench.weights, bench.work, bench.device, variant)
+
+
+def _transformers(contexts: tuple[int, ...], is_compiled: bool, bench: Bench) -> dict[str, Any]:
+    # Here and not at the top: without transformers the other sections still run.
+    from benchmarks.gpu import peers
+
+    return peers.measure(bench.weights, bench.work, bench.device, contexts, is_compiled=is_compiled)
+
+
+def _gpt_fast(checkout: Path, bench: Bench) -> dict[str, Any]:
+    from benchmarks.gpu import gpt_fast
+
+    return gpt_fast.measure(bench.weights, bench.work, bench.device, checkout)
+
+
+def _two_ranks(bench: Bench) -> dict[str, Any]:
+    return two_ranks.compare(bench.device.type)
+
+
+def _tests(bench: Bench) -> dict[str, str]:
+    """The tests that need a GPU, file by file at the same time: most of it is compiling.
+
+    Raises:
+        RuntimeError: one failed; with the end of the output.
+    """
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rfs", "--tb=short", "--durations=5"]
+    running = {
+        name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT)
+        for name in TESTS
+    }
+    outputs = {name: process.communicate()[0].strip() for name, process in running.items()}
+    failed = [name for name, process in running.items() if process.returncode]
+    summaries = {name: output.splitlines()[-1] for name, output in outputs.items()}
+    if failed:
+        told = "\n\n".join(f"{name}\n{outputs[name][-12000:]}" for name in failed)
+        raise RuntimeError(f"{told}\n{'; '.join(f'{name}: {summary}' for name, summary in summaries.items())}")
+    return summaries

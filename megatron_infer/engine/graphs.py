@@ -1,0 +1,197 @@
+"""Whole steps as CUDA graphs: recorded once per shape at start, then replayed with one launch from the host.
+
+Owns which shapes are recorded, within how much memory, and their static index buffers. Does not know what a step
+computes: that is a function of a Batch. How a device records is a Recorder, so that tests can stand in for the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_infer.engine.batch import Batch, Layout, Uploads
+from megatron_infer.engine.step import Step
+
+MAX_QUERY_LEN = 16
+"""Of the shapes of one sequence: a keystroke's new tokens behind a cached prompt."""
+
+Key = tuple[int, int]
+"""(num_seqs, q_len): every sequence has q_len query tokens, the last of which is sampled."""
+Outputs = tuple[Tensor, ...]
+
+
+class Recording(Protocol):
+    """A recorded function; `outputs` are what it returned, overwritten by each replay."""
+
+    outputs: Outputs
+
+    def replay(self) -> None: ...
+
+
+class Recorder(Protocol):
+    """A device that records the launches of a function, without its host code."""
+
+    def record(self, work: Callable[[], Outputs]) -> Recording: ...
+    def used_bytes(self) -> int:
+        """Of the device's memory, by everybody."""
+        ...
+
+
+def graph_keys(max_num_seqs: int) -> list[Key]:
+    """The shapes worth recording, largest first: later ones then fit into the memory of earlier ones.
+
+    Decoding sequences are padded to 1, 2, 4, a multiple of 8, or max_num_seqs; a single sequence may have more tokens.
+    """
+    sizes = {1, 2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs}
+    decoding = [(size, 1) for size in sorted(sizes, reverse=True) if size <= max_num_seqs]
+    return [*decoding[:-1], *((1, q_len) for q_len in range(MAX_QUERY_LEN, 1, -1)), decoding[-1]]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    layout: Layout
+    buffer: Tensor
+    batch: Batch
+    recording: Recording
+
+
+class Graphs:
+    """Recorded steps by shape.
+
+    Args:
+        run: what a step computes from its Batch: tensors whose first dimension is the sampled rows.
+        recorder: of the device. uploads: to it.
+        keys: shapes to record, in order; see graph_keys.
+        block_size: tokens per block. table_width: blocks of the longest context.
+        padding_block: where the rows that fill up a shape write their keys and values.
+        memory_bytes: budget. A shape that would exceed it is left out, and smaller ones tried.
+        most: the largest of what each rank passes; all ranks must record the same shapes.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[Batch], Outputs],
+        recorder: Recorder,
+        uploads: Uploads,
+        *,
+        keys: Sequence[Key],
+        block_size: int,
+        table_width: int,
+        padding_block: int,
+        memory_bytes: int,
+        most: Callable[[int], int] = lambda own: own,
+    ) -> None:
+        self._uploads, self._block_size, self._padding_block = uploads, block_size, padding_block
+        self._graphs: dict[Key, _Graph] = {}
+        self.memory_bytes = 0
+        began_bytes = recorder.used_bytes()
+        for num_seqs, q_len in keys:
+            layout = Layout(num_seqs * q_len, num_seqs, num_seqs, num_seqs, table_width, q_len)
+            graph = self._record(layout, run, recorder)
+            used_bytes = most(recorder.used_bytes() - began_bytes)
+            if used_bytes <= memory_bytes:
+                self._graphs[num_seqs, q_len] = graph
+                self.memory_bytes = used_bytes
+        self._sizes = sorted(num_seqs for num_seqs, q_len in self._graphs if q_len == 1)
+
+    def _record(self, layout: Layout, run: Callable[[Batch], Outputs], recorder: Recorder) -> _Graph:
+        padding = self._padding(layout)
+        buffer = layout.upload(padding, self._block_size, self._uploads)
+        batch = layout.batch(buffer)
+        return _Graph(layout, buffer, batch, recorder.record(lambda: run(batch)))
+
+    def _padding(self, layout: Layout) -> Step:
+        """A step of this shape that disturbs nobody."""
+        seqs, q_len = layout.num_seqs, layout.max_query_len
+        return Step(
+            token_ids_T=np.zeros(seqs * q_len, dtype=np.int32),
+            query_lens_S=np.full(seqs, q_len, dtype=np.int32),
+            context_lens_S=np.full(seqs, q_len, dtype=np.int32),
+            block_tables=[np.full(-(-q_len // self._block_size), self._padding_block, dtype=np.int32)] * seqs,
+            sample_S=np.ones(seqs, dtype=np.int32),
+            copies_C3=np.empty((0, 3), dtype=np.int32),
+            full_logits=False,
+        )
+
+    @property
+    def keys(self) -> tuple[Key, ...]:
+        """The shapes that were recorded."""
+        return tuple(self._graphs)
+
+    def key_of(self, step: Step) -> Key | None:
+        """The recorded shape that holds `step`; None: it has to be launched operation by operation."""
+        num_seqs, q_len = len(step.query_lens_S), int(step.query_lens_S[0])
+        if not step.sample_S.all() or len(step.token_ids_T) != num_seqs * q_len or (step.query_lens_S != q_len).any():
+            return None
+        if q_len > 1:
+            return (num_seqs, q_len) if (num_seqs, q_len) in self._graphs else None
+        size = next((size for size in self._sizes if size >= num_seqs), None)
+        return None if size is None else (size, 1)
+
+    def replay(self, key: Key, step: Step, draws: Sequence[Sequence[float]]) -> tuple[Batch, Outputs]:
+        """Run `step` in the recorded shape `key`: its batch, and its own rows' outputs, valid until the next replay."""
+        graph, num_seqs = self._graphs[key], len(step.query_lens_S)
+        padded = pad(step, key[0], self._padding_block)
+        graph.layout.upload(padded, self._block_size, self._uploads, draws, graph.buffer)
+        graph.recording.replay()
+        batch = replace(graph.batch, draws_S5=graph.batch.draws_S5[: len(draws)])
+        return batch, tuple(output[:num_seqs] for output in graph.recording.outputs)
+
+
+def pad(step: Step, num_seqs: int, padding_block: int) -> Step:
+    """`step` with decoding sequences of one token in the padding block, up to `num_seqs`."""
+    missing = num_seqs - len(step.query_lens_S)
+    if not missing:
+        return step
+    ones = np.ones(missing, dtype=np.int32)
+    return replace(
+        step,
+        token_ids_T=np.concatenate([step.token_ids_T, ones * 0]),
+        query_lens_S=np.concatenate([step.query_lens_S, ones]),
+        context_lens_S=np.concatenate([step.context_lens_S, ones]),
+        block_tables=[*step.block_tables, *[ones[:1] * padding_block] * missing],
+        sample_S=np.concatenate([step.sample_S, ones]),
+    )
+
+
+class CudaRecording:
+    """A CUDA graph and the tensors it writes."""
+
+    def __init__(self, graph: torch.cuda.CUDAGraph, outputs: Outputs) -> None:
+        self._graph, self.outputs = graph, outputs
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class CudaRecorder:
+    """Records on a GPU; all graphs share one memory pool."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
+
+    def record(self, work: Callable[[], Outputs]) -> CudaRecording:
+        """Run `work` once, so that nothing is compiled or allocated for the first time while it is recorded."""
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            work()
+        self._stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's watchdog) may call CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            outputs = work()
+        torch.cuda.synchronize(self._device)
+        return CudaRecording(graph, outputs)
+
+    def used_bytes(self) -> int:
+        """Of the GPU's memory; what was only needed to warm up is given back first."""
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self._device)
+        return total - free

@@ -1,0 +1,316 @@
+"""Kernels that prove themselves at load: every op of a table on random inputs, beside a table that is trusted.
+
+Owns which cases are run and the bounds; keeps nothing. Knows no candidates: ops.dispatch decides what a fault means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_infer.ops import INT4, Ops, PackedLinear
+from megatron_infer.ops.fp8 import FP8
+from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape, Lengths
+
+TOKENS = (1, 2, 3, 4, 5, 16, 17, 130)
+"""Kernels differ for 1, 2, 3, 4, up to 16 and more tokens."""
+BATCHES: tuple[Lengths, ...] = (
+    [(1, 1)],
+    [(1, 2500)],
+    [(1, 17), (1, 300), (1, 1), (1, 1100)],
+    [(4, 600), (4, 5), (4, 4)],
+    [(16, 700), (1, 40), (3, 3)],
+    [(130, 130)],
+    [(70, 500)],
+    [(150, 150), (1, 900), (40, 333), (1, 1)],
+)
+"""(query length, context length) of each sequence: decode, drafts, prefill whole and in chunks, mixtures."""
+BOUNDS = {
+    torch.float32: 2e-5,
+    torch.float16: 2e-3,
+    torch.bfloat16: 1.5e-2,
+    torch.int8: 1.5e-2,
+    INT4: 2e-2,
+    FP8: 6e-2,
+}
+"""Largest difference in a row, relative to its largest value. Types of quantised weights also stand for what kernels
+round of the activations: 12 bits are kept beside int8, 8 beside int4, 4 beside fp8, or all."""
+_EPS = 1e-5
+
+
+class _Comparison(NamedTuple):
+    what: str
+    actual: Tensor
+    expected: Tensor
+    bound: float
+    whose: str = "torch's"
+
+
+_Comparisons = Iterator[_Comparison]
+
+
+def find_fault(
+    candidate: Ops,
+    trusted: Ops,
+    device: torch.device,
+    shape: CheckShape,
+    *,
+    names: tuple[str, ...],
+    deterministic: bool = False,
+) -> str | None:
+    """The first op among `names` that fails or differs from the trusted one by more than BOUNDS; None: there is none.
+
+    The halves of a layer are compared with the candidate's own ops. The cost, beside compiling kernels: the weights of
+    one layer and of the head, twice, and a few hundred launches.
+
+    Args:
+        deterministic: also that no row's bits depend on the rows beside it, of its own sequence or others.
+    Raises:
+        RuntimeError: a kernel left the GPU unusable to this process, so that nothing can be chosen any more.
+    """
+    fault = _first_fault(_Check(candidate, trusted, device, shape, deterministic), device, names)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return fault
+
+
+def _first_fault(check: _Check, device: torch.device, names: tuple[str, ...]) -> str | None:
+    for name, compare in check.by_op().items():
+        if name not in names:
+            continue
+        try:
+            for what, actual, expected, bound, whose in compare():
+                error = _difference(actual, expected)
+                if not error <= bound:
+                    return f"{name} of {what} differs from {whose} by {error:.1e} on {device}"
+        except Exception as error:
+            _require_alive(device, name, error)
+            return f"{name} fails on {device}: {type(error).__name__}: {error}".partition("\n")[0]
+    return None
+
+
+def _difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest over the rows, NaN where either has one."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, not {tuple(expected.shape)}"
+    actual, expected = (t.double().reshape(t.shape[0], -1) for t in (actual, expected))
+    size = expected.abs().amax(dim=1).clamp(min=1e-30)
+    return float(((actual - expected).abs().amax(dim=1) / size).max())
+
+
+def _require_alive(device: torch.device, name: str, cause: Exception) -> None:
+    """After an illegal access every call on the GPU fails until the process ends."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception:
+        raise RuntimeError(
+            f"the kernel of {name} left {device} unusable to this process: {cause}. Please report this. Torch's "
+            "own kernels are used with ops='vendor' where flash-attn and apex are not installed."
+        ) from cause
+
+
+class _Check:
+    """One method per op, which yields what the candidate gives beside what it should: the trusted op, in fp32."""
+
+    def __init__(
+        self, candidate: Ops, trusted: Ops, device: torch.device, shape: CheckShape, deterministic: bool
+    ) -> None:
+        self.candidate, self.trusted = candidate, trusted
+        self.device, self.shape, self.deterministic = device, shape, deterministic
+        # In deterministic mode activations between norms are fp32.
+        self.inner = torch.float32 if deterministic else shape.dtype
+        self.inputs = CheckInputs(device, shape, self.inner)
+        self.bound = BOUNDS[shape.dtype]
+
+    def by_op(self) -> dict[str, Callable[[], _Comparisons]]:
+        """What to compare, the layers last: they are made of the rest."""
+        checks: dict[str, Callable[[], _Comparisons]] = {
+            "linear": self.linear,
+            "rms_norm": self.rms_norm,
+            "add_rms_norm": self.add_rms_norm,
+            "rope_store_kv": self.rope_store_kv,
+            "paged_attention": self.paged_attention,
+            "silu_mul": self.silu_mul,
+            "argmax": self.argmax,
+            "gather_rows": self.gather_rows,
+        }
+        if self.candidate.attention_layer is not None:
+            checks["attention_layer"] = self.attention_layer
+        if self.candidate.feed_forward_layer is not None:
+            checks["feed_forward_layer"] = self.feed_forward_layer
+        return checks
+
+    def rows_alone(
+        self, what: str, together: Tensor, op: Callable[..., Tensor], x: Tensor, *others: object
+    ) -> _Comparisons:
+        """In deterministic mode: each row by itself gives the same bits."""
+        if self.deterministic:
+            alone = torch.cat([op(row, *others) for row in x[:17].split(1)])
+            yield _Comparison(what, together[:17], alone, 0.0, "its rows alone")
+
+    def linear(self) -> _Comparisons:
+        for name in self.inputs.linears():
+            mine, theirs = self.inputs.packed(name, self.candidate, self.trusted)
+            entry = self.shape.dtype if name in ("qkv", "gate_up", "head") else self.inner
+            bound = max(self.bound, BOUNDS[mine.dtype])
+            for num_tokens in TOKENS:
+                x_TK, what = self.inputs.normal(num_tokens, mine.in_dim, dtype=entry), f"{num_tokens} tokens ({name})"
+                y_TN = self.candidate.linear(x_TK, mine)
+                yield _Comparison(what, y_TN, self.trusted.linear(x_TK.float(), theirs), bound)
+                yield from self.rows_alone(what, y_TN, self.candidate.linear, x_TK, mine)
+
+    def rms_norm(self) -> _Comparisons:
+        weight_D = self.inputs.norm_weight()
+        for num_tokens in TOKENS:
+            what = f"{num_tokens} tokens"
+            x_TD = self.inputs.normal(num_tokens, self.shape.hidden_size, dtype=self.shape.dtype)
+            y_TD = self.candidate.rms_norm(x_TD, weight_D, _EPS)
+            yield _Comparison(what, y_TD, self.trusted.rms_norm(x_TD.float(), weight_D, _EPS), self.bound)
+            yield from self.rows_alone(what, y_TD, self.candidate.rms_norm, x_TD, weight_D, _EPS)
+
+    def add_rms_norm(self) -> _Comparisons:
+        weight_D = self.inputs.norm_weight()
+        for num_tokens in TOKENS:
+            x_TD = self.inputs.normal(num_tokens, self.shape.hidden_size, dtype=self.inner)
+            mine = self.inputs.normal(num_tokens, self.shape.hidden_size, dtype=self.shape.dtype)
+            theirs = mine.clone()
+            actual = self.candidate.add_rms_norm(x_TD, mine, weight_D, _EPS)
+            expected = self.trusted.add_rms_norm(x_TD, theirs, weight_D, _EPS)
+            yield _Comparison(f"{num_tokens} tokens", actual, expected, self.bound)
+            yield _Comparison(f"{num_tokens} tokens (residual)", mine, theirs, self.bound)
+
+    def rope_store_kv(self) -> _Comparisons:
+        shape = self.shape
+        heads = (shape.num_heads, shape.num_kv_heads)
+        bound = max(self.bound, BOUNDS[shape.kv_dtype])
+        for num_tokens in TOKENS:
+            qkv_TC = self.inputs.normal(num_tokens, (heads[0] + 2 * heads[1]) * shape.head_dim, dtype=self.inner)
+            num_blocks, what = 3 + num_tokens // shape.block_size, f"{num_tokens} tokens"
+            rotary = self.inputs.rotary(num_tokens, num_blocks)
+            # What is written already must be left alone.
+            k_mine, v_mine = self.inputs.cache(num_blocks), self.inputs.cache(num_blocks)
+            k_theirs, v_theirs = k_mine.clone(), v_mine.clone()
+            actual = self.candidate.rope_store_kv(qkv_TC, *rotary, k_mine, v_mine, *heads)
+            expected = self.trusted.rope_store_kv(qkv_TC, *rotary, k_theirs, v_theirs, *heads)
+            yield _Comparison(what, actual, expected, bound)
+            yield _Comparison(f"{what} (keys)", k_mine, k_theirs, bound)
+            yield _Comparison(f"{what} (values)", v_mine, v_theirs, bound)
+
+    def paged_attention(self) -> _Comparisons:
+        for lengths in BATCHES:
+            batch, what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
+            actual = self.candidate.paged_attention(*batch)
+            expected = self.trusted.paged_attention(*batch._replace(q_TNH=batch.q_TNH.float()))
+            yield _Comparison(what, actual, expected, self.bound)
+            if self.deterministic:
+                attend, count = self.candidate.paged_attention, len(lengths)
+                alone = [attend(*batch.last_queries(s, batch.max_query_len)) for s in range(count)]
+                yield _Comparison(what, actual, torch.cat(alone), 0.0, "its sequences alone")
+                last = [attend(*batch.last_queries(s, 1)) for s in range(count)]
+                ends = actual[batch.query_start_S1[1:].long() - 1]
+                yield _Comparison(what, ends, torch.cat(last), 0.0, "its last queries alone")
+
+    def silu_mul(self) -> _Comparisons:
+        width = 2 * self.inputs.linears()["down"][1][-1]
+        for num_tokens in TOKENS:
+            x_T2F, what = (4 * self.inputs.normal(num_tokens, width)).to(self.inner), f"{num_tokens} tokens"
+            y_TF = self.candidate.silu_mul(x_T2F)
+            yield _Comparison(what, y_TF, self.trusted.silu_mul(x_T2F.float()), self.bound)
+            yield from self.rows_alone(what, y_TF, self.candidate.silu_mul, x_T2F)
+
+    def argmax(self) -> _Comparisons:
+        """Ties, and rows spoilt by NaN or infinity."""
+        vocab = self.shape.vocab_size
+        logits_SV = self.inputs.normal(7, vocab, dtype=self.inner)
+        logits_SV[1, vocab // 3], logits_SV[2, vocab - 1], logits_SV[3, 0] = float("nan"), float("inf"), float("-inf")
+        logits_SV[4], logits_SV[5, vocab // 2 :] = -5.0, 9.0
+        (values, indices), (expected, first) = self.candidate.argmax(logits_SV), self.trusted.argmax(logits_SV)
+        yield _Comparison("spoilt rows", values.isnan(), expected.isnan(), 0.0)
+        good = ~expected.isnan()
+        yield _Comparison("values", values[good], expected[good], 0.0)
+        yield _Comparison("indices", indices[good], first[good], 0.0)
+
+    def gather_rows(self) -> _Comparisons:
+        table_VD = self.inputs.normal(50, self.shape.hidden_size, dtype=self.shape.dtype)
+        for num_tokens in TOKENS:
+            ids_T = self.inputs.integers(50, num_tokens)
+            actual, expected = self.candidate.gather_rows(table_VD, ids_T), self.trusted.gather_rows(table_VD, ids_T)
+            yield _Comparison(f"{num_tokens} tokens", actual, expected, 0.0)
+
+    def half_layer(
+        self,
+        what: str,
+        num_tokens: int,
+        single: Callable[[Tensor | None, Tensor], Tensor],
+        fused: Callable[[Tensor | None, Tensor, bool], Tensor | None],
+    ) -> _Comparisons:
+        """The residual after half a layer of single ops or one, with and without something to add to it first."""
+        hidden, bound = self.shape.hidden_size, 2 * max(self.bound, BOUNDS[self.shape.linear_dtype])
+        for has_x, is_whole in product((False, True), repeat=2):
+            x_TD = self.inputs.normal(num_tokens, hidden, dtype=self.inner) if has_x else None
+            mine = self.inputs.normal(num_tokens, hidden, dtype=self.shape.dtype)
+            theirs = mine.clone()
+            theirs += single(x_TD, theirs)
+            y_TD = fused(x_TD, mine, is_whole)
+            assert is_whole or y_TD is not None, "a product that is not the whole sum was added to the residual"
+            if y_TD is not None:
+                mine += y_TD
+            yield _Comparison(what, mine, theirs, bound, "its single ops'")
+
+    def norm(self, x_TD: Tensor | None, residual_TD: Tensor, norm_D: Tensor) -> Tensor:
+        if x_TD is None:
+            return self.candidate.rms_norm(residual_TD, norm_D, _EPS)
+        return self.candidate.add_rms_norm(x_TD, residual_TD, norm_D, _EPS)
+
+    def attention_layer(self) -> _Comparisons:
+        norm_D = self.inputs.norm_weight()
+        (qkv,), (out,) = (self.inputs.packed(name, self.candidate) for name in ("qkv", "out"))
+        for lengths in BATCHES:
+            yield from self.attention_half(lengths, norm_D, qkv, out)
+
+    def attention_half(self, lengths: Lengths, norm_D: Tensor, qkv: PackedLinear, out: PackedLinear) -> _Comparisons:
+        """One batch of attention_layer, and the cache that it leaves behind."""
+        ops, layer = self.candidate, self.candidate.attention_layer
+        assert layer is not None
+        heads = (self.shape.num_heads, self.shape.num_kv_heads)
+        mine, what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
+        theirs = mine._replace(k_cache=mine.k_cache.clone(), v_cache=mine.v_cache.clone())
+        rotary = self.inputs.rotary_of(mine, lengths)
+
+        def single(x_TD: Tensor | None, residual_TD: Tensor) -> Tensor:
+            qkv_TC = ops.linear(self.norm(x_TD, residual_TD, norm_D), qkv)
+            q_TNH = ops.rope_store_kv(qkv_TC, *rotary, theirs.k_cache, theirs.v_cache, *heads)
+            return ops.linear(ops.paged_attention(*theirs._replace(q_TNH=q_TNH)).flatten(1), out)
+
+        def fused(x_TD: Tensor | None, residual_TD: Tensor, is_whole: bool) -> Tensor | None:
+            _, k_cache, v_cache, tables_SB, starts_S1, contexts_S, longest, scale = mine
+            return layer(
+                x_TD, residual_TD, norm_D, _EPS, qkv, out, *rotary, k_cache, v_cache, tables_SB, starts_S1, contexts_S,
+                longest, *heads, scale, is_whole,
+            )  # fmt: skip
+
+        yield from self.half_layer(what, len(rotary.slots_T), single, fused)
+        bound = max(self.bound, BOUNDS[self.shape.linear_dtype], BOUNDS[self.shape.kv_dtype])
+        for name in ("k_cache", "v_cache"):
+            # What nobody owns is NaN, and must be afterwards.
+            actual, expected = (getattr(batch, name).nan_to_num(1e3) for batch in (mine, theirs))
+            yield _Comparison(f"{what} ({name})", actual, expected, bound, "its single ops'")
+
+    def feed_forward_layer(self) -> _Comparisons:
+        ops, layer, norm_D = self.candidate, self.candidate.feed_forward_layer, self.inputs.norm_weight()
+        assert layer is not None
+        (gate_up,), (down,) = (self.inputs.packed(name, ops) for name in ("gate_up", "down"))
+
+        def single(x_TD: Tensor | None, residual_TD: Tensor) -> Tensor:
+            return ops.linear(ops.silu_mul(ops.linear(self.norm(x_TD, residual_TD, norm_D), gate_up)), down)
+
+        def fused(x_TD: Tensor | None, residual_TD: Tensor, is_whole: bool) -> Tensor | None:
+            return layer(x_TD, residual_TD, norm_D, _EPS, gate_up, down, is_whole)
+
+        for num_tokens in TOKENS:
+            yield from self.half_layer(f"{num_tokens} tokens", num_tokens, single, fused)
