@@ -23,7 +23,7 @@ from megatron_infer.config import EngineConfig, ModelConfig
 from megatron_infer.engine.graphs import CudaRecorder, graph_keys
 from megatron_infer.engine.memory import TORCH_DTYPES, gib, num_kv_blocks
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.engine.topology import local_ranks, under_torchrun, usable_cores
+from megatron_infer.engine.topology import local_ranks, under_torchrun, usable_cores, use_device
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import check_fp8, stored_dtypes, weight_formats
 from megatron_infer.model.transformer import Transformer
@@ -114,6 +114,7 @@ def build_runner(
         group: this rank's tensor-parallel group.
         profile: where ops and collectives are timed into, if anywhere.
     """
+    use_device(group.device)
     model_config = checkpoint.config
     ops = select_ops(
         group.device,

@@ -24,6 +24,7 @@ from megatron_infer.engine.sampler import (
     sample_on_device,
 )
 from megatron_infer.engine.step import Step
+from megatron_infer.engine.topology import use_device
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.profile import Profile
 
@@ -56,6 +57,7 @@ class ModelRunner:
         self, recorder: Recorder, keys: Sequence[Key], *, max_model_len: int, max_num_seqs: int, memory_bytes: int
     ) -> None:
         """Record steps of these shapes; collective over the group. See engine.graphs."""
+        use_device(self.tp.device)
         # Of a fixed size and place from now on: recorded steps read and write it.
         self._last_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.tp.device)
         self.graphs = Graphs(
@@ -82,9 +84,7 @@ class ModelRunner:
             step: the plan, the same on every rank.
             draws: rank 0, where the step asks for full logits: how to sample each row that it marks, in order.
         """
-        if self.tp.device.type == "cuda":
-            # Kernels are launched on the current device, which is each thread's own.
-            torch.cuda.set_device(self.tp.device)
+        use_device(self.tp.device)
         self.kv.copy_heads(step.copies_C3.tolist())
         on_device = self.is_asynchronous and step.full_logits
         numbers = [draw_numbers(draw) for draw in draws] if on_device else []

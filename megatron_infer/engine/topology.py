@@ -41,6 +41,12 @@ def rank_device(config: EngineConfig, local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank) if config.device == "cuda" else torch.device(config.device)
 
 
+def use_device(device: torch.device) -> None:
+    """Make a GPU the current device of this thread, which is where Triton launches its kernels whatever they read."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def ranks_per_device(config: EngineConfig) -> int:
     """How many ranks share a rank's GPU, or the host's memory."""
     return 1 if config.device == "cuda" else local_ranks(config)

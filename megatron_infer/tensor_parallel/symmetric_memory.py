@@ -187,7 +187,9 @@ class SymmetricMemory:
     def _run(self, x_TD: Tensor, y_TD: Tensor, *, add: bool) -> bool:
         if x_TD.numel() * x_TD.element_size() > self._max_bytes:
             return False
-        self._launch(x_TD, y_TD, self._peers, add=add)
+        # Triton launches on the current device, which need not be this one yet while ranks meet.
+        with torch.cuda.device(x_TD.device) if x_TD.is_cuda else contextlib.nullcontext():
+            self._launch(x_TD, y_TD, self._peers, add=add)
         return True
 
     def _try(self, device: torch.device) -> str:
