@@ -19,6 +19,7 @@ from megatron_infer.engine.graphs import Key, Outputs, graph_keys
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.worker import serve_follower
+from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.tensor_parallel.group import TPGroup
 
 from .tiny_models import CPU, Output, Tensors, drain, generate, make_engine, make_runner, on_ranks, random_tensors
@@ -251,3 +252,13 @@ def test_a_few_new_tokens_behind_a_cached_prompt_are_recorded(config, tensors) -
     assert recorder.num_replays == before + 1
     sound = generate(one_at_a_time(config, tensors), [[9] * 64 + [5, 6, 7]], SamplingParams(max_new_tokens=1))
     assert typed == sound[0] and len(warm) == 1
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_torchs_own_ops_can_be_recorded_too(config, tensors, q_len: int) -> None:
+    """Nothing in them waits for the host; FlashAttention in their midst makes that worth it."""
+    ops = select_ops(CPU, num_threads=1, force="vendor")
+    runner = make_runner(config, tensors, TPGroup.single(CPU), ops=ops, is_asynchronous=True)
+    recorder, keys = FakeRecorder(), [(3, 1), (1, q_len)]
+    runner.record_graphs(recorder, keys, max_model_len=512, max_num_seqs=3, memory_bytes=100)
+    assert runner.graphs is not None and len(recorder.recordings) == 2

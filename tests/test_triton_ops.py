@@ -17,7 +17,7 @@ from megatron_infer.ops.fp8 import FP8  # isort: skip
 from megatron_infer.tensor_parallel.group import TPGroup  # isort: skip
 
 from .ops_cases import CPU, Paged, normal, packed, paged_case  # isort: skip
-from .tiny_models import generate, make_engine, make_runner, random_tensors, tiny_config  # isort: skip
+from .tiny_models import Output, generate, make_engine, make_runner, random_tensors, tiny_config  # isort: skip
 
 
 def table(deterministic: bool = False) -> Ops:
@@ -167,13 +167,16 @@ def test_halves_beside_fp8_weights_take_torchs_product_from_five_tokens_on() -> 
         assert torch.equal(y_TD, single_TD) and torch.equal(layers[0].residual_TD, layers[1].residual_TD)
 
 
+SMALL = tiny_config(
+    vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, head_dim=16,
+)  # fmt: skip
+"""The interpreter takes ten milliseconds for a program, of which a GEMV has one per output or two."""
+
+
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_a_whole_model_generates_the_same_tokens(deterministic: bool) -> None:
-    # Small: the interpreter takes ten milliseconds for a program, of which a GEMV has one per output or two.
-    config = tiny_config(
-        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16,
-    )  # fmt: skip
+    config = SMALL
     tensors = random_tensors(config)
     prompts = [[5, 9, 2, 7, 1, 3], [4] * 21]
     sampling = SamplingParams(max_new_tokens=2, logprobs=0)
@@ -186,3 +189,24 @@ def test_a_whole_model_generates_the_same_tokens(deterministic: bool) -> None:
         assert [token for token, _ in actual] == [token for token, _ in expected]
         logprobs = torch.tensor([[p for _, p in side] for side in (actual, expected)])
         assert (logprobs[0] - logprobs[1]).abs().max() <= 1e-4
+
+
+def test_deterministic_bits_depend_on_the_prompt_alone() -> None:
+    """Of a whole model: alone or together, in whatever chunks. The other mode is the control."""
+    config = SMALL
+    tensors = random_tensors(config, dtype=torch.bfloat16)
+    prompts = [[5, 9, 2, 7, 1, 3], [(3 * i) % 64 for i in range(20)]]
+    sampling = SamplingParams(max_new_tokens=1, logprobs=0, ignore_eos=True)
+
+    def answers(deterministic: bool, together: bool, chunk: int) -> list[Output]:
+        ops = table(deterministic)
+        runner = make_runner(config, tensors, TPGroup.single(CPU), ops=ops, dtype=torch.bfloat16)
+        engine = make_engine(runner, max_num_batched_tokens=chunk)
+        if together:
+            return generate(engine, prompts, sampling)
+        return [generate(engine, [prompt], sampling)[0] for prompt in prompts]
+
+    expected = answers(True, True, 64)
+    assert answers(True, False, 64) == expected
+    assert answers(True, True, 9) == expected
+    assert answers(False, True, 64) != answers(False, False, 64)

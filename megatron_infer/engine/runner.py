@@ -127,15 +127,16 @@ class ModelRunner:
         if not self.is_asynchronous or not self._last_ids.shape[0]:
             return batch
         ids_T = batch.token_ids_T
-        # A row without a sample (-1) goes on with any id: its request has ended.
-        sampled_T = self._last_ids.index_select(0, (-1 - ids_T).clamp_(0, self._last_ids.shape[0] - 1)).clamp_(min=0)
+        # ~id is -1 - id: the index of the sample that a negative id stands for.
+        sampled_T = self._last_ids.index_select(0, (~ids_T).clamp_(min=0))
         return replace(batch, token_ids_T=torch.where(ids_T < 0, sampled_T, ids_T))
 
     def _remember(self, ids_S: Tensor) -> None:
         num_ids = ids_S.shape[0]
         if num_ids > self._last_ids.shape[0]:
             self._last_ids = torch.zeros_like(ids_S)
-        self._last_ids[:num_ids] = ids_S
+        # A row without a sample (-1) goes on with any id: its request has ended.
+        torch.clamp(ids_S, min=0, out=self._last_ids[:num_ids])
 
     def _greedy(self, local_SV: Tensor) -> Tensor:
         """ids_S, -1 for a row with NaN or Inf. Ranks exchange (max, index) pairs and come to the same result.
