@@ -318,6 +318,9 @@ def decode_attention(
         partial_softmax = torch.empty((*shape, 2), dtype=torch.float32, device=device)
         if row_tiles > counters.numel():
             counters = torch.zeros(row_tiles, dtype=torch.int32, device=device)
+    # Told so, the compiler keeps several partials' loads in flight in _merge; left alone, it makes room for a third
+    # program per multiprocessor by loading them one after the other, and spills. Wider rows need more than these.
+    has_room = cut.partials > 1 and head_dim * q_TNH.element_size() <= 256
     # Split or not, products and sums must round alike: none are fused but the explicit FMAs.
     _decode_kernel[(grid_rows, cut.partials, num_sequences)](
         o_TNH, q_TNH, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, partial_o, partial_softmax,
@@ -325,4 +328,5 @@ def decode_attention(
         max_query_len,
         GROUP=group, H=head_dim, BLOCK_H=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, ROWS=rows,
         TILE=tile, FOLD=FOLD, IS_SPLIT=cut.partials > 1, num_warps=8, num_stages=2, enable_fp_fusion=False,
+        maxnreg=128 if has_room else None,
     )  # fmt: skip

@@ -92,8 +92,8 @@ def k_of_word(word, i: tl.constexpr, FIELDS: tl.constexpr):
 def weight_of_word(word, i: tl.constexpr, PER_WORD: tl.constexpr):
     """The i-th of the weights in each word, in fp32, exact.
 
-    An unsigned field at bit p of a float's mantissa whose exponent is 23 - p reads as 2^(23 - p) + field: one AND-OR
-    and one subtraction, no conversion instruction, and a shift only for the fields that reach the exponent.
+    An unsigned field at bit p of a float's mantissa whose exponent is 23 - p reads as 2^(23 - p) + field: one AND and
+    one subtraction, no conversion instruction, and a shift only for the fields that reach the exponent.
     """
     if PER_WORD == 1:
         return word.to(tl.float32)
@@ -101,7 +101,10 @@ def weight_of_word(word, i: tl.constexpr, PER_WORD: tl.constexpr):
         WIDTH: tl.constexpr = 32 // PER_WORD
         SHIFT: tl.constexpr = 0 if (i + 1) * WIDTH <= 23 else (16 if WIDTH == 8 else 12)
         BIT: tl.constexpr = i * WIDTH - SHIFT
-        bits = ((word >> SHIFT) & (((1 << WIDTH) - 1) << BIT)) | ((150 - BIT) << 23)
+        # Fields share a word with all exponent bits set and pick theirs with their own bits: an AND and an OR for each
+        # would be two instructions, because an instruction holds one constant.
+        with_exponents = (word >> SHIFT) | (0xFF << 23)
+        bits = with_exponents & ((((1 << WIDTH) - 1) << BIT) | ((150 - BIT) << 23))
         return bits.to(tl.float32, bitcast=True) - ((1 << (23 - BIT)) + (1 << (WIDTH - 1)))
 
 
