@@ -95,7 +95,7 @@ class LLM:
                 if isinstance(error, RankFailure):
                     raise EngineDeadError(f"the engine did not start: {error}") from error
                 raise
-        self._engine = self._build_engine()
+        self._engine = self._build_engine(profile)
         self._session = Session(
             self._engine, self.tokenizer, self.fim, self.model_config,
             order=order, max_model_len=self.max_model_len, max_num_seqs=self.config.max_num_seqs, profile=profile,
@@ -124,7 +124,7 @@ class LLM:
             self._group.abort(f"{type(error).__name__}: {error}")
             raise
 
-    def _build_engine(self) -> Engine:
+    def _build_engine(self, profile: Profile | None) -> Engine:
         kv, config = self._runner.kv, self.config
         assert config.max_model_len is not None
         pool = BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching)
@@ -140,7 +140,7 @@ class LLM:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        return Engine(self._runner, scheduler)
+        return Engine(self._runner, scheduler, profile)
 
     def _log_config(self, asked: EngineConfig) -> None:
         if self._group.rank:
@@ -209,6 +209,7 @@ class LLM:
         if self.is_leader:
             self._engine.close()
         else:
+            self._runner.drop_graphs()
             self._group.close()
         if self._followers is not None:
             self._followers.close()

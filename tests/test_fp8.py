@@ -54,7 +54,7 @@ def test_zeros_stay_zeros_and_spoilt_rows_stay_spoilt() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "out_dim", "in_dim"), [(1, 16, 16), (3, 48, 64), (40, 80, 208)])
+@pytest.mark.parametrize(("tokens", "out_dim", "in_dim"), [(1, 16, 16), (3, 48, 64), (40, 80, 208), (300, 48, 64)])
 def test_the_product_is_that_of_the_rounded_rows(dtype: torch.dtype, tokens: int, out_dim: int, in_dim: int) -> None:
     x_TK, weight_NK = normal(tokens, in_dim).to(dtype), normal(out_dim, in_dim, seed=1)
     (x_values, x_scales), (w_values, w_scales) = quantize_rows(x_TK), quantize_rows(weight_NK)

@@ -20,6 +20,7 @@ from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.worker import serve_follower
 from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
 
 from .tiny_models import CPU, Output, Tensors, drain, generate, make_engine, make_runner, on_ranks, random_tensors
@@ -226,19 +227,19 @@ def test_a_spoilt_row_fails_alone(config, prompts, sampling) -> None:
 
 
 def test_shapes_worth_recording() -> None:
-    assert graph_keys(1) == [*((1, q_len) for q_len in range(16, 1, -1)), (1, 1)]
+    assert graph_keys(1) == [(1, q_len) for q_len in range(1, 17)]
     decoding = [num_seqs for num_seqs, q_len in graph_keys(30) if q_len == 1]
-    assert decoding == [30, 24, 16, 8, 4, 2, 1]
+    assert decoding == [1, 2, 4, 8, 16, 24, 30]
     assert len(set(graph_keys(128))) == len(graph_keys(128))
 
 
 def test_what_exceeds_the_budget_is_left_out_and_still_answered(config, tensors, prompts) -> None:
     runner = make_runner(config, tensors, TPGroup.single(CPU), is_asynchronous=True)
-    keys: list[Key] = [(8, 1), (4, 1), (1, 3), (1, 1)]
+    keys: list[Key] = [(1, 1), (4, 1), (8, 1), (1, 3)]
     recorder = FakeRecorder()
     runner.record_graphs(recorder, keys, max_model_len=512, max_num_seqs=MAX_NUM_SEQS, memory_bytes=20)
     assert runner.graphs is not None
-    assert runner.graphs.keys == ((8, 1), (4, 1)) and runner.graphs.memory_bytes == 20
+    assert runner.graphs.keys == ((1, 1), (4, 1)) and runner.graphs.memory_bytes == 20
     expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
     assert generate(make_engine(runner, max_num_seqs=MAX_NUM_SEQS), prompts, GREEDY) == expected
 
@@ -262,3 +263,27 @@ def test_torchs_own_ops_can_be_recorded_too(config, tensors, q_len: int) -> None
     recorder, keys = FakeRecorder(), [(3, 1), (1, q_len)]
     runner.record_graphs(recorder, keys, max_model_len=512, max_num_seqs=3, memory_bytes=100)
     assert runner.graphs is not None and len(recorder.recordings) == 2
+
+
+def test_while_a_profile_records_no_recording_is_replayed_on_any_rank(config, tensors, prompts) -> None:
+    expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
+
+    def work(group: TPGroup) -> int:
+        recorder = FakeRecorder()
+        runner = ahead_of(config, tensors, group, recorder)
+        if group.rank:
+            serve_follower(runner)
+            return recorder.num_replays
+        profile = Profile(op_by_op=False)
+        scheduler = make_engine(runner, max_num_seqs=MAX_NUM_SEQS).scheduler
+        engine = Engine(runner, scheduler, profile)
+        with profile.recording():
+            assert generate(engine, prompts, GREEDY) == expected
+        assert recorder.num_replays == 0
+        generate(engine, prompts[:3], GREEDY)
+        engine.close()
+        assert runner.graphs is None
+        return recorder.num_replays
+
+    replays = on_ranks(2, work)
+    assert replays[0] == replays[1] > 0

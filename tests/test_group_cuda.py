@@ -124,6 +124,21 @@ def test_a_failure_ends_the_waits_on_the_gpu(monkeypatch: pytest.MonkeyPatch) ->
     assert symmetric.calls == ["add_all_reduce", "abort"]
 
 
+def test_an_abort_that_waits_for_graphs_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL's does so until every CUDA graph with a collective in it is gone, and its owner may be who aborts."""
+    monkeypatch.setattr(process_groups, "_ABORT_SECONDS", 0.05)
+    nccl, graphs_are_gone = Recorder(), threading.Event()
+    monkeypatch.setattr(nccl, "abort", graphs_are_gone.wait)
+    control = Recorder()
+    backend = nccl_of(monkeypatch, nccl, control, None)
+    control.failure = RankFailure(1, "its process died")
+    backend._watcher.join(10)
+    assert not backend._watcher.is_alive()
+    with pytest.raises(RankFailure, match="rank 1"):
+        backend.check()
+    graphs_are_gone.set()
+
+
 def share_one_gpu(me: Rank) -> str:
     device = torch.device("cuda", 0)
     group = TPGroup.connect(me.store, me.rank, me.size, device, "one GPU", timeout_seconds=60)

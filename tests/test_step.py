@@ -19,8 +19,9 @@ def test_a_step_survives_the_wire(num_seqs: int, num_copies: int) -> None:
     query_lens = rng.integers(1, 9, num_seqs).astype(np.int32)
     tables = [ints(int(n)) for n in rng.integers(1, 300, num_seqs)]
     sent = Step(
-        ints(int(query_lens.sum())), query_lens, ints(num_seqs), tables, ints(num_seqs), ints(num_copies, 3), True
-    )
+        ints(int(query_lens.sum())), query_lens, ints(num_seqs), tables, ints(num_seqs), ints(num_copies, 3), True,
+        op_by_op=num_copies == 1,
+    )  # fmt: skip
     encoded = sent.encode()
     assert (encoded.dtype, encoded.ndim) == (np.int64, 1)
     received = Step.decode(encoded)
@@ -30,7 +31,7 @@ def test_a_step_survives_the_wire(num_seqs: int, num_copies: int) -> None:
     assert len(received.block_tables) == num_seqs
     for got, wanted in zip(received.block_tables, tables, strict=True):
         np.testing.assert_array_equal(got, wanted)
-    assert received.full_logits is True
+    assert received.full_logits is True and received.op_by_op is (num_copies == 1)
     assert received.request_ids == []
     with pytest.raises(AssertionError, match="cut or extended"):
         Step.decode(np.append(encoded, 0))

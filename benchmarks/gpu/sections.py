@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from benchmarks.gpu.engine import Variant
 from benchmarks.gpu.weights import SharedWeights
 from benchmarks.gpu.workload import Workload
 
+_HAS_XDIST = find_spec("xdist") is not None
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_engine.py", "tests/test_group_cuda.py")
 """Files of tests that need a GPU."""
 _ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +64,7 @@ def _cuda(work: Workload, gpt_fast: Path | None) -> Iterator[Section]:
     yield Section("bf16 batches", 40, partial(_batches, plain))
     yield Section("fp8", 40, partial(_engine, Variant("fp8", "triton")))
     yield Section("bf16 vendor", 40, partial(_engine, Variant("none", "vendor")))
-    yield Section("tests", 100, _tests)
+    yield Section("tests", 100 if _HAS_XDIST else 250, _tests)
     yield Section("two ranks", 60, _two_ranks)
     yield Section("bf16 no graphs", 25, partial(_engine, Variant("none", "triton", has_graphs=False)))
     yield Section("transformers compiled, more contexts", 60, partial(_transformers, tuple(others), True))
@@ -119,6 +121,8 @@ def _tests(bench: Bench) -> dict[str, str]:
         RuntimeError: one failed; with the end of the output.
     """
     command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-rfs", "--tb=short", "--durations=5"]
+    if _HAS_XDIST:
+        command += ["-n", "4"]
     running = {
         name: subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=_ROOT)
         for name in TESTS

@@ -7,6 +7,7 @@ Speaks token ids only. A failure in one request is an event; a failure of a rank
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NoReturn
 
 from megatron_infer.engine import worker
@@ -16,14 +17,16 @@ from megatron_infer.engine.sampler import Draw
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.step import Step
 from megatron_infer.engine.worker import EngineDeadError
+from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import RankFailure
 
 
 class Engine:
     """Continuous batching over one model: add, abort, step."""
 
-    def __init__(self, runner: ModelRunner, scheduler: Scheduler) -> None:
+    def __init__(self, runner: ModelRunner, scheduler: Scheduler, profile: Profile | None = None) -> None:
         self.runner, self.scheduler, self.group = runner, scheduler, runner.tp
+        self._profile = profile
         self._requests: dict[int, tuple[Request, int, int]] = {}
         self._in_flight: tuple[Step, Pending] | None = None
         self._failure: str | None = None
@@ -90,10 +93,12 @@ class Engine:
         if step.full_logits:
             rows = zip(step.request_ids, step.sample_S, strict=True)
             draws = [self._draw(i, num_unknown) for i, is_sampled in rows if is_sampled]
+        is_timed = self._profile is not None and self._profile.is_active
+        sent = replace(step, op_by_op=True) if is_timed else step
         try:
             if self.group.size > 1:
-                worker.send_step(self.group, step)
-            return step, worker.launch(self.runner, step, draws)
+                worker.send_step(self.group, sent)
+            return step, worker.launch(self.runner, sent, draws)
         except BaseException as error:
             # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
             self._fail(error)
@@ -126,5 +131,7 @@ class Engine:
                 worker.send_json(self.group, worker.Kind.STOP)
             except RankFailure as error:
                 self._failure = f"the engine stopped: {error}"
+        if self.alive:
+            self.runner.drop_graphs()
         self._closed = True
         self.group.close()

@@ -37,6 +37,8 @@ def main() -> None:
         group.abort(f"{type(error).__name__}: {error}")
         raise
     serve_follower(runner)
+    runner.drop_graphs()
+    group.close()
 
 
 def _die_with_parent() -> None:

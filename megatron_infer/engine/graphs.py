@@ -43,13 +43,13 @@ class Recorder(Protocol):
 
 
 def graph_keys(max_num_seqs: int) -> list[Key]:
-    """The shapes worth recording, largest first: later ones then fit into the memory of earlier ones.
+    """The shapes worth recording, the most wanted first: one sequence, then more and more of them.
 
     Decoding sequences are padded to 1, 2, 4, a multiple of 8, or max_num_seqs; a single sequence may have more tokens.
     """
-    sizes = {1, 2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs}
-    decoding = [(size, 1) for size in sorted(sizes, reverse=True) if size <= max_num_seqs]
-    return [*decoding[:-1], *((1, q_len) for q_len in range(MAX_QUERY_LEN, 1, -1)), decoding[-1]]
+    sizes = {2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs} - {1}
+    decoding = [(size, 1) for size in sorted(sizes) if size <= max_num_seqs]
+    return [*((1, q_len) for q_len in range(1, MAX_QUERY_LEN + 1)), *decoding]
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Graphs:
         keys: shapes to record, in order; see graph_keys.
         block_size: tokens per block. table_width: blocks of the longest context.
         padding_block: where the rows that fill up a shape write their keys and values.
-        memory_bytes: budget. A shape that would exceed it is left out, and smaller ones tried.
+        memory_bytes: budget. The first shape that exceeds it, and those behind it, are left out.
         most: the largest of what each rank passes; all ranks must record the same shapes.
     """
 
@@ -94,9 +94,10 @@ class Graphs:
             layout = Layout(num_seqs * q_len, num_seqs, num_seqs, num_seqs, table_width, q_len)
             graph = self._record(layout, run, recorder)
             used_bytes = most(recorder.used_bytes() - began_bytes)
-            if used_bytes <= memory_bytes:
-                self._graphs[num_seqs, q_len] = graph
-                self.memory_bytes = used_bytes
+            if used_bytes > memory_bytes:
+                break
+            self._graphs[num_seqs, q_len] = graph
+            self.memory_bytes = used_bytes
         self._sizes = sorted(num_seqs for num_seqs, q_len in self._graphs if q_len == 1)
 
     def _record(self, layout: Layout, run: Callable[[Batch], Outputs], recorder: Recorder) -> _Graph:

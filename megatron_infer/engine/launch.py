@@ -157,7 +157,7 @@ def build_runner(
         dtype=TORCH_DTYPES[config.kv_cache_dtype],
         device=group.device,
     )
-    runner = ModelRunner(model, kv, profile=profile)
+    runner = ModelRunner(model, kv)
     if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
         _record_graphs(runner, config)
     return runner

@@ -26,7 +26,6 @@ from megatron_infer.engine.sampler import (
 from megatron_infer.engine.step import Step
 from megatron_infer.engine.topology import use_device
 from megatron_infer.model.transformer import Transformer
-from megatron_infer.profile import Profile
 
 Pending = Callable[[], list[Sampled]]
 """Waits for a launched step: on rank 0 one Sampled per row that the step marks as sampled; else nothing."""
@@ -38,14 +37,11 @@ class ModelRunner:
     Attributes:
         is_asynchronous: steps run on the device while the host goes on; rows are then sampled there, and the next step
             may be launched before this one's samples are known. Else rows are sampled on the host.
-        graphs: recorded steps, once record_graphs() was called; left aside while a profile is recording.
+        graphs: recorded steps, once record_graphs() was called.
     """
 
-    def __init__(
-        self, model: Transformer, kv: KVCache, *, is_asynchronous: bool | None = None, profile: Profile | None = None
-    ) -> None:
+    def __init__(self, model: Transformer, kv: KVCache, *, is_asynchronous: bool | None = None) -> None:
         self.model, self.kv, self.tp = model, kv, model.tp
-        self._profile = profile
         self.is_asynchronous = self.tp.device.type == "cuda" if is_asynchronous is None else is_asynchronous
         self.graphs: Graphs | None = None
         self._uploads = Uploads(self.tp.device)
@@ -72,6 +68,13 @@ class ModelRunner:
             most=self._most,
         )
 
+    def drop_graphs(self) -> None:
+        """Before the group is closed, or NCCL waits for the graphs that hold its collectives. Idempotent."""
+        if self.graphs is not None:
+            if self.tp.device.type == "cuda":
+                torch.cuda.synchronize(self.tp.device)
+            self.graphs = None
+
     def _most(self, own: int) -> int:
         gathered = self.tp.all_gather(torch.tensor([[float(own)]], dtype=torch.float32, device=self.tp.device))
         return int(gathered.max())
@@ -88,8 +91,7 @@ class ModelRunner:
         self.kv.copy_heads(step.copies_C3.tolist())
         on_device = self.is_asynchronous and step.full_logits
         numbers = [draw_numbers(draw) for draw in draws] if on_device else []
-        # Inside a recording nothing can be timed.
-        graphs = None if self._profile is not None and self._profile.is_active else self.graphs
+        graphs = None if step.op_by_op else self.graphs
         key = graphs.key_of(step) if graphs is not None else None
         if graphs is not None and key is not None:
             batch, (local_SV, ids_S) = graphs.replay(key, step, numbers)

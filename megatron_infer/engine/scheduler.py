@@ -125,9 +125,8 @@ class Scheduler:
         """
         assert len(self._plans) == 1, "one step must be in flight"
         (plan,) = self._plans
-        can_admit = self._waiting and len(self._running) < self.max_num_seqs
         assert plan.step is not None
-        if can_admit or not plan.step.sample_S.all():
+        if self._may_admit() or not plan.step.sample_S.all():
             return None
         ahead, sample_indices = Plan(), []
         for j, (request, _) in enumerate(plan.rows):
@@ -201,6 +200,13 @@ class Scheduler:
                 self._waiting.appendleft(latest)
                 self.num_preemptions += 1
 
+    def _may_admit(self) -> bool:
+        """Whether it is worth trying: the first that waits has not found too few blocks since more became free."""
+        if not self._waiting or len(self._running) >= self.max_num_seqs:
+            return False
+        refused, headroom = self._refused
+        return refused is not self._waiting[0] or self.pool.num_free - len(self._running) > headroom
+
     def _admit(self, plan: Plan, budget: int) -> None:
         """Move waiting requests into the step, in order, while budget, sequences and blocks last."""
         if not self._waiting:
@@ -209,9 +215,8 @@ class Scheduler:
         while self._waiting and budget and len(self._running) < self.max_num_seqs:
             request = self._waiting[0]
             headroom = self.pool.num_free - len(self._running)
-            # Matching costs a hash per block of the prompt: try again only when more has become free.
-            refused, refused_headroom = self._refused
-            if refused is request and headroom <= refused_headroom:
+            # Matching costs a hash per block of the prompt.
+            if not self._may_admit():
                 return
             match = self.pool.match(request.ids)
             if self._worth_waiting(request, match, being_written, budget):

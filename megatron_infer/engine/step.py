@@ -35,13 +35,16 @@ class Step:
     """(source block, destination block, number of leading tokens); no destination is another copy's source."""
     full_logits: bool
     """False: the arg-max of each sampled row is enough."""
+    op_by_op: bool = False
+    """No rank may replay a recording of this step, because rank 0 times its operations."""
     request_ids: list[int] = field(default_factory=list)
     """Per sequence, whose it is; rank 0 only, not sent."""
 
     def encode(self) -> npt.NDArray[np.int64]:
         """A 1-D int64 array: pairs of int32 values, lengths first."""
         table_lens_S = [len(table) for table in self.block_tables]
-        header = [len(self.token_ids_T), len(self.query_lens_S), len(self.copies_C3), int(self.full_logits)]
+        flags = int(self.full_logits) | int(self.op_by_op) << 1
+        header = [len(self.token_ids_T), len(self.query_lens_S), len(self.copies_C3), flags]
         size = len(header) + header[0] + 4 * header[1] + 3 * header[2] + sum(table_lens_S)
         flat = np.zeros(size + size % 2, dtype=np.int32)
         parts: tuple[Sequence[int] | Ints, ...] = (
@@ -65,7 +68,7 @@ class Step:
     def decode(cls, encoded: npt.NDArray[np.int64]) -> Step:
         """The step that `encode` was called on, without `request_ids`; its arrays are views of `encoded`."""
         flat = np.ascontiguousarray(encoded, dtype=np.int64).view(np.int32)
-        num_tokens, num_seqs, num_copies, full_logits = (int(value) for value in flat[:4])
+        num_tokens, num_seqs, num_copies, flags = (int(value) for value in flat[:4])
         ends = 4 + np.cumsum([num_seqs, num_seqs, num_seqs, num_seqs, num_tokens, 3 * num_copies])
         table_lens_S, query_lens_S, context_lens_S, sample_S, token_ids_T, copies, tables = np.split(flat[4:], ends - 4)
         table_ends = np.cumsum(table_lens_S)
@@ -79,5 +82,6 @@ class Step:
             block_tables=[tables[start:end] for start, end in zip(starts.tolist(), table_ends.tolist(), strict=True)],
             sample_S=sample_S,
             copies_C3=copies.reshape(-1, 3),
-            full_logits=bool(full_logits),
+            full_logits=bool(flags & 1),
+            op_by_op=bool(flags & 2),
         )

@@ -14,6 +14,7 @@ UNIT = 16
 CAPABILITY = (8, 9)
 """The first compute capability that multiplies fp8."""
 _LARGEST = 448.0
+_FEW_TOKENS = 256
 _SMALLEST_SCALE = 2.0**-100
 """Of a row of zeros, or nearly: so that no quotient overflows."""
 
@@ -33,19 +34,22 @@ def quantize_rows(x_TK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def scaled_matmul(x_TK: Tensor, values_NK: Tensor, scales_N: Tensor) -> Tensor:
-    """y_TN = x W^T in the dtype of x, summed in fp32 and rounded to bf16 on the way; the rows of x are rounded to fp8.
+    """y_TN = x W^T in the dtype of x, its rows rounded to fp8; summed in fp32, of many tokens rounded to bf16 first.
 
     Args:
         x_TK: [T, K]. values_NK: float8_e4m3fn, contiguous. scales_N: fp32. N and K are multiples of UNIT on CUDA
             (`_scaled_mm_out_cuda` in PyTorch's ScaledBlas.cpp).
     """
     x_values_TK, x_scales_T = quantize_rows(x_TK)
+    scales_T1, scales_1N = x_scales_T.unsqueeze(1), scales_N.unsqueeze(0)
     # bf16 is the one result that the row-wise product has had in every release of torch.
-    y_TN: Tensor = torch._scaled_mm(
-        x_values_TK,
-        values_NK.T,
-        scale_a=x_scales_T.unsqueeze(1),
-        scale_b=scales_N.unsqueeze(0),
-        out_dtype=torch.bfloat16,
-    )
-    return y_TN.to(x_TK.dtype)
+    if x_TK.shape[0] > _FEW_TOKENS:
+        y_TN: Tensor = torch._scaled_mm(
+            x_values_TK, values_NK.T, scale_a=scales_T1, scale_b=scales_1N, out_dtype=torch.bfloat16
+        )
+        return y_TN.to(x_TK.dtype)
+    # On Hopper cuBLASLt refuses the row-wise product of up to 256 rows where K is long
+    # (github.com/pytorch/ao/issues/4582). Scaling afterwards costs one more pass, over few rows.
+    one = torch.ones((), device=x_TK.device)
+    y_TN = torch._scaled_mm(x_values_TK, values_NK.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    return (y_TN * scales_T1 * scales_1N).to(x_TK.dtype)

@@ -27,6 +27,7 @@ from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 Result = TypeVar("Result")
 _TICK = timedelta(seconds=0.25)
 _DIAGNOSIS_SECONDS = 3.0
+_ABORT_SECONDS = 5.0
 _UNLIMITED = timedelta(days=365)
 # Bounds the staging memory of an all_reduce to (ranks + 1) x 4 MiB.
 _CHUNK_ELEMENTS = 1 << 20
@@ -277,8 +278,7 @@ class NcclBackend:
                 self._symmetric.close()
         self._stop.set()
         self._watcher.join()
-        # Not shutdown(): that waits for peers which may be gone.
-        self._group.abort()
+        self._abort_nccl()
         self._control.close()
 
     def _gather(self, x: Tensor) -> Tensor:
@@ -306,7 +306,14 @@ class NcclBackend:
     def _end_waits(self) -> None:
         if self._symmetric is not None:
             self._symmetric.abort()
-        self._group.abort()
+        self._abort_nccl()
+
+    def _abort_nccl(self) -> None:
+        """Not shutdown(), which waits for peers that may be gone. abort() ends the kernels at once, but then waits for
+        every CUDA graph that holds a collective (commDestroySync in NCCL's init.cc): not for long, here."""
+        thread = threading.Thread(target=self._group.abort, name="megatron_infer-nccl-abort", daemon=True)
+        thread.start()
+        thread.join(_ABORT_SECONDS)
 
 
 def _first_line(error: BaseException) -> str:
