@@ -13,6 +13,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from megatron_infer.kernels.triton.target import has_dependent_launch, has_tensor_memory
 
 MAX_QUERIES = 16
 """Of a sequence whose keys several programs share: each writes that many rows of partial results at most."""
@@ -169,12 +172,17 @@ def _decode_kernel(
     TILE: tl.constexpr,
     FOLD: tl.constexpr,
     IS_SPLIT: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
     """Grid (row tiles * G, partials, S).
 
     A partial is `tiles_per_partial` tiles of keys, in sequences of at most `single_tiles` tiles one. Without IS_SPLIT
     there is one partial, however many tiles.
     """
+    if OVERLAPS:
+        # All programs wait before anything else; the projection behind may have its first weights loaded meanwhile.
+        gdc_launch_dependents()
+        gdc_wait()
     kv_head, row_tile = tl.program_id(0) % num_kv_heads, tl.program_id(0) // num_kv_heads
     partial, s = tl.program_id(1), tl.program_id(2)
     start, num_queries, context, num_tiles, tiles = _extent(
@@ -319,14 +327,16 @@ def decode_attention(
         if row_tiles > counters.numel():
             counters = torch.zeros(row_tiles, dtype=torch.int32, device=device)
     # Told so, the compiler keeps several partials' loads in flight in _merge; left alone, it makes room for a third
-    # program per multiprocessor by loading them one after the other, and spills. Wider rows need more than these.
-    has_room = cut.partials > 1 and head_dim * q_TNH.element_size() <= 256
+    # program per multiprocessor by loading them one after the other, and (triton 3.6) spills. Wider rows need more than
+    # these, and so do the instructions of compute capability 10.
+    has_room = cut.partials > 1 and head_dim * q_TNH.element_size() <= 256 and not has_tensor_memory()
+    overlaps = has_dependent_launch()
     # Split or not, products and sums must round alike: none are fused but the explicit FMAs.
     _decode_kernel[(grid_rows, cut.partials, num_sequences)](
         o_TNH, q_TNH, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, partial_o, partial_softmax,
         counters, scale * LOG2_E, table_width, num_kv_heads, cut.partials, cut.tiles_per_partial, cut.single_tiles,
         max_query_len,
         GROUP=group, H=head_dim, BLOCK_H=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, ROWS=rows,
-        TILE=tile, FOLD=FOLD, IS_SPLIT=cut.partials > 1, num_warps=8, num_stages=2, enable_fp_fusion=False,
-        maxnreg=128 if has_room else None,
+        TILE=tile, FOLD=FOLD, IS_SPLIT=cut.partials > 1, OVERLAPS=overlaps, num_warps=8, num_stages=2,
+        enable_fp_fusion=False, maxnreg=128 if has_room else None, launch_pdl=overlaps,
     )  # fmt: skip

@@ -128,7 +128,8 @@ def prefill_tiles(head_dim: int, itemsize: int) -> tuple[int, int, int, int]:
         return (32, 32, 8, 1) if row_bytes > 256 else (64, 32, 4, 2)
     if row_bytes > 256:
         return 64, 64, 8, 2
-    return 128, 64, 8, 3
+    # The loads of K and V wait for that of the block table: five stages leave three tiles of them under way.
+    return 128, 64, 8, 5
 
 
 def prefill_attention(

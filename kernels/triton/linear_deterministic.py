@@ -18,7 +18,7 @@ _TILE_WORDS = {1: 128, 8: 32}
 """Words per plane of a tile: of plain weights (fp32: half), of quantised ones."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # as in linear_tiles.py
 def chunk_tree_kernel(
     x_ptr,
     w_ptr,

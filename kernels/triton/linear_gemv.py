@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-from triton.runtime import driver
 
 from megatron_infer.kernels.triton.linear_storage import k_of_word, weight_of_word
+from megatron_infer.kernels.triton.target import has_dependent_launch
 from megatron_infer.ops import PackedLinear
 
 MAX_TOKENS = 4
@@ -224,11 +224,6 @@ def gemv_kernel(
         tl.store(y_ptr + t * out_dim + n, y.to(y_ptr.dtype.element_ty), mask=n < out_dim)
 
 
-def _overlaps() -> bool:
-    """Programmatic dependent launch needs compute capability 9.0."""
-    return not triton.knobs.runtime.interpret and driver.active.get_current_target().arch >= 90
-
-
 def operands(
     x_TK: Tensor, packed: PackedLinear, num_outputs: int, parts: int, norm_K: Tensor | None, eps: float
 ) -> dict[str, Any]:
@@ -241,7 +236,7 @@ def operands(
     num_tokens, vector = x_TK.shape[0], min(8, 16 // data.element_size())
     num_vectors = data.shape[2] // vector
     tile = tile_of(num_tokens, num_outputs, num_vectors, parts, storage.planes, storage.fields)
-    overlaps = _overlaps()
+    overlaps = has_dependent_launch()
     return {
         "x_ptr": x_TK.contiguous(), "w_ptr": data, "scales_ptr": storage.scales_NG,
         "row_scales_ptr": storage.scales_N, "bias_ptr": packed.bias, "norm_ptr": norm_K,

@@ -10,9 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import driver
 
 from megatron_infer.kernels.triton.linear_storage import k_of_word, weight_operand
+from megatron_infer.kernels.triton.target import has_tensor_memory
 from megatron_infer.ops import PackedLinear
 
 
@@ -56,7 +56,8 @@ def tile_of(
     return Tile(64, 64, 32, 4, 3) if num_tokens <= 64 else Tile(128, 128, 16, 8, 3)
 
 
-@triton.jit
+# A prompt's last chunk has any number of tokens: compiling for those that 16 divides would stop the engine once more.
+@triton.jit(do_not_specialize=["num_tokens"])
 def tile_kernel(
     x_ptr,
     w_ptr,
@@ -137,17 +138,13 @@ def tile_kernel(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=is_output)
 
 
-def _has_tensor_memory() -> bool:
-    return not triton.knobs.runtime.interpret and driver.active.get_current_target().arch >= 100
-
-
 def tiles(
     x_TK: Tensor, packed: PackedLinear, y_TN: Tensor, *, parts: int = 1, residual_TN: Tensor | None = None
 ) -> None:
     """Write y_TN; see linear.py for the contracts. x_TK is contiguous, of the dtype of plain weights."""
     storage, data = packed.layout, packed.data
     num_tokens, out_dim = y_TN.shape
-    tile = tile_of(num_tokens, out_dim, x_TK.dtype, parts, storage.fields, _has_tensor_memory())
+    tile = tile_of(num_tokens, out_dim, x_TK.dtype, parts, storage.fields, has_tensor_memory())
     vector = 16 // data.element_size()
     tile_kernel[(triton.cdiv(num_tokens, tile.block_t), triton.cdiv(out_dim, tile.block_n))](
         x_TK, data, storage.scales_NG, packed.bias, residual_TN, y_TN,
