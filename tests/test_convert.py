@@ -404,7 +404,8 @@ print(peak_of(whole))
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_stays_below_half_of_one_tensor(tmp_path: Path) -> None:
-    config = replace(PLAIN, vocab_size=8192, hidden_size=4096, intermediate_size=1536, num_hidden_layers=1)
+    # What converting takes is a few blocks of 4 MiB, how many at once depends on when the system takes freed ones back.
+    config = replace(PLAIN, vocab_size=12288, hidden_size=4096, intermediate_size=1536, num_hidden_layers=1)
     zero = torch.zeros(1, dtype=torch.bfloat16)
     shapes = expected_tensors(config)
 
@@ -416,7 +417,7 @@ def test_memory_stays_below_half_of_one_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(tmp_path / "hf"), str(tmp_path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     *converting_kib, whole_kib = map(int, done.stdout.split())
-    tensor_kib = 8192 * 4096 * 2 // 1024
+    tensor_kib = 12288 * 4096 * 2 // 1024
     assert whole_kib > 2 * tensor_kib, "the measure sees a checkpoint that is read whole"
     assert max(converting_kib) < tensor_kib // 2, converting_kib
     with open_checkpoint(tmp_path / "hf") as a, open_checkpoint(tmp_path / "half") as b:
