@@ -86,6 +86,8 @@ for name, dtype in (("bf16", BF16), ("int8", INT8), ("int4", INT4)):
     LAUNCHES[f"decode layer of 4, {name}"] = partial(layer, 4, dtype)
     LAUNCHES[f"decode drafts, {name}"] = partial(drafts, 16, dtype)
     LAUNCHES[f"decode deterministic, {name}"] = partial(exact, 1, DOWN, dtype)
+for name, dtype in (("int8", INT8), ("int4", INT4)):
+    LAUNCHES[f"decode layer of 2, {name}"] = partial(layer, 2, dtype)
 for tokens in (1, 4):
     LAUNCHES[f"decode layer of {tokens}, fp8"] = partial(on_fp8_hardware, partial(layer, tokens, FP8))
 LAUNCHES["64 tokens, int8"] = partial(linear, 64, DOWN, INT8)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from megatron_infer.kernels.triton.target import has_dependent_launch, has_tensor_memory
+from megatron_infer.kernels.triton.target import has_dependent_launch
 
 MAX_QUERIES = 16
 """Of a sequence whose keys several programs share: each writes that many rows of partial results at most."""
@@ -98,25 +98,34 @@ def _leave_partial(
 @triton.jit
 def _merge(
     partial_o_ptr, partial_softmax_ptr, slot_M, valid_M, used, is_tile,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, FOLD: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, FOLD: tl.constexpr, BATCH: tl.constexpr,
 ):  # fmt: skip
-    """Fold the stored partials of a row tile in ascending order; those that are single tiles first FOLD by FOLD."""
+    """Fold the stored partials of a row tile in ascending order; those that are single tiles first FOLD by FOLD.
+
+    BATCH of them are loaded before the first is used, so that their loads are in flight together.
+    """
     h = tl.arange(0, BLOCK_H)[None, :]
     max_M = tl.full([slot_M.shape[0]], float("-inf"), tl.float32)
     sum_M, o_MH = tl.zeros([slot_M.shape[0]], tl.float32), tl.zeros([slot_M.shape[0], BLOCK_H], tl.float32)
     for first in range(0, used, FOLD):
         span_max_M = tl.where(is_tile, float("-inf"), max_M)
         span_sum_M, span_o_MH = tl.where(is_tile, 0.0, sum_M), tl.where(is_tile, 0.0, o_MH)
-        for i in tl.static_range(FOLD):  # unrolled, so that all their loads are in flight at once
-            mask_M = valid_M & (first + i < used)
-            mask_MH = mask_M[:, None] & (h < H)
-            softmax_M = partial_softmax_ptr + 2 * (slot_M + first + i)
-            o_ptr_MH = partial_o_ptr + (slot_M + first + i)[:, None].to(tl.int64) * H + h
-            # .cg: other SMs wrote them, and the L1 cache would not know.
-            new_max_M = tl.load(softmax_M, mask=mask_M, other=float("-inf"), cache_modifier=".cg")
-            new_sum_M = tl.load(softmax_M + 1, mask=mask_M, other=0.0, cache_modifier=".cg")
-            new_o_MH = tl.load(o_ptr_MH, mask=mask_MH, other=0.0, cache_modifier=".cg")
-            span_max_M, span_sum_M, span_o_MH = _fold(span_max_M, span_sum_M, span_o_MH, new_max_M, new_sum_M, new_o_MH)
+        for batch in tl.static_range(0, FOLD, BATCH):
+            partials = ()
+            for i in tl.static_range(batch, batch + BATCH):
+                mask_M = valid_M & (first + i < used)
+                softmax_M = partial_softmax_ptr + 2 * (slot_M + first + i)
+                o_ptr_MH = partial_o_ptr + (slot_M + first + i)[:, None].to(tl.int64) * H + h
+                # .cg: other SMs wrote them, and the L1 cache would not know.
+                partials += (
+                    tl.load(softmax_M, mask=mask_M, other=float("-inf"), cache_modifier=".cg"),
+                    tl.load(softmax_M + 1, mask=mask_M, other=0.0, cache_modifier=".cg"),
+                    tl.load(o_ptr_MH, mask=mask_M[:, None] & (h < H), other=0.0, cache_modifier=".cg"),
+                )
+            for i in tl.static_range(BATCH):
+                span_max_M, span_sum_M, span_o_MH = _fold(
+                    span_max_M, span_sum_M, span_o_MH, partials[3 * i], partials[3 * i + 1], partials[3 * i + 2]
+                )
         if is_tile:
             max_M, sum_M, o_MH = _fold(max_M, sum_M, o_MH, span_max_M, span_sum_M, span_o_MH)
         else:
@@ -171,6 +180,7 @@ def _decode_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     FOLD: tl.constexpr,
+    BATCH: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     OVERLAPS: tl.constexpr,
 ):
@@ -234,7 +244,7 @@ def _decode_kernel(
                 return
             tl.store(counter_ptr, 0)
             max_M, sum_M, o_MH = _merge(
-                partial_o_ptr, partial_softmax_ptr, slot_M, valid_M, used, tiles == 1, H, BLOCK_H, FOLD
+                partial_o_ptr, partial_softmax_ptr, slot_M, valid_M, used, tiles == 1, H, BLOCK_H, FOLD, BATCH
             )
     tl.store(o_ptr + offset_MH, (o_MH / sum_M[:, None]).to(o_ptr.dtype.element_ty), mask=mask_MH)
 
@@ -326,17 +336,15 @@ def decode_attention(
         partial_softmax = torch.empty((*shape, 2), dtype=torch.float32, device=device)
         if row_tiles > counters.numel():
             counters = torch.zeros(row_tiles, dtype=torch.int32, device=device)
-    # Told so, the compiler keeps several partials' loads in flight in _merge; left alone, it makes room for a third
-    # program per multiprocessor by loading them one after the other, and (triton 3.6) spills. Wider rows need more than
-    # these, and so do the instructions of compute capability 10.
-    has_room = cut.partials > 1 and head_dim * q_TNH.element_size() <= 256 and not has_tensor_memory()
-    overlaps = has_dependent_launch()
+    overlaps, block_h = has_dependent_launch(), max(16, triton.next_power_of_2(head_dim))
+    # Of 8 floats per thread FOLD partials fit the registers; of more, the compiler spills unless it chooses the order.
+    batch = FOLD if rows * block_h <= 2048 else 1
     # Split or not, products and sums must round alike: none are fused but the explicit FMAs.
     _decode_kernel[(grid_rows, cut.partials, num_sequences)](
         o_TNH, q_TNH, k_cache, v_cache, block_tables_SB, query_start_S1, context_lens_S, partial_o, partial_softmax,
         counters, scale * LOG2_E, table_width, num_kv_heads, cut.partials, cut.tiles_per_partial, cut.single_tiles,
         max_query_len,
-        GROUP=group, H=head_dim, BLOCK_H=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, ROWS=rows,
-        TILE=tile, FOLD=FOLD, IS_SPLIT=cut.partials > 1, OVERLAPS=overlaps, num_warps=8, num_stages=2,
-        enable_fp_fusion=False, maxnreg=128 if has_room else None, launch_pdl=overlaps,
+        GROUP=group, H=head_dim, BLOCK_H=block_h, BLOCK_SIZE=block_size, ROWS=rows, TILE=tile, FOLD=FOLD, BATCH=batch,
+        IS_SPLIT=cut.partials > 1, OVERLAPS=overlaps, num_warps=8, num_stages=2, enable_fp_fusion=False,
+        launch_pdl=overlaps,
     )  # fmt: skip

@@ -48,8 +48,9 @@ def tile_of(num_tokens: int, out_dim: int, num_vectors: int, parts: int, planes:
         block_n //= 2
     while block_n > 1 and triton.cdiv(out_dim, block_n) < _MIN_PROGRAMS:
         block_n //= 2
-    # Told so, the compiler spends registers on loads in flight; four programs per multiprocessor still fit.
-    has_room = num_tokens == 1 or (num_tokens == 2 and fields > 1)
+    # Told so, the compiler spends registers on loads in flight; four programs per multiprocessor still fit. Of int4
+    # (one plane) it does so anyway, and for two tokens it needs more.
+    has_room = num_tokens == 1 if fields == 1 else planes == 2 and num_tokens <= 2
     max_registers = 128 if has_room else None
     return Tile(block_n, num_warps * 32, num_warps, max_registers)
 
