@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable
 
@@ -30,6 +29,7 @@ from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.model.formats import weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.options import percentile
 from megatron_infer.tensor_parallel.group import TPGroup
 
 CPU = torch.device("cpu")
@@ -98,8 +98,7 @@ def measure(batch: int, context: int, steps: int) -> dict[str, float]:
         began = time.perf_counter()
         engine.step()
         samples.append(1e6 * (time.perf_counter() - began))
-    samples.sort()
-    return {"batch": batch, "p50_us": statistics.median(samples), "p99_us": samples[int(0.99 * steps)]}
+    return {"batch": batch, "p50_us": percentile(samples, 50), "p99_us": percentile(samples, 99)}
 
 
 def main() -> None:

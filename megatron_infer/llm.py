@@ -209,8 +209,7 @@ class LLM:
         if self.is_leader:
             self._engine.close()
         else:
-            self._runner.drop_graphs()
-            self._group.close()
+            self._runner.close()
         if self._followers is not None:
             self._followers.close()
 

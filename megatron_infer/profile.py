@@ -21,8 +21,8 @@ Phase = Literal["prefill", "decode"]
 Call = TypeVar("Call", bound=Callable[..., Any])
 ATTENTION = "attention"
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
-_LOADING = ("allocate_linear", "pack_rows", "pack_quantized", "is_recordable", "report")
-"""Fields of Ops that a step does not call."""
+_LOADING = ("allocate_linear", "pack_rows", "pack_quantized")
+"""Ops that a step does not call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Profile:
         }
         if self._op_by_op:
             ops = replace(ops, attention_layer=None, feed_forward_layer=None)
-        names = [s.name for s in fields(ops) if s.name not in _LOADING and getattr(ops, s.name) is not None]
+        names = [s.name for s in fields(ops) if s.name not in _LOADING and callable(getattr(ops, s.name))]
         return replace(
             ops, **{name: self.timed(device, works.get(name, named(name)), getattr(ops, name)) for name in names}
         )

@@ -131,7 +131,8 @@ class Engine:
                 worker.send_json(self.group, worker.Kind.STOP)
             except RankFailure as error:
                 self._failure = f"the engine stopped: {error}"
-        if self.alive:
-            self.runner.drop_graphs()
-        self._closed = True
-        self.group.close()
+        was_alive, self._closed = self.alive, True
+        if was_alive:
+            self.runner.close()
+        else:
+            self.group.close()

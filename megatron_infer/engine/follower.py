@@ -37,8 +37,7 @@ def main() -> None:
         group.abort(f"{type(error).__name__}: {error}")
         raise
     serve_follower(runner)
-    runner.drop_graphs()
-    group.close()
+    runner.close()
 
 
 def _die_with_parent() -> None:

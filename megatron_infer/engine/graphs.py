@@ -47,8 +47,8 @@ def graph_keys(max_num_seqs: int) -> list[Key]:
 
     Decoding sequences are padded to 1, 2, 4, a multiple of 8, or max_num_seqs; a single sequence may have more tokens.
     """
-    sizes = {2, 4, *range(8, max_num_seqs + 1, 8), max_num_seqs} - {1}
-    decoding = [(size, 1) for size in sorted(sizes) if size <= max_num_seqs]
+    sizes = {2, 4, *range(8, max_num_seqs, 8), max_num_seqs}
+    decoding = [(size, 1) for size in sorted(sizes) if 1 < size <= max_num_seqs]
     return [*((1, q_len) for q_len in range(1, MAX_QUERY_LEN + 1)), *decoding]
 
 
@@ -84,14 +84,21 @@ class Graphs:
         table_width: int,
         padding_block: int,
         memory_bytes: int,
-        most: Callable[[int], int] = lambda own: own,
+        most: Callable[[int], int],
     ) -> None:
         self._uploads, self._block_size, self._padding_block = uploads, block_size, padding_block
         self._graphs: dict[Key, _Graph] = {}
         self.memory_bytes = 0
         began_bytes = recorder.used_bytes()
         for num_seqs, q_len in keys:
-            layout = Layout(num_seqs * q_len, num_seqs, num_seqs, num_seqs, table_width, q_len)
+            layout = Layout(
+                num_tokens=num_seqs * q_len,
+                num_seqs=num_seqs,
+                num_samples=num_seqs,
+                num_draws=num_seqs,
+                table_width=table_width,
+                max_query_len=q_len,
+            )
             graph = self._record(layout, run, recorder)
             used_bytes = most(recorder.used_bytes() - began_bytes)
             if used_bytes > memory_bytes:
@@ -101,20 +108,19 @@ class Graphs:
         self._sizes = sorted(num_seqs for num_seqs, q_len in self._graphs if q_len == 1)
 
     def _record(self, layout: Layout, run: Callable[[Batch], Outputs], recorder: Recorder) -> _Graph:
-        padding = self._padding(layout)
+        padding = self._padding(layout.num_seqs, layout.max_query_len)
         buffer = layout.upload(padding, self._block_size, self._uploads)
         batch = layout.batch(buffer)
         return _Graph(layout, buffer, batch, recorder.record(lambda: run(batch)))
 
-    def _padding(self, layout: Layout) -> Step:
+    def _padding(self, num_seqs: int, q_len: int) -> Step:
         """A step of this shape that disturbs nobody."""
-        seqs, q_len = layout.num_seqs, layout.max_query_len
         return Step(
-            token_ids_T=np.zeros(seqs * q_len, dtype=np.int32),
-            query_lens_S=np.full(seqs, q_len, dtype=np.int32),
-            context_lens_S=np.full(seqs, q_len, dtype=np.int32),
-            block_tables=[np.full(-(-q_len // self._block_size), self._padding_block, dtype=np.int32)] * seqs,
-            sample_S=np.ones(seqs, dtype=np.int32),
+            token_ids_T=np.zeros(num_seqs * q_len, dtype=np.int32),
+            query_lens_S=np.full(num_seqs, q_len, dtype=np.int32),
+            context_lens_S=np.full(num_seqs, q_len, dtype=np.int32),
+            block_tables=[np.full(-(-q_len // self._block_size), self._padding_block, dtype=np.int32)] * num_seqs,
+            sample_S=np.ones(num_seqs, dtype=np.int32),
             copies_C3=np.empty((0, 3), dtype=np.int32),
             full_logits=False,
         )
@@ -135,28 +141,24 @@ class Graphs:
         return None if size is None else (size, 1)
 
     def replay(self, key: Key, step: Step, draws: Sequence[Sequence[float]]) -> tuple[Batch, Outputs]:
-        """Run `step` in the recorded shape `key`: its batch, and its own rows' outputs, valid until the next replay."""
+        """Run `step` in the recorded shape `key`: the padded batch, and its own rows' outputs until the next replay."""
         graph, num_seqs = self._graphs[key], len(step.query_lens_S)
-        padded = pad(step, key[0], self._padding_block)
-        graph.layout.upload(padded, self._block_size, self._uploads, draws, graph.buffer)
+        if num_seqs < key[0]:
+            step = _joined(step, self._padding(key[0] - num_seqs, key[1]))
+        graph.layout.upload(step, self._block_size, self._uploads, draws, graph.buffer)
         graph.recording.replay()
-        batch = replace(graph.batch, draws_S5=graph.batch.draws_S5[: len(draws)])
-        return batch, tuple(output[:num_seqs] for output in graph.recording.outputs)
+        return graph.batch, tuple(output[:num_seqs] for output in graph.recording.outputs)
 
 
-def pad(step: Step, num_seqs: int, padding_block: int) -> Step:
-    """`step` with decoding sequences of one token in the padding block, up to `num_seqs`."""
-    missing = num_seqs - len(step.query_lens_S)
-    if not missing:
-        return step
-    ones = np.ones(missing, dtype=np.int32)
+def _joined(step: Step, more: Step) -> Step:
+    """The sequences of both."""
     return replace(
         step,
-        token_ids_T=np.concatenate([step.token_ids_T, ones * 0]),
-        query_lens_S=np.concatenate([step.query_lens_S, ones]),
-        context_lens_S=np.concatenate([step.context_lens_S, ones]),
-        block_tables=[*step.block_tables, *[ones[:1] * padding_block] * missing],
-        sample_S=np.concatenate([step.sample_S, ones]),
+        token_ids_T=np.concatenate([step.token_ids_T, more.token_ids_T]),
+        query_lens_S=np.concatenate([step.query_lens_S, more.query_lens_S]),
+        context_lens_S=np.concatenate([step.context_lens_S, more.context_lens_S]),
+        block_tables=[*step.block_tables, *more.block_tables],
+        sample_S=np.concatenate([step.sample_S, more.sample_S]),
     )
 
 

@@ -27,6 +27,7 @@ from megatron_infer.engine.topology import local_ranks, under_torchrun, usable_c
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import check_fp8, stored_dtypes, weight_formats
 from megatron_infer.model.transformer import Transformer
+from megatron_infer.ops import Ops
 from megatron_infer.ops.dispatch import CheckShape, select_ops
 from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
@@ -101,10 +102,7 @@ def _quantization(asked: str, model: ModelConfig) -> str:
 
 
 def build_runner(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    group: TPGroup,
-    profile: Profile | None = None,
+    checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, profile: Profile | None = None
 ) -> ModelRunner:
     """Load this rank's share of the model and allocate its KV cache; collective over the group.
 
@@ -124,13 +122,30 @@ def build_runner(
         shape=_check_shape(config, model_config, group),
         force=None if config.ops == "auto" else config.ops,
     )
-    dtype = TORCH_DTYPES[config.dtype]
     if group.rank == 0:
         for chosen, names in _grouped(ops.report).items():
             log.info("ops: %s: %s", chosen, ", ".join(names))
     if profile is not None:
         ops = profile.timed_ops(ops, group.device)
         group.record(profile)
+    model = _load(checkpoint, config, group, ops)
+    kv = KVCache(
+        model_config.num_hidden_layers,
+        num_kv_blocks(config, model_config, group),
+        len(model_config.kv_heads_on(group.rank, group.size)),
+        config.block_size,
+        model_config.head_dim,
+        dtype=TORCH_DTYPES[config.kv_cache_dtype],
+        device=group.device,
+    )
+    runner = ModelRunner(model, kv)
+    if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
+        _record_graphs(runner, config)
+    return runner
+
+
+def _load(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, ops: Ops) -> Transformer:
+    model_config, dtype = checkpoint.config, TORCH_DTYPES[config.dtype]
     fmt, head_fmt = weight_formats(ops, model_config, dtype, config.quantization, group.device)
     assert config.max_model_len is not None
     model = Transformer(
@@ -147,20 +162,7 @@ def build_runner(
     hidden = True if group.rank or sys.stderr is None else None
     for _ in tqdm(model.load(checkpoint), total=steps, desc="loading weights", disable=hidden, leave=False):
         continue
-    num_blocks = num_kv_blocks(config, model_config, group)
-    kv = KVCache(
-        model_config.num_hidden_layers,
-        num_blocks,
-        len(model_config.kv_heads_on(group.rank, group.size)),
-        config.block_size,
-        model_config.head_dim,
-        dtype=TORCH_DTYPES[config.kv_cache_dtype],
-        device=group.device,
-    )
-    runner = ModelRunner(model, kv)
-    if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
-        _record_graphs(runner, config)
-    return runner
+    return model
 
 
 def _check_shape(config: EngineConfig, model: ModelConfig, group: TPGroup) -> CheckShape:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor
 
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig, ModelConfig
@@ -81,7 +80,7 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> i
     elif group.device.type == "cuda":
         sharing = ranks_per_device(config)
         if sharing > 1:
-            _of_all_ranks(group, 0).tolist()  # waits until they have loaded their weights too
+            group.gather_number(0)  # waits until all have loaded their weights
         torch.cuda.empty_cache()
         free, total = torch.cuda.mem_get_info(group.device)
         usable = free - (1 - config.gpu_memory_utilization) * total
@@ -90,7 +89,7 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> i
         share = free_memory_bytes() // local_ranks(config)
         wanted = max(int(share * _CPU_KV_SHARE), min(one_context * per_block, int(share * 0.8))) // per_block
     wanted = max(0, min(wanted, one_context * config.max_num_seqs))
-    fewest = int(_of_all_ranks(group, wanted).min())
+    fewest = min(group.gather_number(wanted))
     if fewest < 1:
         raise ValueError(
             f"no room for a KV cache: a block of {config.block_size} tokens takes {per_block} bytes; free memory, use "
@@ -99,7 +98,3 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> i
     if group.rank == 0:
         log.info("KV cache: %d blocks of %d tokens, %s per rank", fewest, config.block_size, gib(fewest * per_block))
     return fewest
-
-
-def _of_all_ranks(group: TPGroup, own: int) -> Tensor:
-    return group.all_gather(torch.tensor([[float(own)]], dtype=torch.float32, device=group.device))

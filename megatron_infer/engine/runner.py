@@ -53,7 +53,6 @@ class ModelRunner:
         self, recorder: Recorder, keys: Sequence[Key], *, max_model_len: int, max_num_seqs: int, memory_bytes: int
     ) -> None:
         """Record steps of these shapes; collective over the group. See engine.graphs."""
-        use_device(self.tp.device)
         # Of a fixed size and place from now on: recorded steps read and write it.
         self._last_ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.tp.device)
         self.graphs = Graphs(
@@ -65,19 +64,17 @@ class ModelRunner:
             table_width=-(-max_model_len // self.kv.block_size),
             padding_block=self.kv.padding_block,
             memory_bytes=memory_bytes,
-            most=self._most,
+            most=lambda own: max(self.tp.gather_number(own)),
         )
 
-    def drop_graphs(self) -> None:
-        """Before the group is closed, or NCCL waits for the graphs that hold its collectives. Idempotent."""
+    def close(self) -> None:
+        """Leave the group, which has not failed. Idempotent."""
         if self.graphs is not None:
+            # First, or NCCL waits for the graphs that hold its collectives.
             if self.tp.device.type == "cuda":
                 torch.cuda.synchronize(self.tp.device)
             self.graphs = None
-
-    def _most(self, own: int) -> int:
-        gathered = self.tp.all_gather(torch.tensor([[float(own)]], dtype=torch.float32, device=self.tp.device))
-        return int(gathered.max())
+        self.tp.close()
 
     @torch.no_grad()
     def launch(self, step: Step, draws: Sequence[Draw] = ()) -> Pending:
@@ -106,7 +103,7 @@ class ModelRunner:
             return self._pending(ids_S)
         logits_SV = self.model.head.gather(local_SV)
         if self.is_asynchronous:
-            return self._sample_on_device(logits_SV, batch.draws_S5, draws)
+            return self._sample_on_device(logits_SV, batch.draws_S5[: len(numbers)], draws)
         if self.tp.rank:
             return _nothing
         rows = logits_SV.float().cpu().numpy()
@@ -187,8 +184,7 @@ def _nothing() -> list[Sampled]:
 def _fetch(values: Tensor) -> Callable[[], list]:  # type: ignore[type-arg]  # numbers, nested like the tensor
     """Start copying to the host; calling the result waits for that and gives the values."""
     if values.device.type == "cpu":
-        # The next step may overwrite them.
-        return values.tolist if values.is_contiguous() and values._base is None else values.clone().tolist
+        return values.clone().tolist  # the next step may overwrite them
     host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
     host.copy_(values, non_blocking=True)
     copied = torch.cuda.Event()

@@ -86,13 +86,9 @@ class Scheduler:
         if request is None or request.finish_reason is not None:
             return None
         event = request.finish("abort")
-        if self._is_in_flight(request):
-            self._running.remove(request)  # commit frees its blocks: the step still writes them
-        elif request in self._running:
-            self._running.remove(request)
-            self._retire(request)
-        else:
-            self._waiting.remove(request)
+        queue = self._running if request in self._running else self._waiting
+        queue.remove(request)
+        if not self._is_in_flight(request):  # else commit frees its blocks: the step still writes them
             self._retire(request)
         return event
 
@@ -201,7 +197,8 @@ class Scheduler:
                 self.num_preemptions += 1
 
     def _may_admit(self) -> bool:
-        """Whether it is worth trying: the first that waits has not found too few blocks since more became free."""
+        """Whether it is worth matching, a hash per block of a prompt: the first that waits has not found too few blocks
+        since more became free."""
         if not self._waiting or len(self._running) >= self.max_num_seqs:
             return False
         refused, headroom = self._refused
@@ -209,15 +206,12 @@ class Scheduler:
 
     def _admit(self, plan: Plan, budget: int) -> None:
         """Move waiting requests into the step, in order, while budget, sequences and blocks last."""
-        if not self._waiting:
+        if not self._may_admit():
             return
         being_written = {key: row for row in plan.rows if (key := self._first_block_written(*row)) is not None}
-        while self._waiting and budget and len(self._running) < self.max_num_seqs:
+        while budget and self._may_admit():
             request = self._waiting[0]
             headroom = self.pool.num_free - len(self._running)
-            # Matching costs a hash per block of the prompt.
-            if not self._may_admit():
-                return
             match = self.pool.match(request.ids)
             if self._worth_waiting(request, match, being_written, budget):
                 self.pool.release(match.held)

@@ -91,7 +91,7 @@ class Attention:
                 batch.slots_T, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S,
                 batch.max_query_len, self.num_heads, self.num_kv_heads, self.scale, self.out.is_whole,
             )  # fmt: skip
-            return None if partial_TD is None else self.out.reduce(partial_TD, residual_TD)
+            return self.out.reduce(partial_TD, residual_TD)
         x_TD = norm(x_TD, residual_TD)
         q_TNH = self.ops.rope_store_kv(
             self.qkv(x_TD), *rope, batch.positions_T, batch.slots_T, *kv, self.num_heads, self.num_kv_heads
@@ -132,7 +132,7 @@ class FeedForward:
             partial_TD = self.ops.feed_forward_layer(
                 x_TD, residual_TD, norm.weight_D, norm.eps, self.gate_up.packed, self.down.packed, self.down.is_whole
             )
-            return None if partial_TD is None else self.down.reduce(partial_TD, residual_TD)
+            return self.down.reduce(partial_TD, residual_TD)
         return self.down(self.ops.silu_mul(self.gate_up(norm(x_TD, residual_TD))), residual_TD)
 
 

@@ -223,6 +223,11 @@ class TPGroup:
         except BaseException as error:
             self._failed(error, "all_gather")
 
+    def gather_number(self, own: int) -> list[int]:
+        """Every rank's number, in rank order, rounded to fp32. Waits for all ranks."""
+        numbers_1R = self.all_gather(torch.tensor([[float(own)]], dtype=torch.float32, device=self.device))
+        return [int(number) for number in numbers_1R[0].tolist()]
+
     def broadcast_ints(self, ints: Ints | None) -> Ints:
         """Rank 0 passes a 1-D int64 array of any length, the others None; every rank returns rank 0's array.
 
@@ -312,13 +317,12 @@ def _connect_cuda(
     why: str,
     deterministic: bool,
 ) -> tuple[NcclBackend, str]:
-    symmetric = SymmetricMemory.connect(meeting, device)
-    if isinstance(symmetric, SymmetricMemory):
-        launch = "small all-reduces are one launch over symmetric memory"
-        backend = NcclBackend(meeting, device, channel, deterministic, symmetric)
+    found = SymmetricMemory.connect(meeting, device)
+    if isinstance(found, SymmetricMemory):
+        symmetric, launch = found, "small all-reduces are one launch over symmetric memory"
     else:
-        launch = f"no symmetric memory: {symmetric}"
-        backend = NcclBackend(meeting, device, channel, deterministic, None)
+        symmetric, launch = None, f"no symmetric memory: {found}"
+    backend = NcclBackend(meeting, device, channel, deterministic, symmetric)
     return backend, f"CUDA devices; {launch}; integers travel over {channel.name} ({why})"
 
 

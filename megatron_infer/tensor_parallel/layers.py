@@ -90,8 +90,11 @@ class RowParallelLinear:
         """What is to be added to the residual; None: it has been."""
         return self.reduce(self.fmt.matmul(x_TK, self.packed), residual_TN)
 
-    def reduce(self, partial_TN: Tensor, residual_TN: Tensor) -> Tensor | None:
-        """Add this rank's partial sums to the other ranks', and the bias to that; as `__call__`."""
+    def reduce(self, partial_TN: Tensor | None, residual_TN: Tensor) -> Tensor | None:
+        """Add this rank's partial sums (None: they were whole and are in the residual) to the other ranks', and the
+        bias to that; as `__call__`."""
+        if partial_TN is None:
+            return None
         if not self.has_bias and self.tp.add_all_reduce(partial_TN, residual_TN):
             return None
         y_TN = self.tp.all_reduce(partial_TN)
