@@ -20,9 +20,9 @@ import torch
 
 from checkpoints_convert.convert import Options, megatron2hf
 from megatron_infer.cli import QUICK_SORT, project_path, read_source, split_at
-from megatron_infer.config import DEFAULT_MODEL_NAME
 from megatron_infer.fim import FimPrompt, load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
+from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.options import DEMO_DIR
 from megatron_infer.tokenizer import load_tokenizer
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from peers import machine
 
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.export import save_sharded
 from megatron_infer.model.weights import expected_tensors
+from megatron_infer.model_config import ModelConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS: dict[str, list[str]] = {

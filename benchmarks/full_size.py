@@ -22,9 +22,9 @@ import psutil
 import torch
 
 from megatron_infer import LLM, SamplingParams
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.export import save_sharded
 from megatron_infer.model.weights import expected_tensors
+from megatron_infer.model_config import ModelConfig
 
 GIB = 2**30
 PROMPT_TOKENS, NEW_TOKENS = 64, 8

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import unpack_int4
 from megatron_infer.model.tensor_writers import BLOCK_BYTES
 from megatron_infer.model.weights import expected_tensors
+from megatron_infer.model_config import ModelConfig
 
 _NOT_THE_NETWORK = ("torch_dtype", "fim", "bos_token_id", "eos_token_ids")
 _BIT_VIEWS = {1: torch.int8, 2: torch.int16, 4: torch.int32}

@@ -15,11 +15,11 @@ import torch
 from tqdm import tqdm
 
 from checkpoints_convert.lora import Adapter, MergedReader
-from megatron_infer.config import DEFAULT_MODEL_NAME, FLOAT_DTYPES, ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
 from megatron_infer.model.tensor_writers import Progress
 from megatron_infer.model.weights import expected_tensors, stored_dtype
+from megatron_infer.model_config import DEFAULT_MODEL_NAME, FLOAT_DTYPES, ModelConfig
 
 FORMATS = ("sharded", "pt", "hf")
 

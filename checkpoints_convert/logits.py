@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.network import CPU, OneSequence, load_network, one_sequence_cache
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint
+from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops.dispatch import select_ops
 
 _PROMPT_TOKENS = 24

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.export import converted
 from megatron_infer.model.manifest import read_json_object
 from megatron_infer.model.tensor_files import SafetensorsFile
 from megatron_infer.model.weights import expected_tensors, hf_name
+from megatron_infer.model_config import ModelConfig
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight")
 _MERGEABLE = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

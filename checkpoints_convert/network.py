@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import TensorSource, WeightFormat, weight_formats
+from megatron_infer.model.layers import VocabParallelEmbedding, VocabParallelHead
 from megatron_infer.model.rope import rope_tables
 from megatron_infer.model.transformer import Block, Norm, Transformer
+from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops
 from megatron_infer.tensor_parallel.group import TPGroup
-from megatron_infer.tensor_parallel.layers import VocabParallelEmbedding, VocabParallelHead
 
 CPU = torch.device("cpu")
 _BLOCK_SIZE = 16

@@ -10,9 +10,10 @@ if (_ROOT / "setup.py").exists():
     # Source tree and editable installs: `kernels/` sits beside this package and is imported as megatron_infer.kernels.
     __path__.append(str(_ROOT))
 
-from megatron_infer.config import EngineConfig, SamplingParams  # noqa: E402
+from megatron_infer.config import EngineConfig  # noqa: E402
 from megatron_infer.fim import FimPrompt  # noqa: E402
 from megatron_infer.llm import LLM, Completion  # noqa: E402
+from megatron_infer.sampling_params import SamplingParams  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "EngineConfig", "FimPrompt", "SamplingParams", "__version__"]

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from megatron_infer.completion import Timings
-from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.config import EngineConfig
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
     Parser,
@@ -39,6 +39,7 @@ from megatron_infer.options import (
     say,
 )
 from megatron_infer.profile import ATTENTION, COLLECTIVES, PhaseTotals, Profile
+from megatron_infer.sampling_params import SamplingParams
 
 _ENGINE = "engine: planning and Python"
 _NOTES = """\

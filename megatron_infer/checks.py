@@ -1,9 +1,10 @@
-"""Checks of single values, with errors that say what is allowed. Knows no fields and no files."""
+"""Checks of single values, with errors that say what is allowed; fields of options. Knows no names and no files."""
 
 from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import field
 from typing import Any
 
 
@@ -30,3 +31,8 @@ def finite(name: str, value: Any, *, low: float, high: float = math.inf) -> None
     if not number or not math.isfinite(value) or not low <= value <= high:
         bounds = f"at least {low}" if math.isinf(high) else f"from {low} to {high}"
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field whose help text the command lines show."""
+    return field(default=default, metadata={"help": text})

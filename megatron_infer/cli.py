@@ -14,7 +14,7 @@ from contextlib import closing
 from pathlib import Path
 
 from megatron_infer.completion import Completion
-from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.config import EngineConfig
 from megatron_infer.fim import MAX_PROMPT_BYTES, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
@@ -29,6 +29,7 @@ from megatron_infer.options import (
     run_command,
     say,
 )
+from megatron_infer.sampling_params import SamplingParams
 
 QUICK_SORT = FimPrompt(prefix="# 快速排序算法", suffix="\n", path="test.py")
 """The example of upstream's README: "quick-sort algorithm" in a comment, nothing else."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.completion import Completion, CompletionStream, Timings, TokenLogprob
-from megatron_infer.config import DEFAULT_MODEL_NAME, EngineConfig, SamplingParams
+from megatron_infer.config import EngineConfig
 from megatron_infer.engine import launch, topology, worker
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.memory import check_memory
@@ -25,7 +25,9 @@ from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError, Items
 from megatron_infer.fim import load_fim
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
+from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
+from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.session import Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import load_tokenizer

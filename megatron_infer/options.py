@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import megatron_infer
-from megatron_infer.config import DEFAULT_MODEL_NAME
 from megatron_infer.llm import EngineDeadError
+from megatron_infer.model_config import DEFAULT_MODEL_NAME
 
 
 def _find_demo() -> Path:

@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from megatron_infer.completion import Completion, GrowingCompletion, Timings
-from megatron_infer.config import ModelConfig, SamplingParams
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.worker import Items
 from megatron_infer.fim import FimFormat, FimPrompt
+from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
+from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tokenizer import Tokenizer
 
 Prompt = FimPrompt | str | Sequence[int]

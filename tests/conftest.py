@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from megatron_infer.model.export import save_sharded
-
-from .tiny_models import random_tensors, tiny_config
-from .tiny_tokenizer import build_tiny_tokenizer
+from tests.support.tiny_models import random_tensors, tiny_config
+from tests.support.tiny_tokenizer import build_tiny_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "megatron_infer"
 LAYERS: list[tuple[str, ...]] = [
     ("checks",),
     ("quantization",),
-    ("config", "tokenizer"),
+    ("model_config", "sampling_params", "tokenizer"),
+    ("config",),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
     ("engine.plan",),
@@ -32,7 +33,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("ops.dispatch", "tensor_parallel.group"),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
     ("model.manifest", "model.pieces", "model.tensor_files", "model.tensor_writers", "model.output_dir"),
-    ("tensor_parallel.layers", "model.checkpoint", "model.export"),
+    ("model.layers", "model.checkpoint", "model.export"),
     ("model.transformer",),
     ("engine.batch", "engine.sampler", "engine.topology"),
     ("engine.graphs", "engine.memory"),
@@ -52,6 +53,8 @@ LAYERS: list[tuple[str, ...]] = [
 NO_TORCH = (
     "checks",
     "quantization",
+    "model_config",
+    "sampling_params",
     "config",
     "tokenizer",
     "fim",

@@ -17,13 +17,14 @@ import torch
 from benchmarks.gpu.weights import SharedWeights, kv_bytes_per_token, prefill_flops, streamed_bytes
 from benchmarks.gpu.workload import COMPLETION_TOKENS, Workload
 from megatron_infer.cache.block_pool import BlockPool
-from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.config import EngineConfig
 from megatron_infer.engine import launch
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Event, Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.options import percentile
+from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 
 _KEYSTROKES = 7

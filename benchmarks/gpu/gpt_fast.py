@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.gpu.peers import SHORT, ms_per_token
 from benchmarks.gpu.weights import SharedWeights
 from benchmarks.gpu.workload import Workload
-from megatron_infer.config import ModelConfig
+from megatron_infer.model_config import ModelConfig
 
 _MODULES = ("model", "generate", "tokenizer")
 _NAMES = {

@@ -22,7 +22,7 @@ from benchmarks.gpu.weights import SharedWeights
 from benchmarks.gpu.workload import Workload
 
 _HAS_XDIST = find_spec("xdist") is not None
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_engine.py", "tests/test_group_cuda.py")
+TESTS = ("tests/gpu/test_gpu.py", "tests/gpu/test_gpu_engine.py", "tests/tensor_parallel/test_group_cuda.py")
 """Files of tests that need a GPU."""
 _ROOT = Path(__file__).resolve().parents[2]
 

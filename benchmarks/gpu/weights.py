@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.weights import expected_tensors, hf_name, memory_estimate
+from megatron_infer.model_config import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_infer.config import ModelConfig
+from megatron_infer.model_config import ModelConfig
 
 COMPLETION_TOKENS = 32
 """Of the completion whose latency an editor's user feels."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_infer.config import ModelConfig
+from megatron_infer.model_config import ModelConfig
 
 MODEL = ModelConfig(
     vocab_size=49152,

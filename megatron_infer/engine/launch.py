@@ -19,7 +19,7 @@ from torch._C._distributed_c10d import TCPStore
 from tqdm import tqdm
 
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.config import EngineConfig, ModelConfig
+from megatron_infer.config import EngineConfig
 from megatron_infer.engine.graphs import CudaRecorder, graph_keys
 from megatron_infer.engine.memory import TORCH_DTYPES, gib, num_kv_blocks
 from megatron_infer.engine.runner import ModelRunner
@@ -27,6 +27,7 @@ from megatron_infer.engine.topology import local_ranks, under_torchrun, usable_c
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import check_fp8, stored_dtypes, weight_formats
 from megatron_infer.model.transformer import Transformer
+from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops
 from megatron_infer.ops.dispatch import CheckShape, select_ops
 from megatron_infer.profile import Profile

@@ -12,9 +12,10 @@ import psutil
 import torch
 
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.config import EngineConfig, ModelConfig
+from megatron_infer.config import EngineConfig
 from megatron_infer.engine.topology import local_rank, local_ranks, rank_device, ranks_per_device
 from megatron_infer.model.weights import memory_estimate
+from megatron_infer.model_config import ModelConfig
 from megatron_infer.tensor_parallel.group import TPGroup
 
 log = logging.getLogger("megatron_infer")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from megatron_infer.config import SamplingParams
+from megatron_infer.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 

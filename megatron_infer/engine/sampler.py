@@ -13,8 +13,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_infer.config import SamplingParams
 from megatron_infer.engine.request import Sampled
+from megatron_infer.sampling_params import SamplingParams
 
 Row = npt.NDArray[np.float64]
 

@@ -14,7 +14,6 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_infer.config import DEFAULT_MODEL_NAME, ModelConfig
 from megatron_infer.model.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -36,6 +35,7 @@ from megatron_infer.model.weights import (
     megatron_rows,
     megatron_tensors,
 )
+from megatron_infer.model_config import DEFAULT_MODEL_NAME, ModelConfig
 
 KINDS = ("sharded-safetensors", "hf-safetensors", "megatron-pt", "megatron-pt-shards", "hf-bin")
 UPSTREAM_PT_EPS = 1e-5

@@ -19,7 +19,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -50,6 +49,7 @@ from megatron_infer.model.weights import (
     is_fused,
     megatron_tensors,
 )
+from megatron_infer.model_config import ModelConfig
 
 TOKENIZER_FILES = (
     "tokenizer.model",

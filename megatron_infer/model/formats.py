@@ -11,7 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_infer.config import EngineConfig, ModelConfig
+from megatron_infer.config import EngineConfig
+from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import GROUP, INT4, QUANTIZED, Ops, PackedLinear, chunk_bounds, fp8
 
 Range = tuple[int, int]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from megatron_infer.config import FLOAT_DTYPES
 from megatron_infer.model.tensor_files import Range, TensorFile
 from megatron_infer.model.weights import StoredTensor
+from megatron_infer.model_config import FLOAT_DTYPES
 
 _SHOWN = 5
 _BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")

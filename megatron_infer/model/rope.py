@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_infer.config import ModelConfig, RopeScaling
+from megatron_infer.model_config import ModelConfig, RopeScaling
 
 
 def rope_tables(config: ModelConfig, num_positions: int) -> tuple[Tensor, Tensor]:

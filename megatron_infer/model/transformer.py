@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.formats import TensorSource, WeightFormat
-from megatron_infer.model.rope import rope_tables
-from megatron_infer.ops import Ops
-from megatron_infer.tensor_parallel.group import TPGroup
-from megatron_infer.tensor_parallel.layers import (
+from megatron_infer.model.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
     Rows,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
+from megatron_infer.model.rope import rope_tables
+from megatron_infer.model_config import ModelConfig
+from megatron_infer.ops import Ops
+from megatron_infer.tensor_parallel.group import TPGroup
 
 
 class BatchView(Protocol):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_infer.config import ModelConfig
 from megatron_infer.model.formats import bytes_per_weight, stored_dtypes
+from megatron_infer.model_config import ModelConfig
 
 RowRange = tuple[int, int]
 """Rows [start, stop) of a tensor's first dimension."""

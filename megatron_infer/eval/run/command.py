@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from torch.distributed import DistError
 
-from megatron_infer.config import EngineConfig, SamplingParams
+from megatron_infer.config import EngineConfig
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
@@ -42,6 +42,7 @@ from megatron_infer.options import (
     run_command,
     say,
 )
+from megatron_infer.sampling_params import SamplingParams
 
 _FIELDS = {
     "id_field": "unique text or number of a case (default: task_id, else a hash of the prompt)",

@@ -15,12 +15,12 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_infer.completion import Completion, Timings
-from megatron_infer.config import SamplingParams
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.records import GIVEN_UP, Key, Part
 from megatron_infer.fim import FimEncoding, FimOptions
 from megatron_infer.llm import LLM
+from megatron_infer.sampling_params import SamplingParams
 
 _UNIT_KEYS = 8
 """Keys claimed at a time: enough that neighbours share a cached prefix, few enough that no replica ends much later."""

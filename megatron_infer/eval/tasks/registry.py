@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
-from megatron_infer.config import SamplingParams
 from megatron_infer.eval import syntax
 from megatron_infer.eval.cases import Case, Row, Task
 from megatron_infer.eval.tasks import nl2code, postprocess, retrieval
@@ -22,6 +21,7 @@ from megatron_infer.eval.tasks.fields import (
     text_of,
 )
 from megatron_infer.fim import FimOptions, FimPrompt, load_preset
+from megatron_infer.sampling_params import SamplingParams
 
 _SAFIM_PLACEHOLDERS = {"python": "# TODO: Your code here"} | dict.fromkeys(
     ("java", "cpp", "csharp"), "/* TODO: Your code here */"

@@ -1,0 +1,97 @@
+"""Which device a rank gets, and how much of its memory, on machines that are only described."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_infer.config import EngineConfig
+from megatron_infer.engine import memory
+from megatron_infer.engine.launch import resolve
+from megatron_infer.engine.topology import rank_device
+from megatron_infer.model_config import ModelConfig
+from megatron_infer.tensor_parallel.group import TPGroup
+
+MODEL = ModelConfig.aixcoder_7b()
+GIB = 1 << 30
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 80 GiB, of which 60 are free."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (60 * GIB, 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_gpu_for_each_rank_or_one_for_all() -> None:
+    own = resolve(EngineConfig(tensor_parallel_size=2), MODEL)
+    assert [str(rank_device(own, rank)) for rank in range(2)] == ["cuda:0", "cuda:1"]
+    shared = resolve(EngineConfig(tensor_parallel_size=4, device="cuda:1"), MODEL)
+    assert {str(rank_device(shared, rank)) for rank in range(4)} == {"cuda:1"}
+    assert resolve(EngineConfig(quantization="fp8"), MODEL).quantization == "fp8"
+
+
+@pytest.mark.usefixtures("two_gpus")
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"tensor_parallel_size": 4}, r"4 ranks on this host but only 2 GPUs; .* device='cuda:0'"),
+        ({"device": "cuda:2"}, "the last GPU is cuda:1"),
+    ],
+    ids=str,
+)
+def test_gpus_that_are_not_there(asked, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        resolve(EngineConfig(**asked), MODEL)
+
+
+def test_devices_that_are_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    for wrong in ("gpu", "cuda:", "cuda:x", "cuda:-1", "0"):
+        with pytest.raises(ValueError, match="device"):
+            EngineConfig(device=wrong)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no GPU; use device='cpu'"):
+        resolve(EngineConfig(device="cuda:0"), MODEL)
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_the_kv_cache_takes_what_weights_and_graphs_leave() -> None:
+    """72 GiB may be used and 20 are: 52 remain, less half a GiB for graphs; a block of 16 positions takes 2 MiB."""
+    config = replace(resolve(EngineConfig(max_num_seqs=512), MODEL), tensor_parallel_size=1)
+    group = TPGroup.single(torch.device("cpu"))
+    group.device = torch.device("cuda", 0)
+    gathered = []
+    group.all_gather = lambda x: gathered.append(x) or x  # type: ignore[method-assign, func-returns-value]
+    real_tensor = torch.tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda data, dtype, device: real_tensor(data, dtype=dtype))
+        assert memory.num_kv_blocks(config, MODEL, group) == (52 * GIB - GIB // 2) // (2 << 20)
+        assert len(gathered) == 1
+        without = replace(config, cuda_graph_memory_bytes=0)
+        assert memory.num_kv_blocks(without, MODEL, group) == 52 * GIB // (2 << 20)
+        shared = replace(config, device="cuda:0", tensor_parallel_size=2)
+        # Half of the memory for half of the heads: as many blocks, but for the graphs of each.
+        assert memory.num_kv_blocks(shared, MODEL, group) == (26 * GIB - GIB // 2) // (1 << 20)
+        assert len(gathered) == 4, "all ranks are waited for before the memory is measured"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_weights_that_do_not_fit_are_refused() -> None:
+    memory.check_memory(resolve(EngineConfig(), MODEL), MODEL)
+    crowded = replace(resolve(EngineConfig(), MODEL), device="cuda:0", tensor_parallel_size=8)
+    deep = replace(MODEL, num_hidden_layers=8 * MODEL.num_hidden_layers)
+    with pytest.raises(ValueError, match=r"on each of 8 rank\(s\) here, but 54.00 GiB are free"):
+        memory.check_memory(crowded, deep)
+
+
+def test_the_cpu_takes_no_ops_whose_answers_depend_on_the_batch() -> None:
+    for ops in ("triton", "vendor"):
+        with pytest.raises(ValueError, match="on the CPU no answer depends on the batch"):
+            resolve(EngineConfig(device="cpu", ops=ops), MODEL)
+    assert resolve(EngineConfig(device="cpu", ops="reference"), MODEL).ops == "reference"

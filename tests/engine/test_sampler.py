@@ -1,0 +1,128 @@
+"""One row of logits in, one token out: what is kept, how likely it is drawn, and that nothing else matters."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_infer.engine.sampler import Draw, draw_numbers, logprobs_on_device, sample, sample_on_device
+from megatron_infer.sampling_params import SamplingParams
+
+LOGITS = np.array([0.0, 3.0, 1.0, 2.0, 2.0, -5.0], dtype=np.float32)
+PROBABILITIES = np.exp(LOGITS.astype(np.float64)) / np.exp(LOGITS.astype(np.float64)).sum()
+
+
+def draw_many(params: SamplingParams, count: int = 400, logits: np.ndarray = LOGITS) -> list[int]:
+    return [sample(logits, Draw(params, 7, 0, position)).token_id for position in range(count)]
+
+
+def test_greedy_takes_the_lowest_index_among_equals() -> None:
+    tied = np.array([1.0, 4.0, 4.0], dtype=np.float32)
+    assert sample(tied, Draw(SamplingParams(), 0, 0, 0)).token_id == 1
+
+
+def test_logprobs_are_those_of_the_unscaled_distribution() -> None:
+    params = SamplingParams(temperature=0.3, top_k=2, logprobs=3)
+    sampled = sample(LOGITS, Draw(params, 1, 0, 0))
+    assert sampled.logprob == pytest.approx(np.log(PROBABILITIES[sampled.token_id]), abs=1e-6)
+    assert sampled.top_logprobs is not None
+    assert [token for token, _ in sampled.top_logprobs] == [1, 3, 4], "most likely first, lower index among equals"
+    assert dict(sampled.top_logprobs)[1] == pytest.approx(np.log(PROBABILITIES[1]), abs=1e-6)
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    counts = np.bincount(draw_many(SamplingParams(temperature=1.0), 4000), minlength=6) / 4000
+    assert np.abs(counts - PROBABILITIES).max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("limits", "kept"),
+    [
+        ({"top_k": 1}, {1}),
+        ({"top_k": 2}, {1, 3}),
+        ({"top_p": 0.5}, {1}),
+        ({"top_p": 0.7}, {1, 3}),
+        ({"min_p": 0.3}, {1, 3, 4}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_k": 100, "top_p": 0.99999}, {0, 1, 2, 3, 4, 5}),
+        ({"top_k": 4, "top_p": 0.6, "min_p": 0.9}, {1}),
+    ],
+    ids=str,
+)
+def test_limits_keep_exactly_what_they_say(limits, kept) -> None:
+    drawn = set(draw_many(SamplingParams(temperature=1.0, **limits), 3000))
+    assert drawn <= kept
+    assert drawn >= kept - {5}, "all but the very unlikely one turn up"
+
+
+@pytest.mark.parametrize("temperature", [1e-9, 5e-324, 1e9])
+def test_extreme_temperatures_stay_finite(temperature: float) -> None:
+    drawn = draw_many(SamplingParams(temperature=temperature), 200)
+    assert set(drawn) == {1} if temperature < 1 else len(set(drawn)) == 6
+
+
+def test_draws_depend_on_seed_choice_and_position_alone() -> None:
+    params = SamplingParams(temperature=1.5)
+    base = sample(LOGITS, Draw(params, 3, 0, 5))
+    assert sample(LOGITS, Draw(params, 3, 0, 5)) == base
+    sequences = {
+        tuple(sample(LOGITS, Draw(params, seed, choice, p)).token_id for p in range(20))
+        for seed, choice in ((3, 0), (3, 1), (4, 0))
+    }
+    assert len(sequences) == 3
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_row_without_finite_logits_is_an_error_not_a_token(bad: float) -> None:
+    poisoned = LOGITS.copy()
+    poisoned[2] = bad
+    for params in (SamplingParams(logprobs=0), SamplingParams(temperature=1.0)):
+        assert "NaN or Inf" in (sample(poisoned, Draw(params, 0, 0, 0)).error or "")
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0},
+        {"temperature": 0.7, "top_k": 3},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 1.0, "min_p": 0.1},
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.02},
+        {"temperature": 5e-324},
+        {"temperature": 1e9},
+    ],
+    ids=str,
+)
+def test_the_device_draws_what_the_host_draws(params) -> None:
+    """Rows of several requests at once, each with its own parameters and random number."""
+    rows_SV = np.random.default_rng(1).normal(0, 3, (150, 97)).astype(np.float32)
+    rows_SV[:, 50] = rows_SV[:, 20]  # equals, of which the lower index goes first
+    draws = [Draw(SamplingParams(**params), seed, 0, position) for seed in range(3) for position in range(50)]
+    expected = [sample(row, draw).token_id for row, draw in zip(rows_SV, draws, strict=True)]
+    numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
+    logits_SV = torch.from_numpy(rows_SV)
+    assert sample_on_device(logits_SV, numbers).tolist() == expected
+    mixed = numbers.clone()
+    mixed[::2, 0] = 0.0
+    greedy = [int(row.argmax()) for row in rows_SV]
+    drawn = sample_on_device(logits_SV, mixed).tolist()
+    assert drawn == [greedy[i] if i % 2 == 0 else expected[i] for i in range(150)]
+
+
+def test_on_the_device_too_a_row_without_finite_logits_has_no_token() -> None:
+    rows_SV = torch.from_numpy(np.stack([LOGITS, LOGITS, LOGITS]))
+    rows_SV[0, 1], rows_SV[1, 5] = float("nan"), float("-inf")
+    for temperature in (0.0, 1.0):
+        numbers = torch.tensor([draw_numbers(Draw(SamplingParams(temperature=temperature), 0, 0, 0))] * 3).double()
+        ids = sample_on_device(rows_SV, numbers).tolist()
+        assert ids[:2] == [-1, -1] and ids[2] >= 0
+
+
+def test_log_probabilities_from_the_device() -> None:
+    rows_SV, ids_S = torch.from_numpy(np.stack([LOGITS, LOGITS[::-1]])), torch.tensor([3, -1])
+    logprobs_S, top_SC, top_ids_SC = logprobs_on_device(rows_SV, ids_S, 3)
+    assert float(logprobs_S[0]) == pytest.approx(np.log(PROBABILITIES[3]), abs=1e-6)
+    assert top_ids_SC.tolist() == [[1, 3, 4], [4, 1, 2]]
+    assert top_SC[0].tolist() == pytest.approx(np.log(PROBABILITIES[[1, 3, 4]]), abs=1e-6)

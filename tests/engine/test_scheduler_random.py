@@ -1,0 +1,164 @@
+"""Whatever the scheduler plans, each request gets the tokens it would get alone.
+
+Random arrivals, aborts and failures on tiny pools, against a fake model whose every read is compared with the truth.
+"""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from megatron_infer.cache.block_pool import ROOT, BlockHash
+from megatron_infer.engine.request import Sampled
+from megatron_infer.engine.step import Step
+from tests.support.fake_model import Bench, extend
+
+
+def two_bit_hash(parent: bytes, ids: tuple[int, ...]) -> bytes:
+    return bytes([(sum(parent) + sum(ids)) % 4])
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Random arrivals, aborts and failures on a tiny pool; invariants after every rule, answers at every end."""
+
+    block_hash: BlockHash | None = None
+    enable_prefix_caching = True
+
+    @initialize(
+        num_blocks=st.integers(4, 14),
+        block_size=st.sampled_from([1, 2, 4]),
+        max_num_seqs=st.integers(1, 5),
+        budget=st.integers(1, 24),
+    )
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int) -> None:
+        self.bench = Bench(
+            num_blocks=num_blocks,
+            block_size=block_size,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            max_model_len=30,
+            block_hash=self.block_hash,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )
+        self.in_flight: list[tuple[Step, list[Sampled]]] = []
+        self.unfinished: list[int] = []
+        self.failed: set[int] = set()
+
+    @rule(
+        head=st.sampled_from([[], [1, 1, 1], [1, 1, 1, 1, 2], [1, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3]]),
+        tail=st.lists(st.integers(0, 1), max_size=6),
+        max_new_tokens=st.integers(1, 9),
+        ignore_eos=st.booleans(),
+        copies=st.integers(1, 3),
+    )
+    def add(self, head: list[int], tail: list[int], max_new_tokens: int, ignore_eos: bool, copies: int) -> None:
+        for _ in range(copies):
+            prompt = [*head, *tail]
+            pool = self.bench.pool
+            total = min(len(prompt) + max_new_tokens, 30)
+            if not prompt or total - 1 > pool.num_blocks * pool.block_size:
+                with pytest.raises(ValueError, match=r"empty|kv_cache_memory_bytes"):
+                    self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos)
+            else:
+                self.unfinished.append(self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos))
+
+    @precondition(lambda self: not self.in_flight)
+    @rule()
+    def schedule(self) -> None:
+        scheduler = self.bench.scheduler
+        step = scheduler.schedule()
+        assert (step is not None) == bool(self.unfinished)
+        if step is None:
+            return
+        assert 1 <= int(step.query_lens_S.sum()) <= scheduler.max_num_batched_tokens
+        assert len(step.request_ids) <= scheduler.max_num_seqs
+        assert len(set(step.request_ids)) == len(step.request_ids) == scheduler.num_running
+        assert step.query_lens_S.min() >= 1, "every running request progresses in every step"
+        assert self.unfinished[0] in step.request_ids, "the oldest request progresses in every step"
+        self.in_flight.append((step, self.bench.execute(step)))
+
+    @precondition(lambda self: len(self.in_flight) == 1)
+    @rule()
+    def schedule_ahead(self) -> None:
+        step = self.bench.scheduler.schedule_ahead()
+        if step is not None:
+            assert (step.token_ids_T < 0).all()
+            assert set(step.request_ids) <= set(self.in_flight[0][0].request_ids) & set(self.unfinished)
+            self.in_flight.append((step, self.bench.execute(step)))
+
+    @precondition(lambda self: self.in_flight)
+    @rule(failing=st.integers(0, 20))
+    def commit(self, failing: int) -> None:
+        bench = self.bench
+        step, sampled = self.in_flight.pop(0)
+        if failing < len(sampled):
+            sampled[failing] = Sampled(0, error="not finite")
+        rows = [i for i, is_sampled in zip(step.request_ids, step.sample_S, strict=True) if is_sampled]
+        expected = [i for i in rows if i in self.unfinished]
+        events = bench.commit(step, sampled)
+        assert [event.request_id for event in events] == expected
+        for event in events:
+            if event.finish_reason is not None:
+                self.unfinished.remove(event.request_id)
+                if event.finish_reason != "error":
+                    bench.verify(event.request_id)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if self.unfinished:
+            request_id = data.draw(st.sampled_from(self.unfinished))
+            event = self.bench.scheduler.abort(request_id)
+            assert event is not None
+            assert event.finish_reason == "abort"
+            self.unfinished.remove(request_id)
+
+    @precondition(lambda self: not self.in_flight)
+    @rule()
+    def finish_everything(self) -> None:
+        self.bench.run()
+        for request_id in self.unfinished:
+            self.bench.verify(request_id)
+        self.unfinished = []
+
+    @invariant()
+    def sound(self) -> None:
+        self.bench.scheduler.check()
+        pool, memory = self.bench.pool, self.bench.model.memory
+        ids_of: dict[int, list[int]] = {ROOT: []}
+
+        def history(block: int) -> list[int]:
+            if block not in ids_of:
+                entry = pool._entries[block]
+                assert entry is not None
+                ids_of[block] = history(entry.parent) + list(entry.ids)
+            return ids_of[block]
+
+        for block, entry in enumerate(pool._entries):
+            if entry is not None:
+                ids = history(block)
+                start = len(ids) - len(entry.ids)
+                held = [memory[block][offset] for offset in range(len(entry.ids))]
+                digest, wanted = 0, []
+                for position, token_id in enumerate(ids):
+                    digest = extend(digest, token_id)
+                    wanted.append((token_id, position, digest))
+                assert held == wanted[start:], "the index promises what the block does not hold"
+
+
+class CollidingSchedulerMachine(SchedulerMachine):
+    block_hash = staticmethod(two_bit_hash)
+
+
+class UncachedSchedulerMachine(SchedulerMachine):
+    enable_prefix_caching = False
+
+
+_SETTINGS = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, database=None)
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = _SETTINGS
+TestCollidingSchedulerMachine = CollidingSchedulerMachine.TestCase
+TestCollidingSchedulerMachine.settings = settings(_SETTINGS, max_examples=50)
+TestUncachedSchedulerMachine = UncachedSchedulerMachine.TestCase
+TestUncachedSchedulerMachine.settings = settings(_SETTINGS, max_examples=30)

@@ -1,0 +1,271 @@
+"""The choice of ops on a GPU: its order, what may refuse a candidate, and packages that replace single ops.
+
+There is no GPU here: torch.cuda is made to answer as if there were, and ops are checked on the CPU. The packages are
+fakes in sys.modules that do what their documentation says in plain torch and check what they are given strictly; the
+real ones have not been run.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, replace
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_infer.ops import Ops, dispatch, optional, vendor
+from megatron_infer.ops.dispatch import OP_NAMES, select_ops
+from megatron_infer.ops.selfcheck import find_fault
+from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape
+from tests.support.ops_cases import CPU, attention_float64, normal, paged_case
+
+CUDA = torch.device("cuda", 0)
+BF16 = torch.bfloat16
+SHAPE = CheckShape(
+    hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=80, block_size=16, tp=1,
+    dtype=BF16, kv_dtype=BF16, linear_dtype=BF16, head_dtype=BF16,
+)  # fmt: skip
+TRITON = {name: getattr(vendor, name) for name in OP_NAMES}
+
+
+@dataclass
+class Machine:
+    """What seems to be there."""
+
+    monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int] = (9, 0)
+
+    def install(self, name: str, **functions: object) -> None:
+        module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        vars(module).update(functions)
+        self.monkeypatch.setitem(sys.modules, name, module)
+
+    def offer(self, **ops: object) -> None:
+        """Let the table of Triton kernels be torch's ops but for these."""
+        table = SimpleNamespace(table=lambda num_sms, device, *, deterministic: {**TRITON, **ops})
+        self.monkeypatch.setitem(sys.modules, "megatron_infer.ops.triton_ops", table)
+        self.monkeypatch.setattr("megatron_infer.ops.triton_ops", table, raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
+    found = Machine(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found.capability)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: sys.modules[name].__spec__ if name in sys.modules else None)
+
+    def on_the_cpu(candidate: Ops, trusted: Ops, device: torch.device, shape: CheckShape, **options) -> str | None:
+        assert device == CUDA
+        return find_fault(candidate, trusted, CPU, shape, **options)
+
+    monkeypatch.setattr(dispatch, "find_fault", on_the_cpu)
+    found.install("triton")
+    found.offer()
+    return found
+
+
+def lines(**options) -> dict[str, str]:
+    """Op -> the report of its choice."""
+    report = select_ops(CUDA, num_threads=1, **options).report
+    return dict(line.split(": ", 1) for line in report)
+
+
+def test_on_a_gpu_triton_comes_first(machine: Machine) -> None:
+    for options in ({}, {"shape": SHAPE}, {"force": "triton", "shape": SHAPE}):
+        report = lines(**options)
+        assert list(report) == list(OP_NAMES)
+        assert all(line.startswith("triton (sm_90, 132 SMs)") for line in report.values())
+    assert report["linear"] == "triton (sm_90, 132 SMs)"
+    assert select_ops(CUDA, num_threads=1).is_recordable
+    assert lines(deterministic=True)["linear"].startswith("triton (sm_90, 132 SMs, deterministic); native refused")
+
+
+def test_a_faulty_table_is_refused_with_the_reason_and_torchs_is_taken(machine: Machine) -> None:
+    machine.offer(silu_mul=lambda gate_up: vendor.silu_mul(gate_up) * 1.1)
+    report = lines(shape=SHAPE)
+    assert all(line.startswith("vendor (torch); native refused") for line in report.values())
+    assert "; triton refused: silu_mul of 1 tokens differs from torch's by 9.9e-02" in report["linear"]
+    with pytest.raises(ValueError, match="triton ops cannot be used on cuda:0: silu_mul of 1 tokens differs"):
+        select_ops(CUDA, num_threads=1, force="triton", shape=SHAPE)
+    # Unchecked, for whoever wants to see the fault.
+    assert lines(force="triton")["silu_mul"].startswith("triton")
+
+
+def test_layer_ops_are_checked_too(machine: Machine) -> None:
+    machine.offer(feed_forward_layer=lambda x, residual, *rest: residual * 0)
+    assert "triton refused: feed_forward_layer of 1 tokens" in lines(shape=SHAPE)["linear"]
+
+
+def test_deterministic_refuses_what_depends_on_the_batch(machine: Machine) -> None:
+    machine.offer(linear=lambda x, packed: vendor.linear(x, packed) * (1 + 1e-6 * (len(x) > 1)))
+    shape = replace(SHAPE, dtype=torch.float32, kv_dtype=torch.float32, linear_dtype=torch.float32)
+    assert lines(shape=shape)["linear"].startswith("triton")
+    report = lines(shape=shape, deterministic=True)["linear"]
+    assert report.startswith("reference") and "differs from its rows alone" in report
+    assert "vendor refused: its bits depend on the batch" in report
+
+
+def test_refusals_say_why(machine: Machine) -> None:
+    machine.capability = (7, 5)
+    report = lines()["linear"]
+    assert report.startswith("vendor") and "triton refused: needs compute capability 8.0, this GPU has 7.5" in report
+    machine.capability = (8, 0)
+    machine.monkeypatch.delitem(sys.modules, "triton")
+    assert "triton refused: triton is not installed" in lines()["linear"]
+    with pytest.raises(ValueError, match="triton ops cannot be used on cpu: runs on CUDA, not on cpu"):
+        select_ops(CPU, num_threads=1, force="triton")
+
+
+# Packages that replace single ops
+
+
+def fake_flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+    max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+    causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+    scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False,
+) -> Tensor:  # fmt: skip
+    """FlashAttention 3's signature and the checks of its mha_fwd, over float64 attention."""
+    assert q.dtype == k_cache.dtype == v_cache.dtype and q.dtype in (BF16, torch.float16)
+    assert q.ndim == 3 and q.stride(-1) == k_cache.stride(-1) == v_cache.stride(-1) == 1
+    num_kv_heads, head_dim = k_cache.shape[2:]
+    assert v_cache.shape == k_cache.shape and q.shape[2] == head_dim and head_dim % 8 == 0
+    assert q.shape[1] % num_kv_heads == 0
+    for index in (page_table, cu_seqlens_q, cache_seqlens):
+        assert index.dtype == torch.int32 and index.stride(-1) == 1
+    assert cu_seqlens_q.is_contiguous() and cache_seqlens.is_contiguous()
+    assert page_table.shape[0] == len(cache_seqlens) == len(cu_seqlens_q) - 1
+    assert isinstance(max_seqlen_q, int) and max_seqlen_q == int(cu_seqlens_q.diff().max())
+    assert causal and isinstance(softmax_scale, float)
+    case = SimpleNamespace(
+        q_TNH=q, k_cache=k_cache.transpose(1, 2), v_cache=v_cache.transpose(1, 2), block_tables_SB=page_table,
+        query_start_S1=cu_seqlens_q, context_lens_S=cache_seqlens, scale=softmax_scale,
+        rows=lambda s: slice(int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1])),
+    )  # fmt: skip
+    return attention_float64(case).to(q.dtype)
+
+
+def fake_rms_forward_affine_mixed_dtypes(input, normalized_shape, weight, epsilon) -> tuple[Tensor, Tensor]:
+    """apex' signature and checks; the result has the weight's dtype, the second is 1 / sqrt(mean square) in fp32."""
+    assert input.is_contiguous() and weight.is_contiguous()
+    assert isinstance(normalized_shape, list) and normalized_shape == list(weight.shape) == [input.shape[-1]]
+    inverse = (input.float().square().mean(dim=-1) + epsilon).rsqrt()
+    return (input.float() * inverse[:, None]).to(weight.dtype) * weight, inverse
+
+
+def without_triton(machine: Machine) -> None:
+    machine.monkeypatch.delitem(sys.modules, "triton")
+
+
+def test_flash_attention_attends_as_defined() -> None:
+    case = paged_case([(3, 40), (1, 17), (20, 20)], head_dim=16, dtype=BF16)
+    case.q_TNH = case.q_TNH.bfloat16()
+    o_TNH = optional.paged_attention(*case.arguments(), flash_attn_with_kvcache=fake_flash_attn_with_kvcache)
+    assert o_TNH.shape == case.q_TNH.shape and o_TNH.dtype == BF16
+    assert (o_TNH.double() - attention_float64(case)).abs().max() <= 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_apex_norms_as_defined(dtype: torch.dtype) -> None:
+    x_TD, residual_TD, weight_D = normal(5, 64).to(dtype), normal(5, 64, seed=1).to(dtype), 1 + normal(64, seed=2)
+    call = fake_rms_forward_affine_mixed_dtypes
+    y_TD = optional.rms_norm(x_TD, weight_D, 1e-5, rms_forward=call)
+    assert y_TD.dtype == dtype and torch.allclose(y_TD, vendor.rms_norm(x_TD, weight_D, 1e-5), rtol=2.0**-7)
+    mine, theirs = residual_TD.clone(), residual_TD.clone()
+    y_TD = optional.add_rms_norm(x_TD, mine, weight_D, 1e-5, rms_forward=call)
+    assert torch.allclose(y_TD, vendor.add_rms_norm(x_TD, theirs, weight_D, 1e-5), rtol=2.0**-7)
+    assert torch.equal(mine, theirs)
+
+
+def test_installed_packages_replace_single_ops_of_torchs_table(machine: Machine) -> None:
+    without_triton(machine)
+    machine.install("flash_attn_interface", flash_attn_with_kvcache=fake_flash_attn_with_kvcache)
+    machine.install("fused_layer_norm_cuda", rms_forward_affine_mixed_dtypes=fake_rms_forward_affine_mixed_dtypes)
+    ops = select_ops(CUDA, num_threads=1, shape=SHAPE)
+    report = dict(line.split(": ", 1) for line in ops.report)
+    assert report.pop("paged_attention").startswith("flash-attn (version 3); native refused")
+    for name in ("rms_norm", "add_rms_norm"):
+        assert report.pop(name).startswith("apex (fused RMSNorm); native refused")
+    assert all(line.startswith("vendor (torch)") for line in report.values())
+    assert ops.linear is vendor.linear and ops.attention_layer is None
+    assert ops.is_recordable, "the table's padding is not read"
+    assert ops.paged_attention is not vendor.paged_attention
+    batch = CheckInputs(CPU, SHAPE, BF16).paged([(2, 30), (1, 7)])
+    o_TNH = ops.paged_attention(*batch)
+    assert (o_TNH - vendor.paged_attention(*batch)).abs().max() <= 2e-2
+
+
+def test_without_them_everything_is_torchs(machine: Machine) -> None:
+    without_triton(machine)
+    report = lines(shape=SHAPE)
+    assert not select_ops(CUDA, num_threads=1, shape=SHAPE).is_recordable
+    assert report["paged_attention"].startswith("vendor (torch); native refused")
+    assert report["paged_attention"].endswith("; flash-attn refused: not installed")
+    assert report["rms_norm"].endswith("; apex refused: not installed")
+    assert "apex" not in report["linear"] and "flash-attn" not in report["linear"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "change", "capability", "reason"),
+    [
+        ("flash_attn", {}, (9, 0), "version 2 takes pages of multiples of 256 tokens, the cache has blocks of 16"),
+        ("flash_attn_interface", {}, (10, 0), "version 3 has kernels for compute capability 8 and 9, .* has 10.0"),
+        ("flash_attn_interface", {"kv_dtype": torch.float32}, (9, 0), "takes q and cache in bfloat16, not .*float32"),
+        ("flash_attn_interface", {}, (9, 0), "cannot be loaded: .*flash_attn_with_kvcache"),
+    ],
+)
+def test_flash_attention_is_refused_where_it_does_not_fit(
+    machine: Machine, installed: str, change, capability: tuple[int, int], reason: str
+) -> None:
+    without_triton(machine)
+    machine.install(installed)
+    machine.capability = capability
+    report = lines(shape=replace(SHAPE, **change))["paged_attention"]
+    assert report.startswith("vendor")
+    assert re.search(f"; flash-attn refused: {reason}", report), report
+
+
+def test_a_package_must_prove_itself_too(machine: Machine) -> None:
+    without_triton(machine)
+
+    def stale(*args, **options):
+        """An older release, without one of the arguments."""
+        raise TypeError("unexpected keyword argument 'page_table'")
+
+    def doubled(*args):
+        y_TD, inverse_T = fake_rms_forward_affine_mixed_dtypes(*args)
+        return y_TD * 2, inverse_T
+
+    machine.install("flash_attn_interface", flash_attn_with_kvcache=stale)
+    machine.install("fused_layer_norm_cuda", rms_forward_affine_mixed_dtypes=doubled)
+    report = lines(shape=SHAPE)
+    assert "; flash-attn refused: paged_attention fails on cpu: TypeError: unexpected" in report["paged_attention"]
+    assert "; apex refused: rms_norm of 1 tokens differs from torch's by 1.0e+00" in report["rms_norm"]
+    assert all(line.startswith("vendor") for line in report.values())
+
+
+def test_apex_without_its_extension_is_refused(machine: Machine) -> None:
+    without_triton(machine)
+    machine.install("apex")
+    assert lines(shape=SHAPE)["add_rms_norm"].endswith("; apex refused: built without its CUDA extensions")
+
+
+def test_packages_do_not_replace_what_triton_fuses_or_determinism_needs(machine: Machine) -> None:
+    machine.install("flash_attn_interface", flash_attn_with_kvcache=fake_flash_attn_with_kvcache)
+    report = lines(shape=SHAPE)["paged_attention"]
+    assert report.startswith("triton")
+    assert report.endswith(
+        "; flash-attn refused: it replaces ops of vendor, not of triton, whose layers call no other package"
+    )
+    without_triton(machine)
+    report = lines(shape=SHAPE, deterministic=True)["paged_attention"]
+    assert report.startswith("reference")
+    assert report.endswith("; flash-attn refused: its bits depend on the batch, and deterministic is set")
