@@ -20,7 +20,7 @@ import torch
 
 from checkpoints_convert.convert import Options, megatron2hf
 from megatron_infer.cli import QUICK_SORT, project_path, read_source, split_at
-from megatron_infer.fim import FimPrompt, load_fim
+from megatron_infer.fim import FimOptions, FimPrompt, load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.options import DEMO_DIR
@@ -78,7 +78,7 @@ class HuggingFaceInference:
 
     def complete(self, prompt: FimPrompt, max_new_tokens: int = 256, order: str | None = None) -> Answer:
         """Complete greedily; ends at the same ids as the engine does. Raises ValueError for a bad prompt."""
-        encoding = self.fim.encode(prompt, order=order)
+        encoding = self.fim.encode(prompt, options=FimOptions(order=order))
         ends = sorted({*encoding.stop_token_ids, *self.config.eos_token_ids})
         ids = torch.tensor([encoding.ids], device=self.device)
         with torch.no_grad():

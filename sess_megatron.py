@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import fields
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from megatron_infer import LLM, EngineConfig, FimPrompt, SamplingParams
+from megatron_infer import LLM, EngineConfig, FimOptions, FimPrompt, SamplingParams
 from megatron_infer.cli import main
 from megatron_infer.options import DEMO_DIR
 
@@ -33,7 +34,8 @@ class TestInference:
         tensor_parallel_size: ranks to divide the model among; by default torchrun's world size, or 1.
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "bfloat16" or "float32".
-        engine_options: any other field of megatron_infer.EngineConfig, or `model_name`, `fim`, `order` of LLM.
+        engine_options: any other field of megatron_infer.EngineConfig, `model_name` or `fim` of LLM, or a field of
+            megatron_infer.FimOptions (`order`, `header`, `frame_empty_suffix`, ...) for every prompt.
     Raises:
         ValueError: something about the checkpoint or the options is wrong; the message says what to do.
     """
@@ -54,6 +56,8 @@ class TestInference:
             model_dir = DEMO_DIR if given.model_dir is None else given.model_dir
             if given.model_name:
                 engine_options.setdefault("model_name", given.model_name)
+        layout = {f.name: engine_options.pop(f.name) for f in fields(FimOptions) if f.name in engine_options}
+        self.options = FimOptions(**layout)
         config = EngineConfig(tensor_parallel_size=tensor_parallel_size, device=device, dtype=dtype)
         self.llm = LLM(model_dir, config, **engine_options)
 
@@ -74,7 +78,8 @@ class TestInference:
             RuntimeError: the model gave no usable output, or a rank failed.
         """
         completion = self.llm.complete_from(
-            lambda: (FimPrompt(code_string, later_code, file_path), SamplingParams(max_new_tokens=max_new_tokens))
+            lambda: (FimPrompt(code_string, later_code, file_path), SamplingParams(max_new_tokens=max_new_tokens)),
+            self.options,
         )
         if completion.error is not None:
             raise RuntimeError(completion.error)

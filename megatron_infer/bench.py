@@ -31,7 +31,6 @@ from megatron_infer.options import (
     add_option,
     add_options_of,
     build,
-    is_first_rank,
     log_to_stderr,
     model_dir_of,
     percentile,
@@ -40,6 +39,7 @@ from megatron_infer.options import (
 )
 from megatron_infer.profile import ATTENTION, COLLECTIVES, PhaseTotals, Profile
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.world import World
 
 _ENGINE = "engine: planning and Python"
 _NOTES = """\
@@ -84,26 +84,25 @@ class Workload:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m megatron_infer bench`. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda world: _run(_parser(world).parse_args(argv), world))
 
 
-def _run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace, world: World) -> int:
     config, model_dir = build(EngineConfig, args), model_dir_of(args)
     workload = Workload(args.batch, args.prompt_tokens, args.new_tokens, args.repetitions)
     if workload.batch > config.max_num_seqs:
         raise ValueError(
             f"--batch {workload.batch} exceeds --max_num_seqs {config.max_num_seqs}; raise the one or lower the other"
         )
-    log_to_stderr(logging.WARNING)
+    log_to_stderr(world, logging.WARNING)
     profile = Profile(op_by_op=args.profile)
     began = time.perf_counter()
-    with LLM(model_dir, config, model_name=args.model_name, profile=profile) as llm:
+    with LLM(model_dir, config, model_name=args.model_name, profile=profile, world=world) as llm:
         load_seconds = time.perf_counter() - began
         workload.check_fits(llm)
         num_profiled = workload.repetitions if args.profile else 1
         repetitions = _measure(llm, workload, profile, num_profiled)
-        if llm.is_leader and is_first_rank():
+        if world.is_first:
             figures = {
                 "model_dir": str(model_dir),
                 "engine": asdict(llm.config),
@@ -281,8 +280,9 @@ def _to_json(totals: PhaseTotals) -> dict[str, Any]:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> Parser:
+def _parser(world: World) -> Parser:
     parser = Parser(
+        world,
         "python -m megatron_infer bench",
         "Measure prefill and decode speed of a checkpoint with random token ids, and where the time goes. "
         "Also under torchrun: torchrun --nproc_per_node N -m megatron_infer bench. "

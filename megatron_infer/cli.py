@@ -12,10 +12,11 @@ import sys
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from megatron_infer.completion import Completion
+from megatron_infer.completion import Completion, CompletionStream
 from megatron_infer.config import EngineConfig
-from megatron_infer.fim import MAX_PROMPT_BYTES, FimPrompt
+from megatron_infer.fim import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
     Parser,
@@ -23,13 +24,13 @@ from megatron_infer.options import (
     add_option,
     add_options_of,
     build,
-    is_first_rank,
     log_to_stderr,
     model_dir_of,
     run_command,
     say,
 )
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.world import World
 
 QUICK_SORT = FimPrompt(prefix="# 快速排序算法", suffix="\n", path="test.py")
 """The example of upstream's README: "quick-sort algorithm" in a comment, nothing else."""
@@ -37,24 +38,25 @@ QUICK_SORT = FimPrompt(prefix="# 快速排序算法", suffix="\n", path="test.py
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `sess_megatron.py` and `python -m megatron_infer complete`. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda world: _run(_parser(world).parse_args(argv), world))
 
 
-def _run(args: argparse.Namespace) -> int:
-    sampling = build(SamplingParams, args)
-    config = build(EngineConfig, args)
+def _run(args: argparse.Namespace, world: World) -> int:
+    sampling, options, config = build(SamplingParams, args), build(FimOptions, args), build(EngineConfig, args)
     if args.stream and sampling.n != 1:
         raise ValueError("--stream shows one completion; leave out --n, or --stream")
     model_dir = model_dir_of(args)
     prompt, is_example = _prompt(args, model_dir)
-    log_to_stderr(logging.WARNING if args.quiet else logging.INFO)
-    with LLM(model_dir, config, model_name=args.model_name, fim=args.fim, order=args.order) as llm:
-        completions = _stream(llm, prompt, sampling, args) if args.stream else llm.complete_n(prompt, sampling)
-        if llm.is_leader and is_first_rank():
+    log_to_stderr(world, logging.WARNING if args.quiet else logging.INFO)
+    with LLM(model_dir, config, model_name=args.model_name, fim=args.fim, world=world) as llm:
+        if args.stream:
+            completions = _stream(llm.stream(prompt, sampling, options), show=world.is_first and not args.json)
+        else:
+            completions = llm.complete_n(prompt, sampling, options)
+        if world.is_first:
             for completion in completions:
                 if args.json:
-                    print(json.dumps(completion.to_json(), ensure_ascii=False, separators=(",", ":")))
+                    print(json.dumps(_to_json(completion), ensure_ascii=False, separators=(",", ":")))
                 elif not args.stream:
                     print(_show(prompt, completion) if is_example else completion.text)
                 say(_timing_line(llm, completion))
@@ -62,16 +64,22 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if any(c.error for c in completions) else 0
 
 
-def _stream(llm: LLM, prompt: FimPrompt, sampling: SamplingParams, args: argparse.Namespace) -> list[Completion]:
+def _stream(stream: CompletionStream, *, show: bool) -> list[Completion]:
     """Print as it is generated. Nothing is returned on ranks that rank 0 has left early."""
-    show = not args.json and is_first_rank()
-    with closing(llm.stream(prompt, sampling)) as stream:
+    with closing(stream):
         for piece in stream:
             if show:
                 print(piece, end="", flush=True)
         if show:
             print()
         return [] if stream.completion is None else [stream.completion]
+
+
+def _to_json(completion: Completion) -> dict[str, Any]:
+    """Without the prompt's ids, which are many."""
+    raw = completion.to_json()
+    del raw["prompt_token_ids"]
+    return raw
 
 
 def _show(prompt: FimPrompt, completion: Completion) -> str:
@@ -171,8 +179,9 @@ def project_path(name: str) -> str:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> Parser:
+def _parser(world: World) -> Parser:
     parser = Parser(
+        world,
         "sess_megatron.py",
         "Complete code between a prefix and a suffix with a tensor-parallel model. "
         "Start it as: torchrun --nproc_per_node N sess_megatron.py --model_dir DIR. "
@@ -180,7 +189,6 @@ def _parser() -> Parser:
     )
     model = add_model_options(parser)
     add_option(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")
-    add_option(model, "order", choices=("spm", "psm"), help="suffix first or prefix first (default: the family's)")
     what = parser.add_argument_group("what to complete (default: an example)")
     add_option(what, "file", help="complete inside this file, at --cursor")
     add_option(what, "cursor", metavar="LINE:COL", help="place in --file, both from 1")
@@ -191,6 +199,7 @@ def _parser() -> Parser:
     add_option(out, "stream", action="store_true", help="print the completion as it is generated")
     add_option(out, "json", action="store_true", help="print one JSON object per completion")
     add_option(out, "quiet", action="store_true", help="no start-up report on stderr")
+    add_options_of(FimOptions, parser, "prompt layout")
     add_options_of(SamplingParams, parser, "sampling")
     add_options_of(EngineConfig, parser, "engine")
     return parser

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_infer.engine.request import Event, Request
+from megatron_infer.fim import FimPrompt
 from megatron_infer.tokenizer import TextStream, Tokenizer
 
 
@@ -46,9 +47,11 @@ class Completion:
     """One completion of one prompt.
 
     text: what belongs between prefix and suffix; ends before a stop string or the model's end token.
-    token_ids: every generated id, an end token included. finish_reason: stop, length or error (then `error` says why).
+    token_ids: every generated id, an end token included. finish_reason: stop, length, abort or error (then
+    `error` says why).
     prompt_index and sample_index: which prompt of a batch, which of its `n` samples.
     num_dropped_tokens: prompt tokens cut because prompt and completion exceed the context.
+    prompt_token_ids: what the model was given.
     """
 
     text: str
@@ -61,6 +64,7 @@ class Completion:
     prompt_index: int = 0
     sample_index: int = 0
     error: str | None = None
+    prompt_token_ids: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -78,20 +82,37 @@ class Completion:
             **{
                 **raw,
                 "token_ids": tuple(raw["token_ids"]),
+                "prompt_token_ids": tuple(raw["prompt_token_ids"]),
                 "timings": Timings(**{**timings, "token_seconds": tuple(timings["token_seconds"])}),
                 "logprobs": logprobs,
             }
         )
 
 
+Items = Generator[str | Completion, None, None]
+"""What a call yields, as it comes: pieces of text, and completions."""
+
+
 class GrowingCompletion:
-    """Collects one request's events into text pieces and, in the end, a Completion."""
+    """Collects one request's events into text pieces and, in the end, a Completion.
+
+    One thread at a time may call receive(), and another at the same time the other methods.
+
+    Args:
+        prompt: what is completed; None where it was given as token ids.
+    """
 
     def __init__(
-        self, request: Request, tokenizer: Tokenizer, *, prompt_index: int, sample_index: int, num_dropped_tokens: int
+        self,
+        request: Request,
+        prompt: FimPrompt | None,
+        tokenizer: Tokenizer,
+        *,
+        prompt_index: int,
+        num_dropped_tokens: int,
     ) -> None:
-        self.request, self.prompt_index, self.sample_index = request, prompt_index, sample_index
-        self.num_dropped_tokens = num_dropped_tokens
+        self.request, self.prompt = request, prompt
+        self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
         self._text = TextStream(tokenizer, request.sampling.stop)
         self._pieces: list[str] = []
         self._unread = 0
@@ -127,13 +148,14 @@ class GrowingCompletion:
             self._pieces.append(piece)
 
     def _finish(self, reason: str, now: float) -> None:
-        self.finish_reason, self._finished_seconds = reason, now
+        self._finished_seconds = now
+        self.finish_reason = reason
 
     def take_new_text(self) -> str:
         """Text that no earlier call returned."""
-        text = "".join(self._pieces[self._unread :])
-        self._unread = len(self._pieces)
-        return text
+        pieces = self._pieces[self._unread :]
+        self._unread += len(pieces)
+        return "".join(pieces)
 
     def result(self) -> Completion:
         """The Completion; only after `finish_reason` is set."""
@@ -150,18 +172,19 @@ class GrowingCompletion:
                 tuple(self._token_seconds),
             ),
             num_cached_tokens=self._num_cached_tokens,
-            num_dropped_tokens=self.num_dropped_tokens,
+            num_dropped_tokens=self._num_dropped_tokens,
             logprobs=tuple(self._logprobs) if self.request.sampling.logprobs is not None else None,
-            prompt_index=self.prompt_index,
-            sample_index=self.sample_index,
+            prompt_index=self._prompt_index,
+            sample_index=self.request.choice,
             error=self.error,
+            prompt_token_ids=tuple(self.request.ids[: self.request.num_prompt]),
         )
 
 
 class CompletionStream(Iterator[str]):
     """Iterator of text pieces; afterwards `completion` is the whole result. Closing it early aborts the request."""
 
-    def __init__(self, items: Generator[Any, None, None]) -> None:
+    def __init__(self, items: Items) -> None:
         self._items = items
         self.completion: Completion | None = None
 
@@ -169,7 +192,7 @@ class CompletionStream(Iterator[str]):
         item = next(self._items)
         if isinstance(item, str):
             return item
-        self.completion = Completion.from_json(item)
+        self.completion = item
         next(self._items, None)
         raise StopIteration
 

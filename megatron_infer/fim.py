@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_infer.checks import one_of, option
 from megatron_infer.tokenizer import Tokenizer, check_text
 
 MAX_PROMPT_BYTES = 8 << 20
@@ -24,6 +25,7 @@ _REACH = 32
 
 _EXTENSION = re.compile(r"\.\w+$")
 _HEADERS = ("full", "language", "none")
+_ORDERS = ("spm", "psm")
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,15 @@ class FimOptions:
     prefix_tokens, suffix_tokens: cut each side to so many tokens and encode the rest again, as FIM-Eval does.
     """
 
-    order: str | None = None
-    header: str = "full"
-    frame_empty_suffix: bool = False
-    prefix_tokens: int | None = None
-    suffix_tokens: int | None = None
+    order: str | None = option(None, "spm (suffix first) or psm (prefix first) (default: the family's)")
+    header: str = option("full", "comment lines of models that have them: full (path and language), language or none")
+    frame_empty_suffix: bool = option(False, "write the FIM frame even around an empty suffix")
+    prefix_tokens: int | None = option(None, "cut the prefix to so many tokens (default: what the context leaves)")
+    suffix_tokens: int | None = option(None, "cut the suffix to so many tokens (default: what the context leaves)")
 
     def __post_init__(self) -> None:
-        if self.header not in _HEADERS:
-            raise ValueError(f"header must be one of {', '.join(_HEADERS)}, not {self.header!r}")
+        one_of("header", self.header, _HEADERS)
+        one_of("order", self.order, (None, *_ORDERS))
         for name in ("prefix_tokens", "suffix_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -171,7 +173,6 @@ class FimFormat:
         self,
         prompt: FimPrompt,
         *,
-        order: str | None = None,
         budget_tokens: int | None = None,
         options: FimOptions | None = None,
     ) -> FimEncoding:
@@ -183,7 +184,7 @@ class FimFormat:
         """
         options = options or FimOptions()
         _check_size(prompt)
-        layout = self._layout(prompt, order or options.order, options)
+        layout = self._layout(prompt, options)
         before, header = self._other_files(prompt)
         header += self.header(prompt.path, options.header)
         if not (header or prompt.prefix or prompt.suffix):
@@ -214,7 +215,8 @@ class FimFormat:
         lines.append(f"the code file is written by {language.name}")
         return "".join(f"{language.open}{line}{language.close}\n" for line in lines)
 
-    def _layout(self, prompt: FimPrompt, order: str | None, options: FimOptions) -> list[str]:
+    def _layout(self, prompt: FimPrompt, options: FimOptions) -> list[str]:
+        order = options.order
         if order is not None and order not in self.orders:
             known = f"it knows {', '.join(self.orders)}" if self.orders else "it has none"
             raise ValueError(f"the FIM family {self.name!r} has no order {order!r}; {known}")

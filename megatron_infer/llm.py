@@ -1,4 +1,4 @@
-"""LLM: FIM prompts in, completions out, over one Engine.
+"""LLM: FIM prompts in, completions out, over one engine.
 
 Brings all ranks up: those torchrun started, or followers of its own. Under torchrun every public call is collective:
 rank 0's arguments count and every rank gets the same results. What a call does is session.py's business.
@@ -14,23 +14,29 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
+
 from megatron_infer.cache.block_pool import BlockPool
-from megatron_infer.completion import Completion, CompletionStream, Timings, TokenLogprob
+from megatron_infer.collective import Follower, Leader
+from megatron_infer.completion import Completion, CompletionStream, Items, Timings, TokenLogprob
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine import launch, topology, worker
+from megatron_infer.engine.bring_up import bring_up
 from megatron_infer.engine.engine import Engine
+from megatron_infer.engine.follower import Followers
 from megatron_infer.engine.memory import check_memory
+from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
-from megatron_infer.engine.worker import EngineDeadError, Items
-from megatron_infer.fim import load_fim
+from megatron_infer.engine.worker import EngineDeadError
+from megatron_infer.fim import FimOptions, load_fim
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Prompt, Session
+from megatron_infer.session import Entry, Prompt, Session, require_one
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.world import World
 
 __all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
 
@@ -40,15 +46,16 @@ log = logging.getLogger("megatron_infer")
 class LLM:
     """A loaded model that completes FIM prompts.
 
-    Outside torchrun any number of threads may call it at the same time: whoever waits advances all requests.
+    Outside torchrun, and on rank 0 where the others follow(), any number of threads may call it at the same time:
+    whoever waits advances all requests.
 
     Args:
         model_dir: a checkpoint directory of any supported kind (README, "Checkpoints").
         config: the engine's knobs; keyword arguments override single fields of it.
         model_name: file stem of `.pt` checkpoints.
         fim: FIM family (see fim_templates.json); by default config.json's "fim" or what the tokenizer's pieces tell.
-        order: "spm" or "psm"; by default the family's own.
         profile: where rank 0 times its ops and collectives into; None times nothing and costs nothing.
+        world: where this process stands; None reads the launcher's environment.
     Raises:
         ValueError: anything wrong with the directory, the configuration or the memory, before weights are read.
         EngineDeadError: another rank failed while starting.
@@ -61,15 +68,15 @@ class LLM:
         *,
         model_name: str = DEFAULT_MODEL_NAME,
         fim: str | None = None,
-        order: str | None = None,
         profile: Profile | None = None,
+        world: World | None = None,
         **options: Any,
     ) -> None:
         if not str(model_dir):
             raise ValueError("model_dir is empty; give a checkpoint directory")
         self.model_dir = Path(model_dir)
         asked = replace(config or EngineConfig(), **options)
-        self._spmd = topology.under_torchrun()
+        world = World.from_env() if world is None else world
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
@@ -81,119 +88,128 @@ class LLM:
                     f"{self.model_config.vocab_size}; they do not belong together"
                 )
             self.fim = load_fim(fim or self.model_config.fim, self.tokenizer)
-            self.order = order
-            self.config = launch.resolve(asked, self.model_config)
-            check_memory(self.config, self.model_config)
-            self._followers: launch.Followers | None = None
-            if not self._spmd and self.config.tensor_parallel_size != 1:
-                self._followers = launch.Followers(self.model_dir, model_name, self.config)
-                weakref.finalize(self, self._followers.close)
-            try:
-                self._group = self._join()
-                self._runner = self._build_runner(checkpoint, profile)
-            except BaseException as error:
-                if self._followers is not None:
-                    self._followers.close()
-                if isinstance(error, RankFailure):
-                    raise EngineDeadError(f"the engine did not start: {error}") from error
-                raise
-        self._engine = self._build_engine(profile)
-        self._session = Session(
-            self._engine, self.tokenizer, self.fim, self.model_config,
-            order=order, max_model_len=self.max_model_len, max_num_seqs=self.config.max_num_seqs, profile=profile,
-        )  # fmt: skip
-        self._log_config(asked)
+            self.config = resolve(asked, self.model_config, world)
+            self._runner = self._bring_up(checkpoint, model_name, world, profile)
+        kv_tokens = self._runner.kv.num_blocks * self._runner.kv.block_size
+        self.kv_cache_tokens = kv_tokens
+        """Tokens that the KV cache holds, of all sequences together."""
+        self.max_model_len = min(self.config.max_model_len or kv_tokens, kv_tokens)
+        """The longest prompt and completion together, in tokens."""
+        self._member: Leader | Follower
+        if self.is_leader:
+            self._member = self._make_leader(profile, shares_results=world.is_launched and self._runner.tp.size > 1)
+            self._log_config(asked)
+        else:
+            self._member = Follower(self._runner)
 
-    def _join(self) -> TPGroup:
-        """Meet the other ranks: those that torchrun started, or our own followers."""
-        size = self.config.tensor_parallel_size or 1
-        deterministic = self.config.deterministic
-        if self._spmd:
-            device = topology.rank_device(self.config, topology.local_rank())
-            return TPGroup.from_env(device, size, name="llm", deterministic=deterministic)
-        device = topology.rank_device(self.config, 0)
-        if self._followers is None:
-            return TPGroup.single(device)
-        return TPGroup.connect(
-            self._followers.store, 0, size, device, "local",
-            deterministic=deterministic, is_alive=self._followers.is_alive,
-        )  # fmt: skip
+    def _bring_up(self, checkpoint: Checkpoint, model_name: str, world: World, profile: Profile | None) -> ModelRunner:
+        """Meet the other ranks, those that torchrun started or our own followers, and load this rank's share."""
+        config, size = self.config, self.config.tensor_parallel_size or 1
+        self._followers: Followers | None = None
 
-    def _build_runner(self, checkpoint: Checkpoint, profile: Profile | None) -> ModelRunner:
+        def join(device: torch.device) -> TPGroup:
+            if self._followers is not None:
+                return self._followers.join(device)
+            return TPGroup.in_world(world, device, size, name="llm", deterministic=config.deterministic)
+
+        if not world.is_launched:
+            world = World(0, size, 0, size)
+        check_memory(config, checkpoint.config, world)
+        if not world.is_launched and size > 1:
+            self._followers = Followers(self.model_dir, model_name, config)
+            weakref.finalize(self, self._followers.close)
         try:
-            return launch.build_runner(checkpoint, self.config, self._group, profile if self.is_leader else None)
+            return bring_up(checkpoint, config, world, join, profile)
         except BaseException as error:
-            self._group.abort(f"{type(error).__name__}: {error}")
+            if self._followers is not None:
+                self._followers.close()
+            if isinstance(error, RankFailure):
+                raise EngineDeadError(f"the engine did not start: {error}") from error
             raise
 
-    def _build_engine(self, profile: Profile | None) -> Engine:
+    def _make_leader(self, profile: Profile | None, *, shares_results: bool) -> Leader:
         kv, config = self._runner.kv, self.config
-        assert config.max_model_len is not None
-        pool = BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching)
-        self.max_model_len = min(config.max_model_len, kv.num_blocks * kv.block_size)
-        if self.max_model_len < config.max_model_len:
+        if self.max_model_len != config.max_model_len:
             log.warning(
                 "contexts are limited to %d tokens by the memory for the KV cache (asked for: %d)",
                 self.max_model_len, config.max_model_len,
             )  # fmt: skip
         scheduler = Scheduler(
-            pool,
+            BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching),
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_model_len=self.max_model_len,
         )
-        return Engine(self._runner, scheduler, profile)
+        session = Session(
+            Engine(self._runner, scheduler, profile), self.tokenizer, self.fim, self.model_config,
+            max_model_len=self.max_model_len, max_num_seqs=config.max_num_seqs, profile=profile,
+        )  # fmt: skip
+        return Leader(session, self._runner.tp, shares_results=shares_results)
 
     def _log_config(self, asked: EngineConfig) -> None:
-        if self._group.rank:
-            return
         for name, value in asdict(self.config).items():
             given = getattr(asked, name)
             is_default = given == getattr(EngineConfig(), name)
             source = ("default" if is_default else "given") if given == value else f"resolved from {given or 'nothing'}"
             log.info("config: %s = %s (%s)", name, value, source)
-        log.info("tensor parallel: %d rank(s) over %s (%s)", self._group.size, self._group.backend, self._group.why)
+        group = self._runner.tp
+        log.info("tensor parallel: %d rank(s) over %s (%s)", group.size, group.backend, group.why)
 
     @property
     def is_leader(self) -> bool:
         """True on the rank whose arguments count, and in every process outside torchrun."""
-        return self._group.rank == 0
+        return self._runner.tp.rank == 0
 
     @property
-    def kv_cache_tokens(self) -> int:
-        """Tokens that the KV cache holds, of all sequences together."""
-        return self._runner.kv.num_blocks * self._runner.kv.block_size
+    def session(self) -> Session:
+        """Rank 0's submit(), step() and cancel(), for a loop that is not the caller's. The other ranks follow()."""
+        if not isinstance(self._member, Leader):
+            raise ValueError("rank 0 alone has a session; the other ranks call follow()")
+        return self._member.session
 
     # ---- public calls -------------------------------------------------------------------------------------------
 
-    def complete(self, prompt: Prompt, sampling: SamplingParams | None = None) -> Completion:
-        """Complete one prompt.
+    def complete(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, options: FimOptions | None = None
+    ) -> Completion:
+        """Complete one prompt, laid out as `options` say; None: as its family is.
 
         Raises:
             ValueError: bad prompt or parameters; nothing ran, and the next call works.
             EngineDeadError: a rank failed.
         """
-        return self.complete_from(lambda: (prompt, SamplingParams() if sampling is None else sampling))
+        return self.complete_from(lambda: (prompt, SamplingParams() if sampling is None else sampling), options)
 
-    def complete_from(self, make: Callable[[], tuple[Prompt, SamplingParams]]) -> Completion:
+    def complete_from(
+        self, make: Callable[[], tuple[Prompt, SamplingParams]], options: FimOptions | None = None
+    ) -> Completion:
         """As `complete`, with prompt and parameters made on rank 0 alone: what `make` raises, every rank raises."""
-        (item,) = self._collective(self._session.complete(make, single=True))
-        return Completion.from_json(item)
 
-    def complete_n(self, prompt: Prompt, sampling: SamplingParams) -> list[Completion]:
+        def call(session: Session) -> Items:
+            prompt, sampling = make()
+            yield from session.complete(prompt, require_one(sampling), options)
+
+        (completion,) = self._completions(call)
+        return completion
+
+    def complete_n(
+        self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None
+    ) -> list[Completion]:
         """`sampling.n` completions of one prompt, whose prefix is computed once. Raises as `complete` does."""
-        items = self._collective(self._session.complete(lambda: (prompt, sampling), single=False))
-        return [Completion.from_json(item) for item in items]
+        return list(self._completions(lambda session: session.complete(prompt, sampling, options)))
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams | None = None) -> CompletionStream:
+    def stream(
+        self, prompt: Prompt, sampling: SamplingParams | None = None, options: FimOptions | None = None
+    ) -> CompletionStream:
         """Text pieces as they are generated; their concatenation is `complete(...).text`, to the character."""
         sampling = SamplingParams() if sampling is None else sampling
-        return CompletionStream(self._collective(self._session.stream(prompt, sampling)))
+        return CompletionStream(self._member.run(lambda session: session.stream(prompt, sampling, options)))
 
     def complete_batch(
         self,
-        prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]],
+        prompts: Iterable[Entry],
         sampling: SamplingParams | None = None,
+        options: FimOptions | None = None,
         *,
         ordered: bool = True,
     ) -> Iterator[Completion]:
@@ -203,15 +219,26 @@ class LLM:
         Completion with finish_reason "error"; the others go on.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        for item in self._collective(self._session.batch(prompts, sampling, ordered)):
-            yield Completion.from_json(item)
+        yield from self._completions(lambda session: session.batch(prompts, sampling, options, ordered))
+
+    def follow(self) -> None:
+        """On ranks > 0 under torchrun: serve every call that rank 0 makes, until it closes its LLM.
+
+        Raises:
+            ValueError: this is rank 0. EngineDeadError: a rank failed.
+        """
+        if not isinstance(self._member, Follower):
+            raise ValueError("rank 0 leads; follow() is for the other ranks")
+        self._member.serve()
+
+    def _completions(self, call: Callable[[Session], Items]) -> Iterator[Completion]:
+        for item in self._member.run(call):
+            assert isinstance(item, Completion)
+            yield item
 
     def close(self) -> None:
         """Stop the followers and free the group. Idempotent; every later call raises EngineDeadError."""
-        if self.is_leader:
-            self._engine.close()
-        else:
-            self._runner.close()
+        self._member.close()
         if self._followers is not None:
             self._followers.close()
 
@@ -222,11 +249,3 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-    # ---- every rank -----------------------------------------------------------------------------------------------
-
-    def _collective(self, items: Items) -> Items:
-        """Under torchrun, what rank 0 gets from `items` on every rank; elsewhere just `items`."""
-        if not self._spmd or self._group.size == 1:
-            return items
-        return worker.lead(self._group, items) if self.is_leader else worker.follow(self._runner)

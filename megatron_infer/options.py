@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import sys
 import time
 import typing
@@ -16,9 +15,12 @@ from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
+from torch.distributed import DistError
+
 import megatron_infer
 from megatron_infer.llm import EngineDeadError
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
+from megatron_infer.world import World
 
 
 def _find_demo() -> Path:
@@ -35,23 +37,30 @@ DEMO_DIR = _find_demo()
 class Parser(argparse.ArgumentParser):
     """Rank 0 alone reports a wrong option."""
 
-    def __init__(self, prog: str, description: str) -> None:
+    def __init__(self, world: World, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self._world = world
 
     def error(self, message: str) -> NoReturn:
-        if is_first_rank():
+        if self._world.is_first:
             super().error(message)
-        raise SystemExit(_refused())
+        raise SystemExit(_refused(self._world))
 
 
-def run_command(command: Callable[[], int]) -> int:
-    """Run a command; what its user can mend becomes one line on stderr. Returns the exit status."""
+def run_command(command: Callable[[World], int]) -> int:
+    """Run a command in this process's world; what its user can mend becomes one line on stderr, from rank 0 alone.
+
+    Returns the exit status.
+    """
+    world = World()  # every rank reports what is wrong with its own environment
     try:
-        return command()
+        world = World.from_env()
+        return command(world)
     except ValueError as error:
-        say(f"error: {error}")
-        return _refused()
-    except EngineDeadError as error:
+        if world.is_first:
+            say(f"error: {error}")
+        return _refused(world)
+    except (EngineDeadError, DistError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
@@ -62,27 +71,22 @@ def run_command(command: Callable[[], int]) -> int:
         return 0
 
 
-def _refused() -> int:
+def _refused(world: World) -> int:
     """Exit status for bad input. The first rank to exit has torchrun end the others; rank 0 must have spoken first."""
-    if not is_first_rank():
+    if not world.is_first:
         time.sleep(1)
     return 2
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that speaks."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say(line: str) -> None:
-    """Print a line to stderr, on rank 0 alone."""
-    if is_first_rank() and sys.stderr is not None:
+    """Print a line to stderr."""
+    if sys.stderr is not None:
         print(line, file=sys.stderr, flush=True)
 
 
-def log_to_stderr(level: int) -> None:
+def log_to_stderr(world: World, level: int) -> None:
     """Have rank 0 report what it does at start."""
-    if is_first_rank():
+    if world.is_first:
         logging.basicConfig(format="%(message)s", stream=sys.stderr, level=level)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_infer.ops import Ops, PackedLinear
+from megatron_infer.tensor_parallel.backend import Backend
 
 Phase = Literal["prefill", "decode"]
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -118,6 +119,13 @@ class Profile:
         return replace(
             ops, **{name: self.timed(device, works.get(name, named(name)), getattr(ops, name)) for name in names}
         )
+
+    def timed_backend(self, backend: Backend, device: torch.device) -> Backend:
+        """The same backend with its collectives recorded; what peers keep this rank waiting counts."""
+        labels = {"all_reduce": "all_reduce", "add_all_reduce": "all_reduce", "all_gather": "all_gather"}
+        for name, label in {**labels, "broadcast_ints": "broadcast"}.items():
+            setattr(backend, name, self.timed(device, named(label), getattr(backend, name)))
+        return backend
 
     def end_step(self) -> None:
         """The step is over, its text included."""

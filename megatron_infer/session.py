@@ -1,7 +1,7 @@
 """Rank 0's side of every call: prompts become requests, engine events become completions.
 
-Any number of calls and threads may be in progress at once: whoever waits advances the requests of all. Items are JSON
-values, ready to be shared with the other ranks. Knows nothing of ranks, devices or checkpoints.
+submit(), step() and cancel() may be called from any thread, at any time; the calls below are built on them, and whoever
+waits advances the requests of all. Knows nothing of ranks, devices or checkpoints.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from megatron_infer.completion import Completion, GrowingCompletion, Timings
+from megatron_infer.completion import Completion, GrowingCompletion, Items, Timings
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
-from megatron_infer.engine.request import Request
-from megatron_infer.engine.worker import Items
-from megatron_infer.fim import FimFormat, FimPrompt
+from megatron_infer.engine.request import Event, Request
+from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -28,13 +27,44 @@ from megatron_infer.tokenizer import Tokenizer
 
 Prompt = FimPrompt | str | Sequence[int]
 """What can be completed: a FimPrompt, text (a prefix without suffix), or token ids as they are."""
+Entry = Prompt | tuple[Prompt, SamplingParams]
+
+
+class Handle:
+    """One submitted prompt on its way: `completions` grow, one per sample. A handle that is dropped is cancelled."""
+
+    def __init__(self, session: Session, completions: tuple[GrowingCompletion, ...]) -> None:
+        self.completions = completions
+        self._session = session
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every sample has ended."""
+        return all(growing.finish_reason is not None for growing in self.completions)
+
+    def results(self) -> list[Completion]:
+        """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
+        return [growing.result() for growing in self.completions]
+
+    def __del__(self) -> None:
+        self._session.cancel(self)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """A prompt as the engine takes it. `prompt`: None where it was token ids."""
+
+    prompt: FimPrompt | None
+    ids: Sequence[int]
+    stop_token_ids: frozenset[int]
+    num_dropped_tokens: int = 0
 
 
 class Session:
-    """All calls in progress over one engine.
+    """All prompts in hand over one engine.
 
     Args:
-        order: FIM order, None for the family's own. max_model_len: prompt and completion together, in tokens.
+        max_model_len: prompt and completion together, in tokens.
         max_num_seqs: sequences the engine computes together; a batch that must stay in order keeps twice as many.
         profile: told when a step is over.
     """
@@ -46,111 +76,211 @@ class Session:
         fim: FimFormat,
         model: ModelConfig,
         *,
-        order: str | None,
         max_model_len: int,
         max_num_seqs: int,
         profile: Profile | None = None,
     ) -> None:
-        self._engine, self._tokenizer, self._fim, self._order = engine, tokenizer, fim, order
+        self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
         self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
         self._profile = profile
-        self._active: dict[int, GrowingCompletion] = {}
         self._ids = itertools.count()
-        self._lock = threading.RLock()
+        self._active: dict[int, tuple[GrowingCompletion, Callable[[], None]]] = {}
+        self._cancelled: deque[int] = deque()
+        self._turn, self._lock = threading.Lock(), threading.Lock()
 
-    def complete(self, make: Callable[[], tuple[Prompt, SamplingParams]], *, single: bool) -> Items:
-        """The `n` completions of what `make` returns, all at once."""
-        prompt, sampling = make()
-        growing = self._submit(prompt, sampling, prompt_index=0, single=single)
+    # ---- from any thread --------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams,
+        options: FimOptions | None = None,
+        *,
+        prompt_index: int = 0,
+        notify: Callable[[], None] = lambda: None,
+    ) -> Handle:
+        """Encode, validate and queue a prompt: one request per sample.
+
+        Args:
+            options: how the prompt is laid out; None as its family does.
+            prompt_index: for the completions to carry.
+            notify: called, by whichever thread it was, when a completion has grown or ended; it must return at once.
+
+        Raises:
+            ValueError: bad prompt or parameters; nothing was queued.
+            EngineDeadError: a rank failed.
+        """
+        self._engine.ensure_alive()
+        if not isinstance(sampling, SamplingParams):
+            raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
+        too_high = [i for i in sampling.stop_token_ids if i >= self._vocab_size]
+        if too_high:
+            raise ValueError(f"stop_token_ids {too_high} are outside the vocabulary of {self._vocab_size}")
+        encoded = self._encode(prompt, sampling, options)
+        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
+        requests = [
+            Request(
+                next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
+                seed=seed, choice=choice,
+            )
+            for choice in range(sampling.n)
+        ]  # fmt: skip
+        completions = tuple(
+            GrowingCompletion(
+                request, encoded.prompt, self._tokenizer,
+                prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
+            )
+            for request in requests
+        )  # fmt: skip
+        handle = Handle(self, completions)
         try:
-            while any(g.finish_reason is None for g in growing):
-                self._advance()
-            yield from (g.result().to_json() for g in growing)
-        finally:
-            self._drop(growing)
+            with self.undisturbed():
+                for growing in completions:
+                    self._engine.add(growing.request)
+                    self._active[growing.request.request_id] = (growing, notify)
+        except BaseException:
+            self.cancel(handle)
+            raise
+        return handle
 
-    def stream(self, prompt: Prompt, sampling: SamplingParams) -> Items:
+    def step(self) -> None:
+        """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank died or raised."""
+        told = []
+        with self.undisturbed():
+            for event in self._engine.step():
+                if event.request_id not in self._active:
+                    continue
+                growing, notify = self._active[event.request_id]
+                growing.receive(event)
+                told.append(notify)
+                if growing.finish_reason is not None:
+                    del self._active[event.request_id]
+                    self._engine.abort(event.request_id)
+            assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
+            if self._profile is not None:
+                self._profile.end_step()
+        for notify in told:
+            notify()
+
+    def cancel(self, handle: Handle) -> None:
+        """End what is unfinished of a handle, in any state: at once, or after the step in progress. Never waits."""
+        self._cancelled.extend(g.request.request_id for g in handle.completions if g.finish_reason is None)
+        self._settle_cancelled()
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return self._engine.has_work
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """One thread at a time, in turn, and no Ctrl-C half-way: the requests of others are in hand as well."""
+        with interrupt_deferred():
+            # A loop of steps would take the lock again before anyone else wakes up, were it not for the turn.
+            with self._turn:
+                self._lock.acquire()
+            try:
+                yield
+            finally:
+                self._lock.release()
+                self._settle_cancelled()
+
+    def close(self) -> None:
+        """Close the engine. Idempotent."""
+        self._engine.close()
+
+    def _settle_cancelled(self) -> None:
+        # Whoever holds the lock comes here after releasing it, so nothing is left behind.
+        while self._cancelled and self._lock.acquire(blocking=False):
+            told = []
+            try:
+                while self._cancelled:
+                    request_id = self._cancelled.popleft()
+                    if request_id in self._active:
+                        growing, notify = self._active.pop(request_id)
+                        self._engine.abort(request_id)
+                        growing.receive(Event(request_id, None, finish_reason="abort"))
+                        told.append(notify)
+            finally:
+                self._lock.release()
+            for notify in told:
+                notify()
+
+    # ---- calls ------------------------------------------------------------------------------------------------------
+
+    def complete(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None) -> Items:
+        """The `n` completions of a prompt, all at once."""
+        handle = self.submit(prompt, sampling, options)
+        try:
+            while not handle.is_finished:
+                self.step()
+            yield from handle.results()
+        finally:
+            self.cancel(handle)
+
+    def stream(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None) -> Items:
         """Pieces of text, then the completion."""
-        growing = self._submit(prompt, sampling, prompt_index=0, single=True)
+        handle = self.submit(prompt, require_one(sampling), options)
+        (growing,) = handle.completions
         try:
             while True:
-                # Text first: while this generator was suspended, other calls' steps may have finished the request.
-                if piece := growing[0].take_new_text():
+                # Text last: another thread may finish the request in between.
+                is_finished = handle.is_finished
+                if piece := growing.take_new_text():
                     yield piece
-                elif growing[0].finish_reason is not None:
+                elif is_finished:
                     break
                 else:
-                    self._advance()
-            yield growing[0].result().to_json()
+                    self.step()
+            yield growing.result()
         finally:
-            self._drop(growing)
+            self.cancel(handle)
 
     def batch(
-        self, prompts: Iterable[Prompt | tuple[Prompt, SamplingParams]], default: SamplingParams, ordered: bool
+        self, prompts: Iterable[Entry], default: SamplingParams, options: FimOptions | None, ordered: bool
     ) -> Items:
         """Completions of any number of prompts, drawn as room appears."""
         if isinstance(prompts, (str, FimPrompt)):
             raise ValueError("complete_batch() takes an iterable of prompts; for one prompt use complete()")
         room = self._max_num_seqs * (2 if ordered else 1)
-        waiting: deque[GrowingCompletion | Completion] = deque()
+        waiting: deque[tuple[Handle | None, GrowingCompletion | Completion]] = deque()
         source = enumerate(prompts)
-        exhausted = False
+        is_exhausted = False
         try:
             while True:
-                while not exhausted and len(waiting) < room:
+                while not is_exhausted and len(waiting) < room:
                     entry = next(source, None)
                     if entry is None:
-                        exhausted = True
+                        is_exhausted = True
                     else:
-                        waiting.extend(self._submit_or_refuse(*entry, default))
+                        waiting.extend(self._submit_or_refuse(*entry, default, options))
                 ready = _take_finished(waiting, ordered)
-                for done in ready:
-                    yield (done if isinstance(done, Completion) else done.result()).to_json()
-                if not waiting and exhausted:
+                yield from ready
+                if not waiting and is_exhausted:
                     return
                 if not ready:
-                    self._advance()
+                    self.step()
         finally:
-            self._drop(w for w in waiting if isinstance(w, GrowingCompletion))
+            for handle, _ in waiting:
+                if handle is not None:
+                    self.cancel(handle)
 
-    @contextmanager
-    def _undisturbed(self) -> Iterator[None]:
-        """One thread at a time, and no Ctrl-C half-way: other calls' requests are in hand as well."""
-        with self._lock, interrupt_deferred():
-            yield
+    def _submit_or_refuse(
+        self, index: int, entry: Entry, default: SamplingParams, options: FimOptions | None
+    ) -> Iterator[tuple[Handle | None, GrowingCompletion | Completion]]:
+        """Every sample of a prompt, with the handle that keeps it alive."""
+        prompt, sampling = _with_sampling(entry, default)
+        try:
+            handle = self.submit(prompt, sampling, options, prompt_index=index)
+        except ValueError as error:
+            refused = Completion("", (), "error", Timings(0.0, 0.0, 0, 0), prompt_index=index, error=str(error))
+            return ((None, replace(refused, sample_index=sample)) for sample in range(sampling.n))
+        return ((handle, growing) for growing in handle.completions)
 
-    def _submit(
-        self, prompt: Prompt, sampling: SamplingParams, *, prompt_index: int, single: bool = False
-    ) -> list[GrowingCompletion]:
-        """Encode, validate and queue a prompt: one request per sample."""
-        self._engine.ensure_alive()
-        if not isinstance(sampling, SamplingParams):
-            raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
-        if single and sampling.n != 1:
-            raise ValueError("complete() and stream() return one completion; for n > 1 use complete_n()")
-        too_high = [i for i in sampling.stop_token_ids if i >= self._vocab_size]
-        if too_high:
-            raise ValueError(f"stop_token_ids {too_high} are outside the vocabulary of {self._vocab_size}")
-        ids, stop_ids, dropped = self._encode(prompt, sampling)
-        seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
-        growing = []
-        with self._undisturbed():
-            for choice in range(sampling.n):
-                request = Request(next(self._ids), ids, sampling, self._max_model_len, stop_ids)
-                self._engine.add(request, seed=seed, choice=choice)
-                grown = GrowingCompletion(
-                    request,
-                    self._tokenizer,
-                    prompt_index=prompt_index,
-                    sample_index=choice,
-                    num_dropped_tokens=dropped,
-                )
-                self._active[request.request_id] = grown
-                growing.append(grown)
-        return growing
+    # ---- prompts ----------------------------------------------------------------------------------------------------
 
-    def _encode(self, prompt: Prompt, sampling: SamplingParams) -> tuple[Sequence[int], frozenset[int], int]:
+    def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         budget = self._max_model_len - sampling.max_new_tokens
         if budget < 1:
             raise ValueError(
@@ -159,79 +289,58 @@ class Session:
             )
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
-            encoding = self._fim.encode(fim_prompt, order=self._order, budget_tokens=budget)
-            dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            return encoding.ids, self._end_ids | encoding.stop_token_ids, dropped
-        not_a_prompt = ValueError(f"a prompt must be a FimPrompt, text or token ids, not {type(prompt).__name__}")
-        if isinstance(prompt, bytes):
-            raise not_a_prompt
-        try:
-            ids = [operator.index(i) for i in prompt]
-        except TypeError:
-            raise not_a_prompt from None
-        vocab = self._vocab_size
-        if not ids or not all(0 <= i < vocab for i in ids):
-            raise ValueError(f"a prompt of token ids must be non-empty integers from 0 to {vocab - 1}")
+            encoding = self._fim.encode(fim_prompt, budget_tokens=budget, options=options)
+            num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
+            return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
+        ids = _token_ids(prompt, self._vocab_size)
         if len(ids) > budget:
             raise ValueError(
                 f"the prompt's {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} exceed the context of "
                 f"{self._max_model_len} tokens"
             )
-        return ids, self._end_ids | self._fim.stop_token_ids, 0
-
-    def _advance(self) -> None:
-        """One engine step; its events go to whichever call waits for them."""
-        with self._undisturbed():
-            for event in self._engine.step():
-                growing = self._active.get(event.request_id)
-                if growing is None:
-                    continue
-                growing.receive(event)
-                if growing.finish_reason is not None:
-                    del self._active[event.request_id]
-                    self._engine.abort(event.request_id)
-            assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
-            if self._profile is not None:
-                self._profile.end_step()
-
-    def _drop(self, growing: Iterable[GrowingCompletion]) -> None:
-        """Abort what is unfinished: the caller went away."""
-        with self._undisturbed():
-            for g in growing:
-                if self._active.pop(g.request.request_id, None) is not None:
-                    self._engine.abort(g.request.request_id)
-
-    def _submit_or_refuse(
-        self, index: int, entry: Prompt | tuple[Prompt, SamplingParams], default: SamplingParams
-    ) -> Sequence[GrowingCompletion | Completion]:
-        prompt, sampling = _with_sampling(entry, default)
-        try:
-            return self._submit(prompt, sampling, prompt_index=index)
-        except ValueError as error:
-            refused = Completion("", (), "error", Timings(0.0, 0.0, 0, 0), prompt_index=index, error=str(error))
-            return [replace(refused, sample_index=sample) for sample in range(sampling.n)]
+        return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
 
-def _with_sampling(
-    entry: Prompt | tuple[Prompt, SamplingParams], default: SamplingParams
-) -> tuple[Prompt, SamplingParams]:
+def require_one(sampling: SamplingParams) -> SamplingParams:
+    """For calls that return one completion. Raises ValueError: more are asked for."""
+    if isinstance(sampling, SamplingParams) and sampling.n != 1:
+        raise ValueError("complete() and stream() return one completion; for n > 1 use complete_n()")
+    return sampling
+
+
+def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
+    not_a_prompt = ValueError(f"a prompt must be a FimPrompt, text or token ids, not {type(prompt).__name__}")
+    if isinstance(prompt, bytes):
+        raise not_a_prompt
+    try:
+        ids = [operator.index(i) for i in prompt]
+    except TypeError:
+        raise not_a_prompt from None
+    if not ids or not all(0 <= i < vocab_size for i in ids):
+        raise ValueError(f"a prompt of token ids must be non-empty integers from 0 to {vocab_size - 1}")
+    return ids
+
+
+def _with_sampling(entry: Entry, default: SamplingParams) -> tuple[Prompt, SamplingParams]:
     if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], SamplingParams):
         return entry[0], entry[1]
     return entry, default
 
 
 def _take_finished(
-    waiting: deque[GrowingCompletion | Completion], ordered: bool
-) -> list[GrowingCompletion | Completion]:
+    waiting: deque[tuple[Handle | None, GrowingCompletion | Completion]], ordered: bool
+) -> list[Completion]:
     """Remove and return what is finished: the head of the queue, or with ordered=False all of it."""
     ready = []
     for _ in range(len(waiting)):
-        entry = waiting.popleft()
-        if isinstance(entry, Completion) or entry.finish_reason is not None:
-            ready.append(entry)
+        handle, sample = waiting.popleft()
+        if isinstance(sample, Completion):
+            ready.append(sample)
+        elif sample.finish_reason is not None:
+            ready.append(sample.result())
         elif ordered:
-            waiting.appendleft(entry)
+            waiting.appendleft((handle, sample))
             break
         else:
-            waiting.append(entry)
+            waiting.append((handle, sample))
     return ready

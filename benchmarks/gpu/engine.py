@@ -18,14 +18,16 @@ from benchmarks.gpu.weights import SharedWeights, kv_bytes_per_token, prefill_fl
 from benchmarks.gpu.workload import COMPLETION_TOKENS, Workload
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine import launch
+from megatron_infer.engine.bring_up import build_runner
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.options import percentile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.world import World
 
 _KEYSTROKES = 7
 
@@ -146,8 +148,8 @@ def running(
     if not variant.has_graphs:
         asked = replace(asked, cuda_graph_memory_bytes=0)
     # Not among what is asked for: on the CPU it would be refused.
-    config = replace(launch.resolve(asked, work.model), ops=variant.ops)
-    runner = launch.build_runner(weights, config, TPGroup.single(device))  # type: ignore[arg-type]
+    config = replace(resolve(asked, work.model, World()), ops=variant.ops)
+    runner = build_runner(weights, config, World(), TPGroup.single(device))  # type: ignore[arg-type]
     scheduler = Scheduler(
         BlockPool(runner.kv.num_blocks, runner.kv.block_size, True),
         max_num_seqs=config.max_num_seqs,

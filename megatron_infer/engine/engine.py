@@ -34,19 +34,16 @@ class Engine:
         self.num_steps = 0
         self.num_requests = 0
 
-    def add(self, request: Request, *, seed: int = 0, choice: int = 0) -> int:
+    def add(self, request: Request) -> int:
         """Queue a request; returns its id.
 
-        Args:
-            request: ids and sampling parameters.
-            seed, choice: what its random draws depend on, beside the position.
         Raises:
             ValueError: it can never fit into the KV cache.
             EngineDeadError: a rank has failed earlier.
         """
         self.ensure_alive()
         self.scheduler.add(request)
-        self._requests[request.request_id] = (request, seed, choice)
+        self._requests[request.request_id] = (request, request.seed, request.choice)
         self.num_requests += 1
         return request.request_id
 
@@ -76,6 +73,8 @@ class Engine:
         step, pending = current
         try:
             sampled = pending()
+            # A GPU that no longer waits for a rank that died goes on with whatever it has.
+            self.group.check()
         except BaseException as error:
             self._fail(error)
         events = self.scheduler.commit(step, sampled)
@@ -98,7 +97,7 @@ class Engine:
         try:
             if self.group.size > 1:
                 worker.send_step(self.group, sent)
-            return step, worker.launch(self.runner, sent, draws)
+            return step, self.runner.launch(sent, draws)
         except BaseException as error:
             # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
             self._fail(error)
@@ -108,7 +107,11 @@ class Engine:
         return Draw(request.sampling, seed, choice, request.num_output + num_unknown)
 
     def _fail(self, error: BaseException) -> NoReturn:
-        cause = str(error) if isinstance(error, RankFailure) else f"rank 0: {type(error).__name__}: {error}"
+        if isinstance(error, RankFailure):
+            cause = str(error)
+        else:
+            cause = f"rank 0: {type(error).__name__}: {error}"
+            self.group.abort(f"{type(error).__name__}: {error}")
         self._failure = f"the engine stopped: {cause}. Create a new session to go on."
         raise EngineDeadError(self._failure) from error
 

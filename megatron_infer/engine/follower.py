@@ -1,43 +1,110 @@
-"""The process of a follower rank that this package started itself (launch.Followers).
+"""Ranks 1.. of this host as processes that this package starts itself, where no launcher did.
 
-Loads its share of the model, executes rank 0's steps, and dies with its parent, however that dies.
+A follower loads its share of the model, executes rank 0's steps, and dies with its parent, however that dies.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import threading
-from typing import Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+import torch
 from torch._C._distributed_c10d import TCPStore
 
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine.launch import build_runner
-from megatron_infer.engine.topology import rank_device
-from megatron_infer.engine.worker import serve_follower
+from megatron_infer.engine import worker
+from megatron_infer.engine.bring_up import bring_up
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.world import World
+
+_MAIN = "import sys; sys.path[:] = filter(None, sys.path); from megatron_infer.engine import follower; follower.main()"
+"""What a follower runs: not `-m`, which would import from the current directory first."""
+
+
+@dataclass(frozen=True)
+class FollowerSpec:
+    """What a follower needs to know, as one JSON argument. `port`: of rank 0's store on this host."""
+
+    port: int
+    rank: int
+    size: int
+    model_dir: str
+    model_name: str
+    config: EngineConfig
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> FollowerSpec:
+        raw = json.loads(text)
+        return cls(**{**raw, "config": EngineConfig(**raw["config"])})
+
+
+class Followers:
+    """The other ranks of a session as child processes; they die with this process, which is rank 0.
+
+    world: of rank 0 among them.
+    """
+
+    def __init__(self, model_dir: Path, model_name: str, config: EngineConfig) -> None:
+        size = config.tensor_parallel_size or 1
+        self.world = World(0, size, 0, size)
+        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._deterministic = config.deterministic
+        root = str(Path(__file__).resolve().parents[2])
+        env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(1, size):
+            spec = FollowerSpec(self._store.port, rank, size, str(model_dir), model_name, config)
+            command = [sys.executable, "-c", _MAIN, spec.to_json()]
+            # A session of its own: Ctrl-C in a terminal or notebook is for rank 0 to handle.
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
+            self.processes.append(process)
+
+    def join(self, device: torch.device) -> TPGroup:
+        """Rank 0's group with them."""
+        return TPGroup.connect(
+            self._store, 0, self.world.size, device, "local",
+            deterministic=self._deterministic, is_alive=self._is_alive,
+        )  # fmt: skip
+
+    def _is_alive(self, rank: int) -> bool:
+        return rank == 0 or self.processes[rank - 1].poll() is None
+
+    def close(self) -> None:
+        """Close their stdin, upon which they end; kill what does not."""
+        for process in self.processes:
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in self.processes:
+            try:
+                process.wait(timeout=5)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
 
 
 def main() -> None:
-    """Serve until rank 0 closes the engine; the one argument is what launch.Followers wrote."""
+    """Serve until rank 0 closes the engine; the one argument is a FollowerSpec."""
     _die_with_parent()
-    spec: dict[str, Any] = json.loads(sys.argv[1])
-    config = EngineConfig(**spec["config"])
-    size, rank = config.tensor_parallel_size or 1, spec["rank"]
-    store = TCPStore("127.0.0.1", spec["port"], is_master=False)
-    device = rank_device(config, rank)
-    group = TPGroup.connect(store, rank, size, device, "local", deterministic=config.deterministic)
-    try:
-        with open_checkpoint(spec["model_dir"], spec["model_name"]) as checkpoint:
-            runner = build_runner(checkpoint, config, group)
-    except Exception as error:
-        group.abort(f"{type(error).__name__}: {error}")
-        raise
-    serve_follower(runner)
-    runner.close()
+    spec = FollowerSpec.from_json(sys.argv[1])
+    store = TCPStore("127.0.0.1", spec.port, is_master=False)
+    world = World(spec.rank, spec.size, spec.rank, spec.size)
+
+    def join(device: torch.device) -> TPGroup:
+        deterministic = spec.config.deterministic
+        return TPGroup.connect(store, spec.rank, spec.size, device, "local", deterministic=deterministic)
+
+    with open_checkpoint(spec.model_dir, spec.model_name) as checkpoint:
+        runner = bring_up(checkpoint, spec.config, world, join)
+    worker.serve(runner)
 
 
 def _die_with_parent() -> None:

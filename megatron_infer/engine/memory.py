@@ -13,10 +13,11 @@ import torch
 
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine.topology import local_rank, local_ranks, rank_device, ranks_per_device
+from megatron_infer.engine.topology import rank_device, ranks_per_device
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.world import World
 
 log = logging.getLogger("megatron_infer")
 
@@ -38,12 +39,12 @@ def free_memory_bytes() -> int:
     return free
 
 
-def check_memory(config: EngineConfig, model: ModelConfig) -> None:
+def check_memory(config: EngineConfig, model: ModelConfig, world: World) -> None:
     """Refuse, before anything is read, a model whose weights and one full context cannot fit (ValueError)."""
     size = config.tensor_parallel_size or 1
     weights = memory_estimate(model, size, TORCH_DTYPES[config.dtype], config.quantization)
     cache = _block_bytes(config, model, 0) * -(-(config.max_model_len or 0) // config.block_size)
-    sharing, device = ranks_per_device(config), rank_device(config, local_rank())
+    sharing, device = ranks_per_device(config, world), rank_device(config, world)
     if device.type == "cuda":
         free = int(torch.cuda.mem_get_info(device)[0] * config.gpu_memory_utilization)
     else:
@@ -61,7 +62,7 @@ def check_memory(config: EngineConfig, model: ModelConfig) -> None:
 
 
 def gib(num_bytes: int) -> str:
-    """For people."""
+    """Bytes as a text in GiB."""
     return f"{num_bytes / 2**30:.2f} GiB"
 
 
@@ -71,7 +72,7 @@ def _block_bytes(config: EngineConfig, model: ModelConfig, rank: int) -> int:
     return KVCache.block_bytes(model.num_hidden_layers, heads, config.block_size, model.head_dim, dtype)
 
 
-def num_kv_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> int:
+def num_kv_blocks(config: EngineConfig, model: ModelConfig, world: World, group: TPGroup) -> int:
     """Blocks of the KV cache: from the memory measured free now, the fewest over all ranks."""
     per_block = _block_bytes(config, model, group.rank)
     assert config.max_model_len is not None
@@ -79,7 +80,7 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> i
     if config.kv_cache_memory_bytes is not None:
         wanted = config.kv_cache_memory_bytes // per_block
     elif group.device.type == "cuda":
-        sharing = ranks_per_device(config)
+        sharing = ranks_per_device(config, world)
         if sharing > 1:
             group.gather_number(0)  # waits until all have loaded their weights
         torch.cuda.empty_cache()
@@ -87,7 +88,7 @@ def num_kv_blocks(config: EngineConfig, model: ModelConfig, group: TPGroup) -> i
         usable = free - (1 - config.gpu_memory_utilization) * total
         wanted = int(usable / sharing - config.cuda_graph_memory_bytes) // per_block
     else:
-        share = free_memory_bytes() // local_ranks(config)
+        share = free_memory_bytes() // world.local_size
         wanted = max(int(share * _CPU_KV_SHARE), min(one_context * per_block, int(share * 0.8))) // per_block
     wanted = max(0, min(wanted, one_context * config.max_num_seqs))
     fewest = min(group.gather_number(wanted))

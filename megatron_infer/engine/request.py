@@ -53,8 +53,12 @@ class Request:
         sampling: SamplingParams,
         max_len: int,
         stop_token_ids: frozenset[int],
+        *,
+        seed: int = 0,
+        choice: int = 0,
     ) -> None:
         self.request_id = request_id
+        self.seed, self.choice = seed, choice
         self.sampling = sampling
         self.max_len = max_len
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (

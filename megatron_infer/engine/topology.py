@@ -1,4 +1,4 @@
-"""Where this rank runs: its place among the host's ranks, its device, its share of the cores."""
+"""What a rank gets of its host: a device, and cores."""
 
 from __future__ import annotations
 
@@ -8,21 +8,7 @@ from pathlib import Path
 import torch
 
 from megatron_infer.config import EngineConfig
-
-
-def under_torchrun() -> bool:
-    """Whether torchrun (or a compatible launcher) set up this process's rank."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ and "MASTER_ADDR" in os.environ
-
-
-def local_rank() -> int:
-    """This process's rank on its host, as torchrun numbers it."""
-    return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def local_ranks(config: EngineConfig) -> int:
-    """How many ranks share this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if under_torchrun() else config.tensor_parallel_size or 1
+from megatron_infer.world import World
 
 
 def usable_cores() -> int:
@@ -36,9 +22,9 @@ def usable_cores() -> int:
     return cores
 
 
-def rank_device(config: EngineConfig, local_rank: int) -> torch.device:
-    """The device of a rank on its host."""
-    return torch.device("cuda", local_rank) if config.device == "cuda" else torch.device(config.device)
+def rank_device(config: EngineConfig, world: World) -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", world.local_rank) if config.device == "cuda" else torch.device(config.device)
 
 
 def use_device(device: torch.device) -> None:
@@ -47,6 +33,6 @@ def use_device(device: torch.device) -> None:
         torch.cuda.set_device(device)
 
 
-def ranks_per_device(config: EngineConfig) -> int:
+def ranks_per_device(config: EngineConfig, world: World) -> int:
     """How many ranks share a rank's GPU, or the host's memory."""
-    return 1 if config.device == "cuda" else local_ranks(config)
+    return 1 if config.device == "cuda" else world.local_size

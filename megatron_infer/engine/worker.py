@@ -1,30 +1,21 @@
-"""The follower ranks: receive each Step from rank 0 and execute it.
+"""What rank 0 says to its followers, and their side of it: execute a step, or take in how a call goes on.
 
-Owns the messages between rank 0 and its followers: integers only, never pickle.
+Messages are integers only, never pickle. What a call's results are is collective.py's business.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
 from enum import IntEnum
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_infer.engine.interrupts import interrupt_left_to_rank_0
-from megatron_infer.engine.request import Sampled
-from megatron_infer.engine.runner import ModelRunner, Pending
-from megatron_infer.engine.sampler import Draw
+from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.step import Step
-from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
-
-Ints = npt.NDArray[np.int64]
-Result = TypeVar("Result")
-Items = Generator[Any, None, None]
-"""The results of one collective call, as JSON values."""
+from megatron_infer.tensor_parallel.backend import Ints
+from megatron_infer.tensor_parallel.group import TPGroup
 
 
 class EngineDeadError(RuntimeError):
@@ -39,7 +30,7 @@ class Kind(IntEnum):
     RESULT = 2
     """an item of the collective call in progress, as JSON"""
     REFUSED = 3
-    """the collective call ends with this error, as `_describe` gives it"""
+    """the collective call ends with this error, as JSON"""
     END = 4
     """the collective call is over"""
     STOP = 5
@@ -58,113 +49,28 @@ def send_json(group: TPGroup, kind: Kind, payload: Any = None) -> None:
     group.broadcast_ints(np.concatenate([[kind, len(data)], padded]).astype(np.int64))
 
 
-def _describe(error: BaseException) -> dict[str, str]:
-    """What followers need to raise the error that ended a call on rank 0."""
-    for kind in (ValueError, KeyboardInterrupt):
-        if isinstance(error, kind):
-            return {"type": kind.__name__, "text": str(error)}
-    return {"type": "RuntimeError", "text": f"rank 0: {type(error).__name__}: {error}"}
-
-
-def _described(error: dict[str, str]) -> BaseException:
-    kinds = {"ValueError": ValueError, "KeyboardInterrupt": KeyboardInterrupt}
-    return kinds.get(error["type"], RuntimeError)(error["text"])
-
-
-def _read_json(message: Ints) -> Any:
-    return json.loads(message[2:].tobytes()[: int(message[1])])
-
-
-def lead(group: TPGroup, items: Items) -> Items:
-    """Rank 0's side of one collective call: yields `items` and has every follower yield the same."""
-    try:
-        for item in items:
-            send_json(group, Kind.RESULT, item)
-            yield item
-    except GeneratorExit:
-        items.close()
-        _tell(group, Kind.END)
-        raise
-    except BaseException as error:
-        _tell(group, Kind.REFUSED, _describe(error))
-        raise
-    send_json(group, Kind.END)
-
-
-def _tell(group: TPGroup, kind: Kind, payload: Any = None) -> None:
-    """Send, unless a rank failed or the group is closed: then nobody is left to tell, and the error in hand says so."""
-    with suppress(RankFailure, ValueError):
-        send_json(group, kind, payload)
-
-
-def follow(runner: ModelRunner) -> Items:
-    """A follower's side of one collective call: executes steps, yields the items rank 0 yields.
-
-    Closing it early, as rank 0 does when it stops early, still follows to the end of the call.
+def receive(runner: ModelRunner) -> tuple[Kind, Any]:
+    """A follower: execute rank 0's steps until it says something else; that, with its JSON value.
 
     Raises:
-        ValueError, KeyboardInterrupt: what ended the call on rank 0. RuntimeError: another error ended it there.
-        EngineDeadError: a rank died or raised, or rank 0 closed the session.
+        RankFailure: a rank died or raised.
     """
-    try:
-        yield from _follow(runner)
-    except (RankFailure, _Closed) as error:
-        raise EngineDeadError(f"the engine stopped: {error}") from error
-
-
-class _Closed(Exception):
-    """Rank 0 closed the engine."""
-
-
-def _follow(runner: ModelRunner) -> Items:
-    abandoned = False
     while True:
         with interrupt_left_to_rank_0():
             message = runner.tp.broadcast_ints(None)
             kind = Kind(int(message[0]))
-            if kind is Kind.STEP:
-                launch(runner, Step.decode(message[1:]))
-        if kind is Kind.RESULT and not abandoned:
-            try:
-                yield _read_json(message)
-            except GeneratorExit:
-                abandoned = True
-        elif kind is Kind.REFUSED:
-            raise _described(_read_json(message))
-        elif kind is Kind.END:
-            return
-        elif kind is Kind.STOP:
-            raise _Closed("rank 0 closed the session")
+            if kind is not Kind.STEP:
+                return kind, _read_json(message)
+            with runner.tp.reporting_failure():
+                runner.launch(Step.decode(message[1:]))
 
 
-def launch(runner: ModelRunner, step: Step, draws: Sequence[Draw] = ()) -> Pending:
-    """Start a step; what goes wrong, here or while waiting for it, is told to the other ranks before it is raised."""
-    pending = _told(runner, lambda: runner.launch(step, draws))
-
-    def wait() -> list[Sampled]:
-        sampled = pending()
-        # A GPU that no longer waits for a rank that died goes on with whatever it has.
-        runner.tp.check()
-        return sampled
-
-    return lambda: _told(runner, wait)
+def serve(runner: ModelRunner) -> None:
+    """A follower: execute steps until rank 0 closes the engine, whatever calls it makes; then leave the group."""
+    while receive(runner)[0] is not Kind.STOP:
+        continue
+    runner.close()
 
 
-def _told(runner: ModelRunner, call: Callable[[], Result]) -> Result:
-    try:
-        return call()
-    except RankFailure:
-        raise
-    except Exception as error:
-        runner.tp.abort(f"{type(error).__name__}: {error}")
-        raise
-
-
-def serve_follower(runner: ModelRunner) -> None:
-    """Follow until rank 0 closes the engine (followers started by this package)."""
-    while True:
-        try:
-            for _ in _follow(runner):
-                continue
-        except _Closed:
-            return
+def _read_json(message: Ints) -> Any:
+    return json.loads(message[2:].tobytes()[: int(message[1])])

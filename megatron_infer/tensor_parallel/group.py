@@ -7,52 +7,29 @@ and leaves torch.distributed's default process group to the user.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NoReturn, Protocol
+from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch._C._distributed_c10d import Store
 from torch.distributed import is_gloo_available, is_nccl_available
 
 from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
-from megatron_infer.profile import Profile, named
+from megatron_infer.tensor_parallel.backend import Backend, Ints
 from megatron_infer.tensor_parallel.process_groups import GlooBackend, NcclBackend
-from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, World, first
+from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, first, launcher_store
 from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory, gpu_uuid
+from megatron_infer.world import World
 
 __all__ = ["RankFailure", "TPGroup"]
 
-Ints = npt.NDArray[np.int64]
 BackendName = Literal["auto", "shared memory", "gloo"]
 DEFAULT_TIMEOUT_SECONDS = 600.0
-
-
-class Backend(Protocol):
-    """The collectives of one rank. Every method but close() raises RankFailure when the group has failed."""
-
-    @property
-    def name(self) -> str: ...
-    def all_reduce(self, x: Tensor) -> Tensor: ...
-    def all_gather(self, x_SN: Tensor) -> Tensor: ...
-    def broadcast_ints(self, ints: Ints | None) -> Ints: ...
-    def abort(self, message: str) -> RankFailure: ...
-    def close(self) -> None: ...
-
-
-class TimedBackend:
-    """A backend whose collectives are recorded in a profile; what peers keep this rank waiting counts."""
-
-    def __init__(self, backend: Backend, profile: Profile, device: torch.device) -> None:
-        self.name = backend.name
-        self.all_reduce = profile.timed(device, named("all_reduce"), backend.all_reduce)
-        self.all_gather = profile.timed(device, named("all_gather"), backend.all_gather)
-        self.broadcast_ints = profile.timed(device, named("broadcast"), backend.broadcast_ints)
-        self.abort, self.close = backend.abort, backend.close
 
 
 class TPGroup:
@@ -75,8 +52,6 @@ class TPGroup:
         self.backend = backend.name if backend else "single"
         self.why = why
         self._backend = backend
-        self._add_all_reduce = backend.add_all_reduce if isinstance(backend, NcclBackend) else None
-        self._check = backend.check if isinstance(backend, NcclBackend) else None
         # Kept alive: where no launcher does, rank 0 hosts it, also for the next group and for the user's own use.
         self._store: Store | None = None
         self._failure: RankFailure | None = None
@@ -89,8 +64,9 @@ class TPGroup:
         return cls(0, 1, device, None, "one rank")
 
     @classmethod
-    def from_env(
+    def in_world(
         cls,
+        world: World,
         device: torch.device,
         size: int | None = None,
         *,
@@ -99,7 +75,7 @@ class TPGroup:
         backend: BackendName = "auto",
         timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
     ) -> TPGroup:
-        """The group of this process among those that torchrun started; a single rank outside torchrun.
+        """The group of this process among those that a launcher started; a single rank where none did.
 
         Args:
             device: of this rank.
@@ -107,15 +83,12 @@ class TPGroup:
             name, deterministic, backend, timeout_seconds: see connect().
 
         Raises:
-            ValueError: the number of processes does not fit `size`, or the environment is incomplete.
+            ValueError: the number of processes does not fit `size`.
             RankFailure: a rank did not come.
         """
-        world = World.from_env()
-        if world is None:
-            if size not in (None, 1):
-                raise ValueError(f"{size} ranks asked for, but torchrun has not started this process: use torchrun")
-            return cls.single(device)
         size = world.size if size is None else size
+        if not world.is_launched and size != 1:
+            raise ValueError(f"{size} ranks asked for, but torchrun has not started this process: use torchrun")
         if size < 1 or world.size % size:
             raise ValueError(
                 f"{world.size} processes cannot form groups of {size} ranks: start a multiple of {size} with "
@@ -125,7 +98,7 @@ class TPGroup:
             return cls.single(device)
         index, rank = divmod(world.rank, size)
         return cls.connect(
-            world.store(timeout_seconds),
+            launcher_store(world, timeout_seconds),
             rank,
             size,
             device,
@@ -195,10 +168,8 @@ class TPGroup:
         """
         if self._backend is None:
             return x
-        try:
-            return self._ready().all_reduce(x)
-        except BaseException as error:
-            self._failed(error, "all_reduce")
+        summed: Tensor = self._call("all_reduce", x)
+        return summed
 
     def add_all_reduce(self, x_TN: Tensor, residual_TN: Tensor) -> bool:
         """Add the sum of every rank's `x_TN` to `residual_TN` (same shape; the same on every rank), in one launch.
@@ -206,26 +177,20 @@ class TPGroup:
         Summed as by all_reduce, but not rounded to the dtype of `x_TN` in between. False, the same on every rank: this
         group has no such launch for this size, and nothing has happened.
         """
-        if self._add_all_reduce is None:
+        if self._backend is None or not self._backend.adds_all_reduce:
             return False
-        try:
-            self._ready()
-            return self._add_all_reduce(x_TN, residual_TN)
-        except BaseException as error:
-            self._failed(error, "add_all_reduce")
+        return bool(self._call("add_all_reduce", x_TN, residual_TN))
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
         """Every rank's `x_SN` (same shape) concatenated along the last dimension, in rank order."""
         if self._backend is None:
             return x_SN
-        try:
-            return self._ready().all_gather(x_SN)
-        except BaseException as error:
-            self._failed(error, "all_gather")
+        gathered: Tensor = self._call("all_gather", x_SN)
+        return gathered
 
     def gather_number(self, own: int) -> list[int]:
-        """Every rank's number, in rank order, rounded to fp32. Waits for all ranks."""
-        numbers_1R = self.all_gather(torch.tensor([[float(own)]], dtype=torch.float32, device=self.device))
+        """Every rank's number (64 bits), in rank order. Waits for all ranks."""
+        numbers_1R = self.all_gather(torch.tensor([[own]], dtype=torch.int64, device=self.device))
         return [int(number) for number in numbers_1R[0].tolist()]
 
     def broadcast_ints(self, ints: Ints | None) -> Ints:
@@ -242,30 +207,34 @@ class TPGroup:
         if self._backend is None:
             assert ints is not None
             return ints
-        try:
-            return self._ready().broadcast_ints(ints)
-        except BaseException as error:
-            self._failed(error, "broadcast_ints")
+        received: Ints = self._call("broadcast_ints", ints)
+        return received
 
     @property
     def is_recordable(self) -> bool:
-        """Whether the collectives on tensors may be part of a CUDA graph: not where they go through the host."""
-        return self.backend in ("single", "nccl")
+        """Whether the collectives on tensors may be part of a CUDA graph."""
+        return self._backend is None or self._backend.is_recordable
 
     def check(self) -> None:
         """Raise RankFailure if the group has failed: what kernels that waited for other ranks left is void then."""
-        if self._check is not None:
-            try:
-                self._check()
-            except RankFailure as error:
-                self._failed(error, "check")
-
-    def record(self, profile: Profile) -> None:
-        """Time this rank's collectives into `profile`; with one rank there are none."""
         if self._backend is not None:
-            self._backend = TimedBackend(self._backend, profile, self.device)
-        if self._add_all_reduce is not None:
-            self._add_all_reduce = profile.timed(self.device, named("all_reduce"), self._add_all_reduce)
+            self._call("check")
+
+    def wrap(self, wrapper: Callable[[Backend], Backend]) -> None:
+        """Have the collectives go through `wrapper`, which may watch them; with one rank there are none."""
+        if self._backend is not None:
+            self._backend = wrapper(self._backend)
+
+    @contextmanager
+    def reporting_failure(self) -> Iterator[None]:
+        """What is raised within is told to the peers before it is raised on."""
+        try:
+            yield
+        except RankFailure:
+            raise
+        except BaseException as error:
+            self.abort(f"{type(error).__name__}: {error}")
+            raise
 
     def abort(self, message: str) -> None:
         """Tell the peers that this rank fails, and why; they raise RankFailure. The first failure of a group stands."""
@@ -292,13 +261,18 @@ class TPGroup:
         assert self._backend is not None
         return self._backend
 
-    def _failed(self, error: BaseException, where: str) -> NoReturn:
-        if isinstance(error, RankFailure):
-            self._failure = error
-        elif not isinstance(error, Exception):
+    def _call(self, name: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._ready(), name)(*arguments)
+        except RankFailure as failure:
+            self._failure = failure
+            raise
+        except Exception:
+            raise
+        except BaseException as error:
             # Ctrl-C or an exit in the middle of a collective: this rank no longer knows where its peers are.
-            self.abort(f"{type(error).__name__} in {where}")
-        raise error
+            self.abort(f"{type(error).__name__} in {name}")
+            raise
 
 
 def _nccl_refusal(meeting: Rendezvous, device: torch.device) -> str:

@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch._C._distributed_c10d as c10d
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
+from megatron_infer.tensor_parallel.backend import Backend, Ints
 from megatron_infer.tensor_parallel.rendezvous import UNKNOWN_RANK, ProcessIdentity, RankFailure, Rendezvous
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 
@@ -42,13 +42,15 @@ def tree_sum(parts: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-class GlooBackend:
+class GlooBackend(Backend):
     """Collectives over TCP. A lost connection becomes a RankFailure that names the rank where that can be known.
 
     Tensors may live on a GPU: they are staged through the host, which no CUDA graph can hold.
     """
 
     name = "gloo"
+    _abandoned: ClassVar[list[Any]] = []
+    """Groups left with a collective under way. Their destructor would wait for it, and it may never end."""
 
     def __init__(self, meeting: Rendezvous) -> None:
         self._rank = meeting.rank
@@ -81,7 +83,7 @@ class GlooBackend:
             parts = self._gather(local.view(-1), "all_gather") if local.numel() else [local] * self._size
             return torch.cat([part.view(x_SN.shape) for part in parts], dim=-1).to(x_SN.device)
 
-    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+    def broadcast_ints(self, ints: Ints | None) -> Ints:
         header = np.zeros(_HEADER_INTS, dtype=np.int64)
         if ints is not None:
             header[0] = len(ints)
@@ -95,7 +97,6 @@ class GlooBackend:
         return np.concatenate([header[1:], rest]) if ints is None else ints
 
     def poll(self) -> None:
-        """Raise RankFailure if a peer reported a failure or, on this host, died. Any thread may call it."""
         try:
             if self._store.check(["failure"]):
                 raise RankFailure(*json.loads(self._store.get("failure")))
@@ -124,7 +125,7 @@ class GlooBackend:
         self._finish(work, name, limited=True)
         return parts
 
-    def _broadcast(self, ints: npt.NDArray[np.int64]) -> None:
+    def _broadcast(self, ints: Ints) -> None:
         options = c10d.BroadcastOptions()
         options.rootRank, options.rootTensor = 0, 0
         # gloo tears its connections down at a timeout, and a follower may idle for hours.
@@ -140,6 +141,14 @@ class GlooBackend:
             raise self._diagnose(error) from None
 
     def _finish(self, work: Any, name: str, *, limited: bool) -> None:
+        try:
+            self._wait(work, name, limited)
+        except BaseException:
+            if not work.is_completed():
+                self._abandoned.append(self._group)
+            raise
+
+    def _wait(self, work: Any, name: str, limited: bool) -> None:
         deadline = time.monotonic() + self._timeout_seconds
         while True:
             try:
@@ -194,18 +203,7 @@ class GlooBackend:
             return RankFailure(rank, cause)
 
 
-class Control(Protocol):
-    """What carries integers and failures beside NCCL."""
-
-    @property
-    def name(self) -> str: ...
-    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]: ...
-    def poll(self) -> None: ...
-    def abort(self, message: str) -> RankFailure: ...
-    def close(self) -> None: ...
-
-
-class NcclBackend:
+class NcclBackend(Backend):
     """Collectives between GPUs. Integers and failures travel over `control`, so no plan ever waits for a GPU stream.
 
     A kernel waiting for a dead peer would spin for ever, so a thread watches `control` and then ends every wait: it
@@ -213,12 +211,13 @@ class NcclBackend:
     """
 
     name = "nccl"
+    is_recordable = True
 
     def __init__(
         self,
         meeting: Rendezvous,
         device: torch.device,
-        control: Control,
+        control: Backend,
         deterministic: bool,
         symmetric: SymmetricMemory | None,
     ) -> None:
@@ -227,6 +226,7 @@ class NcclBackend:
         self._control = control
         self._deterministic = deterministic
         self._symmetric = symmetric
+        self.adds_all_reduce = symmetric is not None
         self._failure: RankFailure | None = None
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=meeting.timeout_seconds)
@@ -249,20 +249,21 @@ class NcclBackend:
         return x
 
     def add_all_reduce(self, x_TN: Tensor, residual_TN: Tensor) -> bool:
-        """See TPGroup."""
         symmetric = self._symmetric
         return symmetric is not None and self._guard(lambda: symmetric.add_all_reduce(x_TN, residual_TN))
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
         return torch.cat(list(self._gather(x_SN.contiguous())), dim=-1)
 
-    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+    def broadcast_ints(self, ints: Ints | None) -> Ints:
         return self._control.broadcast_ints(ints)
 
     def check(self) -> None:
-        """See TPGroup."""
         if self._failure is not None:
             raise self._failure
+
+    def poll(self) -> None:
+        self._control.poll()
 
     def abort(self, message: str) -> RankFailure:
         failure = self._control.abort(message)

@@ -5,17 +5,26 @@ Owns RankFailure, the exchange of small values between ranks, and what tells two
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from queue import Empty, Queue
+from threading import Thread
 
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from megatron_infer.world import World
+
+log = logging.getLogger("megatron_infer")
+
 UNKNOWN_RANK = -1
+_PATIENCE_SECONDS = 4.0
+"""So long nothing is said about a rank that has not come."""
 
 
 class RankFailure(RuntimeError):
@@ -31,42 +40,37 @@ class RankFailure(RuntimeError):
         self.cause = cause
 
 
-@dataclass(frozen=True)
-class World:
-    """The place of this process among those that torchrun started."""
+def launcher_store(world: World, timeout_seconds: float) -> Store:
+    """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers.
 
-    rank: int
-    size: int
+    After a few seconds of waiting a warning says for whom. Ctrl-C ends the wait.
 
-    @classmethod
-    def from_env(cls) -> World | None:
-        """None outside torchrun. ValueError when the environment is incomplete or contradicts itself."""
-        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-            return None
-        remedy = "start with `torchrun --nproc_per_node N ...`, or unset RANK and WORLD_SIZE to run as a single process"
-        missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
-        if missing:
-            raise ValueError(f"the environment of a distributed run lacks {', '.join(missing)}: {remedy}")
-        rank, size = _int_from_env("RANK", remedy), _int_from_env("WORLD_SIZE", remedy)
-        if not 0 <= rank < size:
-            raise ValueError(f"RANK={rank} is not below WORLD_SIZE={size}: {remedy}")
-        if "LOCAL_WORLD_SIZE" in os.environ:
-            local = _int_from_env("LOCAL_WORLD_SIZE", remedy)
-            if not 1 <= local <= size:
-                raise ValueError(f"LOCAL_WORLD_SIZE={local} does not fit WORLD_SIZE={size}: {remedy}")
-        return cls(rank, size)
+    Raises:
+        DistError: nobody came within the timeout.
+    """
+    found: Queue[Store | Exception] = Queue()
 
-    def store(self, timeout_seconds: float) -> Store:
-        """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers."""
-        store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
-        return PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    def connect() -> None:
+        try:
+            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
+            found.put(store)
+        except Exception as error:
+            found.put(error)
 
-
-def _int_from_env(key: str, remedy: str) -> int:
+    # In a thread of its own: the call waits inside torch, where neither Ctrl-C nor the warning would reach it.
+    Thread(target=connect, daemon=True, name="megatron_infer-rendezvous").start()
     try:
-        return int(os.environ[key])
-    except ValueError:
-        raise ValueError(f"{key}={os.environ[key]!r} is not an integer: {remedy}") from None
+        store = found.get(timeout=_PATIENCE_SECONDS)
+    except Empty:
+        awaited = "rank 0" if world.rank else f"ranks 1 to {world.size - 1}"
+        log.warning(
+            "rank %d of %d waits at %s for %s. Where no launcher started this process, unset RANK and WORLD_SIZE to "
+            "run alone.", world.rank, world.size, world.address, awaited,
+        )  # fmt: skip
+        store = found.get()
+    if isinstance(store, Exception):
+        raise store
+    return PrefixStore(f"attempt-{world.attempt}", store)
 
 
 @dataclass(frozen=True)
@@ -165,13 +169,16 @@ class Rendezvous:
 
     def _await(self, key: str, rank: int) -> str:
         # Polling instead of Store.get: a blocked get cannot be interrupted with Ctrl-C.
-        deadline = time.monotonic() + self.timeout_seconds
-        pause = 0.001
+        began, pause, is_late = time.monotonic(), 0.001, False
         while not self.store.check([key]):
             if not self.is_alive(rank):
                 raise RankFailure(rank, "its process ended before it joined the group; see its output above")
-            if time.monotonic() > deadline:
+            waited_seconds = time.monotonic() - began
+            if waited_seconds > self.timeout_seconds:
                 raise RankFailure(rank, f"it did not join the group within {self.timeout_seconds:g} s")
+            if waited_seconds > _PATIENCE_SECONDS and not is_late:
+                is_late = True
+                log.warning("rank %d waits for rank %d to join the group of %d", self.rank, rank, self.size)
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         return str(self.store.get(key).decode())

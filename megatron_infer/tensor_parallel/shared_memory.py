@@ -10,8 +10,6 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,10 +21,11 @@ from megatron_infer.kernels.cpu.collectives import (
     create_file,
     load_library,
 )
+from megatron_infer.tensor_parallel.backend import Backend, Ints
 from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, RankFailure, Rendezvous, first
 
 
-class SharedMemoryBackend:
+class SharedMemoryBackend(Backend):
     """Collectives of one rank over the mapping; the methods of TPGroup without its checks."""
 
     name = "shared memory"
@@ -78,10 +77,10 @@ class SharedMemoryBackend:
                 raise RankFailure(failure.rank, failure.cause) from None
         return out
 
-    def broadcast_ints(self, ints: npt.NDArray[np.int64] | None) -> npt.NDArray[np.int64]:
+    def broadcast_ints(self, ints: Ints | None) -> Ints:
         try:
             if ints is None:
-                received: npt.NDArray[np.int64] = self._memory.receive()
+                received: Ints = self._memory.receive()
                 return received
             self._memory.send(ints)
             return ints
@@ -89,7 +88,6 @@ class SharedMemoryBackend:
             raise RankFailure(failure.rank, failure.cause) from None
 
     def poll(self) -> None:
-        """Raise RankFailure if a peer failed, died or left. Never waits; any thread may call it."""
         try:
             self._memory.poll()
         except PeerFailure as failure:

@@ -31,7 +31,7 @@ from checkpoints_convert.gptq import gptq, inverse_factor
 from checkpoints_convert.quantization import RoundedReader
 from megatron_infer import LLM, SamplingParams
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine import launch
+from megatron_infer.engine.resolve import resolve
 from megatron_infer.model import formats, tensor_writers
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.export import save_sharded
@@ -39,6 +39,7 @@ from megatron_infer.model.weights import memory_estimate
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import INT4
 from megatron_infer.quantization import Quantization
+from megatron_infer.world import World
 from tests.support.tiny_models import Tensors, generate_on_ranks, random_tensors, tiny_config
 
 FORMATS = ("int8", "int4")
@@ -157,7 +158,7 @@ def test_a_quantised_checkpoint_simply_loads_and_contradictions_are_refused(
         ):
             LLM(tmp_path / "out", device="cpu", quantization=asked)
     plain = tiny_config()
-    resolved = [launch.resolve(EngineConfig(quantization=asked), plain).quantization for asked in ("auto", "int8")]
+    resolved = [resolve(EngineConfig(quantization=asked), plain, World()).quantization for asked in ("auto", "int8")]
     assert resolved == ["none", "int8"]
 
 

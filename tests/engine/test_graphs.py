@@ -17,7 +17,7 @@ from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.graphs import Key, Outputs, graph_keys
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.engine.worker import serve_follower
+from megatron_infer.engine.worker import serve
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.profile import Profile
@@ -203,7 +203,7 @@ def test_ranks_agree_on_samples_that_rank_0_has_not_seen_yet(config, tensors, pr
     def work(group: TPGroup) -> list[Output] | None:
         runner = ahead_of(config, tensors, group, FakeRecorder())
         if group.rank:
-            serve_follower(runner)
+            serve(runner)
             return None
         engine = make_engine(runner, max_num_seqs=MAX_NUM_SEQS)
         outputs = generate(engine, prompts, sampling)
@@ -282,7 +282,7 @@ def test_while_a_profile_records_no_recording_is_replayed_on_any_rank(config, te
         recorder = FakeRecorder()
         runner = ahead_of(config, tensors, group, recorder)
         if group.rank:
-            serve_follower(runner)
+            serve(runner)
             return recorder.num_replays
         profile = Profile(op_by_op=False)
         scheduler = make_engine(runner, max_num_seqs=MAX_NUM_SEQS).scheduler

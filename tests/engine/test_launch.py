@@ -9,13 +9,15 @@ import torch
 
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine import memory
-from megatron_infer.engine.launch import resolve
+from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.topology import rank_device
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.world import World
 
 MODEL = ModelConfig.aixcoder_7b()
 GIB = 1 << 30
+ALONE = World()
 
 
 @pytest.fixture
@@ -30,11 +32,11 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_a_gpu_for_each_rank_or_one_for_all() -> None:
-    own = resolve(EngineConfig(tensor_parallel_size=2), MODEL)
-    assert [str(rank_device(own, rank)) for rank in range(2)] == ["cuda:0", "cuda:1"]
-    shared = resolve(EngineConfig(tensor_parallel_size=4, device="cuda:1"), MODEL)
-    assert {str(rank_device(shared, rank)) for rank in range(4)} == {"cuda:1"}
-    assert resolve(EngineConfig(quantization="fp8"), MODEL).quantization == "fp8"
+    own = resolve(EngineConfig(tensor_parallel_size=2), MODEL, ALONE)
+    assert [str(rank_device(own, World(rank, 2, rank, 2))) for rank in range(2)] == ["cuda:0", "cuda:1"]
+    shared = resolve(EngineConfig(tensor_parallel_size=4, device="cuda:1"), MODEL, ALONE)
+    assert {str(rank_device(shared, World(rank, 4, rank, 4))) for rank in range(4)} == {"cuda:1"}
+    assert resolve(EngineConfig(quantization="fp8"), MODEL, ALONE).quantization == "fp8"
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -48,7 +50,7 @@ def test_a_gpu_for_each_rank_or_one_for_all() -> None:
 )
 def test_gpus_that_are_not_there(asked, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        resolve(EngineConfig(**asked), MODEL)
+        resolve(EngineConfig(**asked), MODEL, ALONE)
 
 
 def test_devices_that_are_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,13 +59,13 @@ def test_devices_that_are_no_devices(monkeypatch: pytest.MonkeyPatch) -> None:
             EngineConfig(device=wrong)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no GPU; use device='cpu'"):
-        resolve(EngineConfig(device="cuda:0"), MODEL)
+        resolve(EngineConfig(device="cuda:0"), MODEL, ALONE)
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_the_kv_cache_takes_what_weights_and_graphs_leave() -> None:
     """72 GiB may be used and 20 are: 52 remain, less half a GiB for graphs; a block of 16 positions takes 2 MiB."""
-    config = replace(resolve(EngineConfig(max_num_seqs=512), MODEL), tensor_parallel_size=1)
+    config = replace(resolve(EngineConfig(max_num_seqs=512), MODEL, ALONE), tensor_parallel_size=1)
     group = TPGroup.single(torch.device("cpu"))
     group.device = torch.device("cuda", 0)
     gathered = []
@@ -71,27 +73,27 @@ def test_the_kv_cache_takes_what_weights_and_graphs_leave() -> None:
     real_tensor = torch.tensor
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "tensor", lambda data, dtype, device: real_tensor(data, dtype=dtype))
-        assert memory.num_kv_blocks(config, MODEL, group) == (52 * GIB - GIB // 2) // (2 << 20)
+        assert memory.num_kv_blocks(config, MODEL, ALONE, group) == (52 * GIB - GIB // 2) // (2 << 20)
         assert len(gathered) == 1
         without = replace(config, cuda_graph_memory_bytes=0)
-        assert memory.num_kv_blocks(without, MODEL, group) == 52 * GIB // (2 << 20)
+        assert memory.num_kv_blocks(without, MODEL, ALONE, group) == 52 * GIB // (2 << 20)
         shared = replace(config, device="cuda:0", tensor_parallel_size=2)
         # Half of the memory for half of the heads: as many blocks, but for the graphs of each.
-        assert memory.num_kv_blocks(shared, MODEL, group) == (26 * GIB - GIB // 2) // (1 << 20)
+        assert memory.num_kv_blocks(shared, MODEL, World(0, 2, 0, 2), group) == (26 * GIB - GIB // 2) // (1 << 20)
         assert len(gathered) == 4, "all ranks are waited for before the memory is measured"
 
 
 @pytest.mark.usefixtures("two_gpus")
 def test_weights_that_do_not_fit_are_refused() -> None:
-    memory.check_memory(resolve(EngineConfig(), MODEL), MODEL)
-    crowded = replace(resolve(EngineConfig(), MODEL), device="cuda:0", tensor_parallel_size=8)
+    memory.check_memory(resolve(EngineConfig(), MODEL, ALONE), MODEL, ALONE)
+    crowded = replace(resolve(EngineConfig(), MODEL, ALONE), device="cuda:0", tensor_parallel_size=8)
     deep = replace(MODEL, num_hidden_layers=8 * MODEL.num_hidden_layers)
     with pytest.raises(ValueError, match=r"on each of 8 rank\(s\) here, but 54.00 GiB are free"):
-        memory.check_memory(crowded, deep)
+        memory.check_memory(crowded, deep, World(0, 8, 0, 8))
 
 
 def test_the_cpu_takes_no_ops_whose_answers_depend_on_the_batch() -> None:
     for ops in ("triton", "vendor"):
         with pytest.raises(ValueError, match="on the CPU no answer depends on the batch"):
-            resolve(EngineConfig(device="cpu", ops=ops), MODEL)
-    assert resolve(EngineConfig(device="cpu", ops="reference"), MODEL).ops == "reference"
+            resolve(EngineConfig(device="cpu", ops=ops), MODEL, ALONE)
+    assert resolve(EngineConfig(device="cpu", ops="reference"), MODEL, ALONE).ops == "reference"

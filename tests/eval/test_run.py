@@ -17,6 +17,7 @@ from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.records import GIVEN_UP, LONE_CRASHES, SHARED_CRASHES
 from megatron_infer.eval.run.replica import in_prefix_order, seed_of
 from megatron_infer.eval.tasks.registry import task
+from megatron_infer.world import World
 from tests.eval.killed_runs import PYTHON, command_of, shapes, write_cases
 from tests.session.test_torchrun import ROOT, run, torchrun
 
@@ -357,7 +358,7 @@ def test_neighbours_in_the_order_of_work_share_a_beginning(data: Path) -> None:
 
 
 def test_units_are_claimed_once_and_rank_0_speaks_for_all() -> None:
-    handout = Handout()
+    handout = Handout(World())
     assert [handout.claim() for _ in range(3)] == [0, 1, 2]
     handout.count("tokens", 5)
     handout.count("tokens", 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -63,28 +64,40 @@ def test_spm_is_the_default_order(aixcoder: FimFormat, raw) -> None:
     expected = [BOS, PRE, POST, *bare(raw, SUFFIX), MIDDLE, *raw.encode(HEADER + PREFIX)]
     prompt = FimPrompt(PREFIX, SUFFIX, PATH)
     assert aixcoder.encode(prompt).ids == expected
-    assert aixcoder.encode(prompt, order="spm").ids == expected
+    assert aixcoder.encode(prompt, options=FimOptions(order="spm")).ids == expected
     assert aixcoder.orders == ("spm", "psm")
 
 
 def test_psm_order(aixcoder: FimFormat, raw) -> None:
     expected = [BOS, PRE, *raw.encode(HEADER + PREFIX), POST, *bare(raw, SUFFIX), MIDDLE]
-    assert aixcoder.encode(FimPrompt(PREFIX, SUFFIX, PATH), order="psm").ids == expected
+    assert aixcoder.encode(FimPrompt(PREFIX, SUFFIX, PATH), options=FimOptions(order="psm")).ids == expected
 
 
 def test_empty_suffix_is_plain_text_unless_asked_otherwise(aixcoder: FimFormat, raw) -> None:
     text = raw.encode(HEADER + PREFIX)
     prompt = FimPrompt(PREFIX, path=PATH)
     assert aixcoder.encode(prompt).ids == [BOS, *text]
-    assert aixcoder.encode(prompt, order="psm").ids == [BOS, *text]
+    assert aixcoder.encode(prompt, options=FimOptions(order="psm")).ids == [BOS, *text]
     assert aixcoder.encode(prompt, options=FRAMED).ids == [BOS, PRE, POST, MIDDLE, *text]
-    assert aixcoder.encode(prompt, order="psm", options=FRAMED).ids == [BOS, PRE, *text, POST, MIDDLE]
+    assert aixcoder.encode(prompt, options=replace(FRAMED, order="psm")).ids == [
+        BOS,
+        PRE,
+        *text,
+        POST,
+        MIDDLE,
+    ]
 
 
 def test_empty_prefix_works(aixcoder: FimFormat, raw) -> None:
     suffix = bare(raw, SUFFIX)
     assert aixcoder.encode(FimPrompt("", SUFFIX)).ids == [BOS, PRE, POST, *suffix, MIDDLE]
-    assert aixcoder.encode(FimPrompt("", SUFFIX), order="psm").ids == [BOS, PRE, POST, *suffix, MIDDLE]
+    assert aixcoder.encode(FimPrompt("", SUFFIX), options=FimOptions(order="psm")).ids == [
+        BOS,
+        PRE,
+        POST,
+        *suffix,
+        MIDDLE,
+    ]
     with_header = [BOS, PRE, POST, *suffix, MIDDLE, *raw.encode(HEADER)]
     assert aixcoder.encode(FimPrompt("", SUFFIX, PATH)).ids == with_header
     assert aixcoder.encode(FimPrompt("", "", PATH)).ids == [BOS, *raw.encode(HEADER)]
@@ -121,7 +134,7 @@ def test_markers_in_any_text_stay_text(aixcoder: FimFormat, side: str) -> None:
     texts = {"prefix": "a = 1", "suffix": "b = 2", "path": "a.py"}
     texts[side] = "x ▁<AIX-SPAN-MIDDLE> <AIX-SPAN-PRE></s><s> <AIX-END-TURN>.py"
     for order in aixcoder.orders:
-        ids = aixcoder.encode(FimPrompt(**texts), order=order).ids
+        ids = aixcoder.encode(FimPrompt(**texts), options=FimOptions(order=order)).ids
         assert [i for i in ids if i in aixcoder.stop_token_ids] == [BOS, PRE, POST, MIDDLE]
 
 
@@ -207,7 +220,7 @@ def test_side_limits_decode_and_encode_again(aixcoder: FimFormat, raw) -> None:
 
 
 def test_explicit_order_beats_the_preset_s(aixcoder: FimFormat) -> None:
-    ids = aixcoder.encode(FimPrompt(PREFIX, SUFFIX, PATH), order="spm", options=load_preset("fim-eval")).ids
+    ids = aixcoder.encode(FimPrompt(PREFIX, SUFFIX, PATH), options=replace(load_preset("fim-eval"), order="spm")).ids
     assert ids[:3] == [BOS, PRE, POST]
 
 
@@ -266,7 +279,7 @@ def test_prompts_within_the_budget_are_whole(aixcoder: FimFormat) -> None:
 
 @pytest.mark.parametrize("order", ["spm", "psm"])
 def test_a_cut_prompt_keeps_header_and_the_text_around_the_cursor(aixcoder: FimFormat, raw, order: str) -> None:
-    encoding = aixcoder.encode(FimPrompt(TEXT, TEXT, PATH), order=order, budget_tokens=300)
+    encoding = aixcoder.encode(FimPrompt(TEXT, TEXT, PATH), options=FimOptions(order=order), budget_tokens=300)
     head, body, suffix = raw.encode(HEADER), bare(raw, TEXT), bare(raw, TEXT)
     prefix_ids = head + body[encoding.dropped_prefix_tokens :]
     suffix_ids = suffix[: len(suffix) - encoding.dropped_suffix_tokens]
@@ -385,7 +398,7 @@ def test_layouts_of_codellama(tmp_path: Path) -> None:
     prompt = FimPrompt(PREFIX, SUFFIX, PATH)
     prefix, suffix = raw.encode(PREFIX), bare(raw, SUFFIX)
     assert fim.encode(prompt).ids == [BOS, pre, *prefix, suf, *suffix, mid]
-    assert fim.encode(prompt, order="spm").ids == [BOS, pre, suf, *suffix, mid, *prefix]
+    assert fim.encode(prompt, options=FimOptions(order="spm")).ids == [BOS, pre, suf, *suffix, mid, *prefix]
     assert eot in fim.stop_token_ids
 
 
@@ -403,7 +416,7 @@ def test_the_none_family_takes_a_prefix_only(tokenizer: Tokenizer, raw) -> None:
     with pytest.raises(ValueError, match="'none' cannot take a suffix"):
         fim.encode(FimPrompt(PREFIX, SUFFIX))
     with pytest.raises(ValueError, match="has no order 'spm'; it has none"):
-        fim.encode(FimPrompt(PREFIX), order="spm")
+        fim.encode(FimPrompt(PREFIX), options=FimOptions(order="spm"))
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
@@ -433,8 +446,8 @@ def test_a_wrong_family_is_refused_by_its_missing_pieces(tokenizer: Tokenizer) -
 
 
 def test_an_unknown_order_is_refused(aixcoder: FimFormat) -> None:
-    with pytest.raises(ValueError, match="has no order 'mps'; it knows spm, psm"):
-        aixcoder.encode(FimPrompt("a"), order="mps")
+    with pytest.raises(ValueError, match="order must be one of None, spm, psm; got 'mps'"):
+        FimOptions(order="mps")
 
 
 # ---- other files ----------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ def test_a_stream_closed_early_leaves_nothing_behind(session: TestInference, exp
     stream = session.llm.stream(FimPrompt(PREFIX, SUFFIX, PATH), SamplingParams(max_new_tokens=200))
     next(stream)
     stream.close()
-    assert not session.llm._engine.has_work
+    assert not session.llm.session.has_work
     assert session.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
 
 
@@ -120,7 +120,7 @@ def test_ctrl_c_ends_one_call_and_costs_the_others_nothing(session: TestInferenc
             with pytest.raises(KeyboardInterrupt):
                 session.llm.complete("z = ", SamplingParams(max_new_tokens=60, ignore_eos=True))
         assert text + "".join(stream) == whole
-    assert not session.llm._engine.has_work
+    assert not session.llm.session.has_work
 
 
 def test_stop_strings_cut_the_text_exactly(session: TestInference) -> None:
@@ -178,7 +178,7 @@ def test_a_batch_draws_prompts_only_as_room_appears(session: TestInference) -> N
     assert len(list(itertools.islice(batch, 10))) == 10
     batch.close()  # type: ignore[attr-defined]
     assert drawn <= 10 + 3 * session.llm.config.max_num_seqs
-    assert not session.llm._engine.has_work
+    assert not session.llm.session.has_work
 
 
 def test_threads_may_share_a_session(session: TestInference) -> None:
@@ -211,10 +211,10 @@ def test_a_bad_prompt_in_a_batch_fails_alone(session: TestInference) -> None:
     ],
 )
 def test_bad_input_is_refused_and_the_session_lives_on(session, expected, arguments, message) -> None:
-    steps = session.llm._engine.num_steps
+    steps = session.llm.session._engine.num_steps
     with pytest.raises(ValueError, match=message):
         session.run_infer(*arguments)
-    assert session.llm._engine.num_steps == steps, "something ran"
+    assert session.llm.session._engine.num_steps == steps, "something ran"
     assert session.run_infer(PREFIX, 20, SUFFIX, PATH) == expected
 
 
@@ -368,7 +368,7 @@ def test_startup_errors_name_the_remedy(tmp_path: Path, tiny_checkpoint: Path) -
 
 def test_a_model_that_cannot_fit_is_refused_before_it_is_read(tiny_checkpoint: Path, monkeypatch) -> None:
     monkeypatch.setattr("megatron_infer.engine.memory.free_memory_bytes", lambda: 1000)
-    monkeypatch.setattr("megatron_infer.engine.launch.build_runner", None)
+    monkeypatch.setattr("megatron_infer.llm.bring_up", None)
     with pytest.raises(ValueError, match=r"need .* GiB"):
         LLM(tiny_checkpoint, **OPTIONS)
 

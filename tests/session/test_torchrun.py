@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +161,46 @@ def test_calls_are_collective_and_every_rank_gets_the_same(tiny_checkpoint: Path
     results = [json.loads((tmp_path / job / f"{rank}.json").read_text()) for job in ("one", "two") for rank in (0, 1)]
     assert all(result == results[0] for result in results), "two jobs at once, two ranks each: one answer"
     assert results[0][:10] == results[0][10:], "both sessions"
+
+
+FOLLOW_SCRIPT = """
+import json, os, sys
+from concurrent.futures import ThreadPoolExecutor
+from megatron_infer import LLM, FimPrompt, SamplingParams
+
+with LLM(sys.argv[1], kv_cache_memory_bytes=4 << 20, device="cpu") as llm:
+    if not llm.is_leader:
+        llm.follow()
+    else:
+        prompts = [FimPrompt(f"v{i} =") for i in range(6)]
+        sampling = SamplingParams(max_new_tokens=4)
+        # As many calls as rank 0 likes, of any kind, from several threads: the followers need not know.
+        with ThreadPoolExecutor(3) as pool:
+            texts = list(pool.map(lambda prompt: llm.complete(prompt, sampling).text, prompts))
+        try:
+            llm.complete("")
+        except ValueError:
+            texts.append("refused")
+        handle = llm.session.submit(prompts[0], sampling)
+        while not handle.is_finished:
+            llm.session.step()
+        texts.append(handle.results()[0].text)
+        with open(sys.argv[2], "w") as file:
+            json.dump(texts, file)
+"""
+
+
+def test_ranks_that_follow_serve_whatever_calls_rank_0_makes(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    script, out = tmp_path / "job.py", tmp_path / "texts.json"
+    script.write_text(FOLLOW_SCRIPT)
+    done = run(torchrun(2, script, str(tiny_checkpoint), str(out)))
+    assert done.returncode == 0, done.stderr
+    texts = json.loads(out.read_text())
+    with LLM(tiny_checkpoint, device="cpu", kv_cache_memory_bytes=4 << 20) as alone:
+        with pytest.raises(ValueError, match="rank 0 leads"):
+            alone.follow()
+        expected = [alone.complete(FimPrompt(f"v{i} ="), SamplingParams(max_new_tokens=4)).text for i in range(6)]
+    assert texts == [*expected, "refused", expected[0]]
 
 
 FAILING_SCRIPT = """

@@ -17,7 +17,7 @@ from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
-from megatron_infer.engine.worker import serve_follower
+from megatron_infer.engine.worker import serve
 from megatron_infer.model.formats import TensorSource, weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import expected_tensors
@@ -173,7 +173,7 @@ def generate(engine: Engine, prompts: list[list[int]], sampling: SamplingParams,
     outputs: dict[int, Output] = {}
     max_len = engine.scheduler.max_model_len
     for i, prompt in enumerate(prompts):
-        engine.add(Request(first + i, list(prompt), sampling, max_len, frozenset()), seed=seed)
+        engine.add(Request(first + i, list(prompt), sampling, max_len, frozenset(), seed=seed))
     drain(engine, outputs)
     return [outputs[first + i] for i in range(len(prompts))]
 
@@ -192,7 +192,7 @@ def generate_on_ranks(
     def work(group: TPGroup) -> list[Output] | None:
         runner = make_runner(config, tensors, group, dtype=dtype, quantization=quantization)
         if group.rank:
-            serve_follower(runner)
+            serve(runner)
             return None
         engine = make_engine(runner)
         outputs = generate(engine, prompts, sampling)

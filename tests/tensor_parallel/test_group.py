@@ -20,6 +20,7 @@ from torch.distributed import TCPStore
 
 from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
+from megatron_infer.world import World
 
 CPU = torch.device("cpu")
 WINDOW_ELEMENTS = 131072
@@ -427,7 +428,7 @@ def join_from_env(me: Rank, size: int, names: list[str]) -> list[Any]:
     )
     found: list[Any] = []
     for name in names:
-        group = TPGroup.from_env(CPU, size, name=name, timeout_seconds=40)
+        group = TPGroup.in_world(World.from_env(), CPU, size, name=name, timeout_seconds=40)
         found.append((group.rank, group.size, group.all_gather(torch.tensor([[float(me.rank)]])).tolist()))
         group.close()
     return found
@@ -460,13 +461,13 @@ def test_a_wrong_environment_is_refused_with_a_remedy(
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(ValueError, match=match):
-        TPGroup.from_env(CPU, size)
+        TPGroup.in_world(World.from_env(), CPU, size)
 
 
 def test_a_single_rank_needs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for key in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(key, raising=False)
-    group = TPGroup.from_env(CPU)
+    group = TPGroup.in_world(World.from_env(), CPU)
     x = torch.ones(2, 3)
     assert (group.rank, group.size, group.backend) == (0, 1, "single")
     assert group.all_reduce(x) is x

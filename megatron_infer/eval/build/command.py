@@ -20,6 +20,7 @@ from megatron_infer.eval.build.selection import Candidate, Plan, Survey, survey
 from megatron_infer.eval.build.sources import digests_of, list_sources, read_source
 from megatron_infer.eval.files import replacing, to_line
 from megatron_infer.options import Parser, add_option, run_command, say
+from megatron_infer.world import World
 
 
 def to_row(candidate: Candidate, source: bytes, context_chars: int | None) -> dict[str, Any]:
@@ -83,8 +84,7 @@ def summary(result: Survey, plan: Plan) -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m megatron_infer eval build`. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda world: _run(_parser(world).parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -135,8 +135,9 @@ def _share(text: str | None) -> Fraction | None:
         raise ValueError(f"--held_out takes a share such as 0.1 or 1/20, not {text!r}") from None
 
 
-def _parser() -> Parser:
+def _parser(world: World) -> Parser:
     parser = Parser(
+        world,
         "python -m megatron_infer eval build",
         "Make a fill-in-the-middle benchmark of task fim from source trees: whole syntax nodes are cut out of files "
         "that parse. The same trees and seed give the same bytes, wherever the trees lie. "

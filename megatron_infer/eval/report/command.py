@@ -27,6 +27,7 @@ from megatron_infer.eval.score.results import Run, Scores, is_error, read_run, r
 from megatron_infer.eval.score.statistics import Comparison, compare
 from megatron_infer.eval.score.tables import GROUPINGS, headline, shown, values_by_case
 from megatron_infer.options import Parser, add_option, percentile, run_command
+from megatron_infer.world import World
 
 REPORT = "report.html"
 _MAX_LISTED = 50
@@ -64,8 +65,7 @@ class Compared:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m megatron_infer eval report`. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda world: _run(_parser(world).parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -287,8 +287,9 @@ def _views(scores: Scores, cases: Mapping[str, Case], other: Scores | None) -> I
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> Parser:
+def _parser(world: World) -> Parser:
     parser = Parser(
+        world,
         "python -m megatron_infer eval report",
         f"Write {REPORT} beside the scores of a run: tables, plots, speed, errors and cases side by side, in one file. "
         "Every option may be spelled with - or _.",

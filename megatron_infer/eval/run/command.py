@@ -30,6 +30,7 @@ from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
 from megatron_infer.eval.run.records import Key, Part, RunDirectory
 from megatron_infer.eval.run.replica import Progress, Replica, Settings
 from megatron_infer.eval.tasks import registry as tasks
+from megatron_infer.fim import FimOptions
 from megatron_infer.llm import LLM, EngineDeadError
 from megatron_infer.options import (
     Parser,
@@ -43,6 +44,7 @@ from megatron_infer.options import (
     say,
 )
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.world import World
 
 _FIELDS = {
     "id_field": "unique text or number of a case (default: task_id, else a hash of the prompt)",
@@ -58,11 +60,11 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m megatron_infer eval run`. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(_job(args), sys.argv if argv is None else ["eval", "run", *argv]))
+    command = sys.argv if argv is None else ["eval", "run", *argv]
+    return run_command(lambda world: _run(_job(_parser(world).parse_args(argv), world), command))
 
 
-def _job(args: argparse.Namespace) -> Job:
+def _job(args: argparse.Namespace, world: World) -> Job:
     if not args.out:
         raise ValueError("--out is empty; name a directory for the results")
     if args.limit is not None and args.limit < 1:
@@ -75,6 +77,7 @@ def _job(args: argparse.Namespace) -> Job:
     task = tasks.generic_task(**fields) if fields else tasks.task(args.task)
     sampling = build(SamplingParams, args, task.sampling)
     return Job(
+        world=world,
         task=task,
         fields=fields,
         data=Path(args.data).resolve(),
@@ -86,7 +89,7 @@ def _job(args: argparse.Namespace) -> Job:
         fim=args.fim,
         config=build(EngineConfig, args),
         settings=Settings(
-            options=replace(task.options, order=args.order or task.options.order),
+            options=build(FimOptions, args, task.options),
             sampling=replace(sampling, seed=None),
             seed=sampling.seed or 0,
         ),
@@ -94,16 +97,16 @@ def _job(args: argparse.Namespace) -> Job:
 
 
 def _run(job: Job, command: Sequence[str]) -> int:
-    log_to_stderr(logging.WARNING)
+    log_to_stderr(job.world, logging.WARNING)
     with ExitStack() as stack:
         stack.enter_context(_troubles_explained(job.out))
-        handout = Handout()
-        if handout.rank == 0:
+        handout = Handout(job.world)
+        if job.world.is_first:
             stack.enter_context(job.out.locked())
-        plan = handout.tell(lambda: plan_attempt(job, handout.world_size, command))
+        plan = handout.tell(lambda: plan_attempt(job, command))
         if plan["success"] is None:
             _attempt(job, handout, plan)
-        elif handout.rank == 0:
+        elif job.world.is_first:
             _show(job, plan["success"])
     return 0
 
@@ -112,23 +115,21 @@ def _run(job: Job, command: Sequence[str]) -> int:
 
 
 def _attempt(job: Job, handout: Handout, plan: Mapping[str, Any]) -> None:
-    with LLM(job.model_dir, job.config, model_name=job.model_name, fim=job.fim) as llm:
+    with LLM(job.model_dir, job.config, model_name=job.model_name, fim=job.fim, world=job.world) as llm:
         began = time.monotonic()
         size = llm.config.tensor_parallel_size or 1
-        replica, num_replicas = handout.rank // size, max(1, handout.world_size // size)
+        replica, num_replicas = job.world.rank // size, max(1, job.world.size // size)
         if llm.max_model_len != llm.config.max_model_len:
             raise ValueError(
                 f"the KV cache holds {llm.max_model_len} tokens, less than the context of {llm.config.max_model_len}: "
                 "answers would depend on free memory. Lower --max_model_len or raise --kv_cache_memory_bytes"
             )
         if not llm.is_leader:
-            for _ in range(1 + (len(plan["suspects"]) if replica == 0 else 0)):
-                for _ in llm.complete_batch(()):
-                    continue
+            llm.follow()
             return
         cases, progress = _lead(job, handout, plan, llm, replica)
     handout.announce(f"replica {replica} finished")
-    if handout.rank == 0:
+    if job.world.is_first:
         for other in range(num_replicas):
             handout.await_announced(f"replica {other} finished", progress.show)
         progress.close()
@@ -144,12 +145,12 @@ def _lead(job: Job, handout: Handout, plan: Mapping[str, Any], llm: LLM, replica
     except ValueError as error:
         # Of a ValueError rank 0 alone would speak.
         raise EngineDeadError(
-            f"rank {handout.rank} reads other cases than the run began with ({error}); all hosts must see one file"
+            f"rank {job.world.rank} reads other cases than the run began with ({error}); all hosts must see one file"
         ) from None
     work = job.work(cases)
     done = np.unpackbits(np.frombuffer(bytes.fromhex(plan["done"]), np.uint8), count=len(work)).astype(bool)
     part = job.out.open_part(plan["attempt"], replica)
-    progress = Progress(handout, len(work), int(done.sum()))
+    progress = Progress(handout, len(work), int(done.sum()), is_shown=job.world.is_first)
     leader = Replica(llm, part, handout, progress, job.settings, {"attempt": plan["attempt"], "replica": replica})
     with _ended_in_good_order(part):
         if replica == 0:
@@ -232,8 +233,9 @@ def _troubles_explained(out: RunDirectory) -> Iterator[None]:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> Parser:
+def _parser(world: World) -> Parser:
     parser = Parser(
+        world,
         "python -m megatron_infer eval run",
         "Complete every case of a benchmark. Also under torchrun: torchrun --nproc_per_node N -m megatron_infer eval "
         "run; N divided by --tensor_parallel_size replicas share the work. Interrupted, the same command goes on, with "
@@ -255,7 +257,7 @@ def _parser() -> Parser:
         add_option(names, name, help=text)
     model = add_model_options(parser)
     add_option(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")
-    add_option(model, "order", choices=("spm", "psm"), help="suffix first or prefix first (default: the task's)")
+    add_options_of(FimOptions, parser, "prompt layout (defaults: the task's)")
     add_options_of(SamplingParams, parser, "sampling (defaults: the task's; seed 0)")
     add_options_of(EngineConfig, parser, "engine")
     return parser

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from megatron_infer.tensor_parallel.rendezvous import World
+from megatron_infer.tensor_parallel.rendezvous import launcher_store
+from megatron_infer.world import World
 
 _STORE_TIMEOUT_SECONDS = 30.0
 """So long, and then once more, a starting rank looks for its launcher, which may have been killed meanwhile."""
@@ -21,21 +22,16 @@ _POLL_SECONDS = 0.2
 
 
 class Handout:
-    """One process's view of the run: `rank` among `world_size`; a plain process is alone in its world.
+    """One process's view of the run. A plain process is alone in its world."""
 
-    Raises:
-        ValueError: torchrun's environment is incomplete.
-    """
-
-    def __init__(self) -> None:
-        world = World.from_env()
-        self.rank, self.world_size = (world.rank, world.size) if world else (0, 1)
-        store = world.store(_STORE_TIMEOUT_SECONDS) if world else HashStore()
+    def __init__(self, world: World) -> None:
+        self._world = world
+        store = launcher_store(world, _STORE_TIMEOUT_SECONDS) if world.is_launched else HashStore()
         self._store: Store = PrefixStore("eval", store)
 
     def tell(self, make: Callable[[], Any]) -> Any:
         """Rank 0 makes a JSON value and every rank returns it; what `make` refuses (ValueError), every rank raises."""
-        if self.rank:
+        if not self._world.is_first:
             self._await("told")
             answer = json.loads(self._store.get("told"))
             if "refused" in answer:

@@ -19,7 +19,7 @@ import torch
 
 import megatron_infer
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine import launch
+from megatron_infer.engine.resolve import resolve
 from megatron_infer.eval.cases import Case, Task, read_cases
 from megatron_infer.eval.run.records import RunDirectory
 from megatron_infer.eval.run.replica import Settings, Work
@@ -29,6 +29,7 @@ from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.manifest import Manifest, sha256_of
 from megatron_infer.options import say
 from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.world import World
 
 _MODEL_SUFFIXES = (".json", ".model", ".safetensors", ".bin", ".pt", ".txt")
 _DECISIVE = ("device", "dtype", "quantization", "kv_cache_dtype", "max_model_len", "deterministic")
@@ -39,10 +40,12 @@ _DECISIVE = ("device", "dtype", "quantization", "kv_cache_dtype", "max_model_len
 class Job:
     """What was asked for.
 
+    world: the processes that share the work.
     fields: names of the data's fields that were given; `task` reads them already.
     source_tree: where to retrieve pieces of other files from, which then stand before the prefix.
     """
 
+    world: World
     task: Task
     fields: Mapping[str, str]
     data: Path
@@ -68,11 +71,11 @@ class Job:
         return [(case, sample_idx) for case in cases for sample_idx in range(self.settings.sampling.n)]
 
 
-def plan_attempt(job: Job, world_size: int, command: Sequence[str]) -> dict[str, Any]:
+def plan_attempt(job: Job, command: Sequence[str]) -> dict[str, Any]:
     """Check everything that can be checked without the weights, and find what is left to do. Raises ValueError."""
     cases = job.cases()
     with open_checkpoint(job.model_dir, job.model_name) as checkpoint:
-        config = launch.resolve(job.config, checkpoint.config)
+        config = resolve(job.config, checkpoint.config, job.world)
         fim = load_fim(job.fim or checkpoint.config.fim, load_tokenizer(job.model_dir))
     order = job.settings.options.order
     if order is not None and order not in fim.orders:
@@ -104,7 +107,7 @@ def plan_attempt(job: Job, world_size: int, command: Sequence[str]) -> dict[str,
         "command": list(command),
         "created": _now(),
     }
-    attempt = job.out.begin(manifest, {"started": _now(), "world_size": world_size, "engine": asdict(config)})
+    attempt = job.out.begin(manifest, {"started": _now(), "world_size": job.world.size, "engine": asdict(config)})
     return {"success": None, "attempt": attempt, "prompts_sha256": fingerprint["prompts_sha256"], **_left(job, cases)}
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from megatron_infer.completion import Completion, Timings
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.records import GIVEN_UP, Key, Part
-from megatron_infer.fim import FimEncoding, FimOptions
+from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.sampling_params import SamplingParams
 
@@ -57,17 +57,17 @@ def in_prefix_order(work: Sequence[Work], order: str) -> list[Work]:
 
 
 class Progress:
-    """Counts that all replicas share, and on world rank 0 a bar that shows them."""
+    """Counts that all replicas share, and where `is_shown` a bar that shows them."""
 
     NAMES = ("completions", "new_tokens", "prompt_tokens", "cached_tokens")
     _REFRESH_SECONDS = 0.5
 
-    def __init__(self, handout: Handout, total: int, already_done: int) -> None:
+    def __init__(self, handout: Handout, total: int, already_done: int, *, is_shown: bool) -> None:
         self._handout = handout
         self._began = self._shown = time.monotonic()
         self._already_done = already_done
         self._bar = None
-        if handout.rank == 0:
+        if is_shown:
             # disable=None: a bar on a terminal only.
             self._bar = tqdm(total=total, initial=already_done, unit="case", desc="eval", disable=None, smoothing=0.05)
 
@@ -102,7 +102,7 @@ class Progress:
 
 
 class Replica:
-    """The leader of one replica at work. Every method is a number of collective calls of its tensor-parallel group."""
+    """The leader of one replica at work; the other ranks of its tensor-parallel group follow."""
 
     def __init__(
         self, llm: LLM, part: Part, handout: Handout, progress: Progress, settings: Settings, names: dict[str, int]
@@ -117,63 +117,55 @@ class Replica:
             self._refuse(case, sample_idx, GIVEN_UP)
 
     def run_alone(self, work: Sequence[Work]) -> None:
-        """Compute keys one at a time, in as many collective calls; then let the other replicas begin."""
+        """Compute keys one at a time; then let the other replicas begin."""
         for item in work:
-            self._complete(self._entries([item], alone=True))
+            self._complete(self._begun([item], alone=True))
         self._handout.announce(SUSPECTS_DONE)
 
     def run(self, work: Sequence[Work]) -> None:
-        """Compute all of `work` that no other replica claims, in one collective call."""
+        """Compute all of `work` that no other replica claims."""
         ordered = in_prefix_order(work, self._settings.options.order or self._default_order())
         self._complete(self._claimed(ordered))
 
     def _default_order(self) -> str:
         return next(iter(self._llm.fim.orders), "psm")
 
-    def _claimed(self, work: Sequence[Work]) -> Iterator[tuple[Case, int, FimEncoding]]:
+    def _claimed(self, work: Sequence[Work]) -> Iterator[Work]:
         self._handout.await_announced(SUSPECTS_DONE)
         while (start := _UNIT_KEYS * self._handout.claim()) < len(work):
-            yield from self._entries(work[start : start + _UNIT_KEYS], alone=False)
+            yield from self._begun(work[start : start + _UNIT_KEYS], alone=False)
 
-    def _entries(self, work: Sequence[Work], *, alone: bool) -> Iterator[tuple[Case, int, FimEncoding]]:
+    def _begun(self, work: Sequence[Work], *, alone: bool) -> Sequence[Work]:
         self._part.begin([(case.task_id, sample_idx) for case, sample_idx in work], alone=alone)
-        budget = self._llm.max_model_len - self._settings.sampling.max_new_tokens
-        for case, sample_idx in work:
-            try:
-                encoding = self._llm.fim.encode(case.prompt, options=self._settings.options, budget_tokens=budget)
-            except ValueError as error:
-                self._refuse(case, sample_idx, str(error))
-            else:
-                yield case, sample_idx, encoding
+        return work
 
-    def _complete(self, entries: Iterator[tuple[Case, int, FimEncoding]]) -> None:
-        in_hand: dict[int, tuple[Case, int, FimEncoding]] = {}
+    def _complete(self, work: Iterable[Work]) -> None:
+        in_hand: dict[int, Work] = {}
 
-        def prompts() -> Iterator[tuple[list[int], SamplingParams]]:
-            for index, entry in enumerate(entries):
-                in_hand[index] = entry
-                case, sample_idx, encoding = entry
+        def prompts() -> Iterator[tuple[FimPrompt, SamplingParams]]:
+            for index, (case, sample_idx) in enumerate(work):
+                in_hand[index] = (case, sample_idx)
                 seed = seed_of(self._settings.seed, (case.task_id, sample_idx))
-                yield encoding.ids, replace(self._settings.sampling, n=1, seed=seed)
+                yield case.prompt, replace(self._settings.sampling, n=1, seed=seed)
 
-        for completion in self._llm.complete_batch(prompts(), ordered=False):
+        for completion in self._llm.complete_batch(prompts(), options=self._settings.options, ordered=False):
             self._record(*in_hand.pop(completion.prompt_index), completion)
 
     def _refuse(self, case: Case, sample_idx: int, why: str) -> None:
-        nothing = Completion("", (), "error", Timings(0.0, 0.0, 0, 0), error=why)
-        self._record(case, sample_idx, FimEncoding([], frozenset()), nothing)
+        self._record(case, sample_idx, Completion("", (), "error", Timings(0.0, 0.0, 0, 0), error=why))
 
-    def _record(self, case: Case, sample_idx: int, encoding: FimEncoding, completion: Completion) -> None:
+    def _record(self, case: Case, sample_idx: int, completion: Completion) -> None:
         name = {"task_id": case.task_id, "sample_idx": sample_idx}
+        prompt_ids = completion.prompt_token_ids
         self._part.done(
             {
                 **name,
                 "text": completion.text,
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
-                "num_prompt_tokens": len(encoding.ids),
-                "num_dropped_tokens": encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens,
-                "prompt_sha256": hashlib.sha256(np.asarray(encoding.ids, "<i4").tobytes()).hexdigest(),
+                "num_prompt_tokens": len(prompt_ids),
+                "num_dropped_tokens": completion.num_dropped_tokens,
+                "prompt_sha256": hashlib.sha256(np.asarray(prompt_ids, "<i4").tobytes()).hexdigest(),
                 "error": completion.error,
             },
             {
@@ -182,7 +174,7 @@ class Replica:
                 "total_seconds": completion.timings.total_seconds,
                 "num_new_tokens": completion.timings.num_new_tokens,
                 "num_cached_tokens": completion.num_cached_tokens,
-                "num_prompt_tokens": len(encoding.ids),
+                "num_prompt_tokens": len(prompt_ids),
                 **self._names,
             },
         )

@@ -31,14 +31,14 @@ from megatron_infer.eval.score.results import (
 from megatron_infer.eval.score.tables import Row, make_tables, show_tables
 from megatron_infer.model.manifest import sha256_of
 from megatron_infer.options import Parser, add_option, run_command, say
+from megatron_infer.world import World
 
 _USUAL_K = (1, 10, 100)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m megatron_infer eval score`. Returns the exit status."""
-    args = _parser().parse_args(argv)
-    return run_command(lambda: _run(args))
+    return run_command(lambda world: _run(_parser(world).parse_args(argv)))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -143,8 +143,9 @@ def write_scores(run: Run, rows: Iterable[Row], tables: Row) -> None:
 # ---- options --------------------------------------------------------------------------------------------------------
 
 
-def _parser() -> Parser:
+def _parser(world: World) -> Parser:
     parser = Parser(
+        world,
         "python -m megatron_infer eval score",
         "Judge the completions of a finished eval run: writes scores.jsonl and scores.json beside them and prints the "
         "tables. Every option may be spelled with - or _.",

@@ -1,0 +1,168 @@
+"""Session.submit, step and cancel: what a loop that is not the caller's, such as a server's, builds on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams
+
+PROMPT = FimPrompt("def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py")
+LONG = FimPrompt("x = [1, 2, 3]\n" * 40, "\n", "a.py")
+SAMPLING = SamplingParams(max_new_tokens=20, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def llm(tiny_checkpoint: Path) -> Iterator[LLM]:
+    with LLM(tiny_checkpoint, device="cpu", kv_cache_memory_bytes=4 << 20, max_num_batched_tokens=64) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def expected(llm: LLM) -> str:
+    return llm.complete(PROMPT, SAMPLING).text
+
+
+def free_blocks(llm: LLM) -> int:
+    scheduler = llm.session._engine.scheduler
+    scheduler.check()
+    return scheduler.pool.num_free
+
+
+def finish(llm: LLM) -> None:
+    while llm.session.has_work:
+        llm.session.step()
+
+
+def test_a_foreign_loop_gives_the_same_text(llm: LLM, expected: str) -> None:
+    told = []
+    handle = llm.session.submit(PROMPT, SAMPLING, notify=lambda: told.append(handle.completions[0].take_new_text()))
+    finish(llm)
+    assert handle.is_finished
+    assert "".join(told) == handle.results()[0].text == expected
+    assert len(told) == 20, "once per step that brought something"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "num_steps"), [(PROMPT, 0), (LONG, 1), (PROMPT, 6)], ids=["queue", "prefill", "decode"]
+)
+def test_cancelling_gives_the_blocks_back_and_disturbs_nobody(llm, expected, prompt, num_steps) -> None:
+    before = free_blocks(llm)
+    bystander = llm.session.submit(PROMPT, SAMPLING)
+    doomed = llm.session.submit(prompt, SamplingParams(max_new_tokens=200, ignore_eos=True))
+    for _ in range(num_steps):
+        llm.session.step()
+    llm.session.cancel(doomed)
+    assert doomed.is_finished and not bystander.is_finished
+    assert doomed.results()[0].finish_reason == "abort"
+    finish(llm)
+    assert bystander.results()[0].text == expected
+    assert free_blocks(llm) == before
+
+
+def test_cancelling_twice_or_after_the_end_is_fine(llm: LLM, expected: str) -> None:
+    handle = llm.session.submit(PROMPT, SAMPLING)
+    finish(llm)
+    llm.session.cancel(handle)
+    llm.session.cancel(handle)
+    assert handle.results()[0].text == expected
+
+
+def test_a_dropped_handle_is_cancelled(llm: LLM) -> None:
+    handle = llm.session.submit(PROMPT, SAMPLING)
+    llm.session.step()
+    del handle
+    assert not llm.session.has_work
+
+
+def test_cancelling_in_the_middle_of_a_step_takes_effect_after_it(llm: LLM, monkeypatch, expected: str) -> None:
+    """As a garbage collection does that drops a handle, in the very thread that steps."""
+    doomed = llm.session.submit(PROMPT, SamplingParams(max_new_tokens=200, ignore_eos=True))
+    bystander = llm.session.submit(PROMPT, SAMPLING)
+    engine = llm.session._engine
+    plain = engine.step
+
+    def step() -> list:
+        llm.session.cancel(doomed)
+        assert not doomed.is_finished
+        return plain()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", step)
+        llm.session.step()
+    assert doomed.is_finished
+    finish(llm)
+    assert bystander.results()[0].text == expected
+
+
+def test_whoever_waits_for_a_cancelled_prompt_is_told(llm: LLM) -> None:
+    told = threading.Event()
+    handle = llm.session.submit(PROMPT, SAMPLING, notify=told.set)
+    llm.session.cancel(handle)
+    assert told.is_set() and handle.results()[0].text == ""
+
+
+def test_a_loop_that_never_rests_lets_others_in(llm: LLM, expected: str) -> None:
+    """Whoever comes while a step runs is next, however fast the loop asks for the lock again."""
+    is_over = threading.Event()
+
+    def loop() -> None:
+        while not is_over.is_set():
+            llm.session.step()
+
+    stepping = threading.Thread(target=loop)
+    stepping.start()
+    try:
+        for _ in range(5):
+            done = threading.Event()
+            handle = llm.session.submit(PROMPT, SAMPLING, notify=done.set)
+            while not handle.is_finished:
+                assert done.wait(60)
+                done.clear()
+            assert handle.results()[0].text == expected
+    finally:
+        is_over.set()
+        stepping.join()
+
+
+@pytest.mark.parametrize("place", ["add", "step"])
+def test_ctrl_c_anywhere_leaves_no_ghost(llm: LLM, monkeypatch, expected: str, place: str) -> None:
+    engine = llm.session._engine
+    plain = getattr(engine, place)
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return plain(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, place, interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            llm.complete_n(PROMPT, SamplingParams(max_new_tokens=50, n=3, temperature=1.0, seed=1))
+    assert caught.value.__traceback__ is not None, "its frames are alive, as those of a notebook's last error are"
+    assert not llm.session.has_work
+    assert llm.complete(PROMPT, SAMPLING).text == expected
+
+
+def test_options_belong_to_a_call(llm: LLM) -> None:
+    sampling = SamplingParams(max_new_tokens=1)
+    ids = {
+        name: llm.complete(PROMPT, sampling, options).prompt_token_ids
+        for name, options in {
+            "default": None,
+            "psm": FimOptions(order="psm"),
+            "bare": FimOptions(header="none"),
+            "short": FimOptions(prefix_tokens=3, suffix_tokens=2),
+        }.items()
+    }
+    assert len(set(ids.values())) == 4
+    for name, options in {"default": None, "psm": FimOptions(order="psm")}.items():
+        assert list(ids[name]) == llm.fim.encode(PROMPT, options=options).ids
+    streamed = llm.stream(PROMPT, sampling, FimOptions(order="psm"))
+    list(streamed)
+    (batched,) = llm.complete_batch([PROMPT], sampling, FimOptions(order="psm"))
+    assert streamed.completion is not None
+    assert streamed.completion.prompt_token_ids == batched.prompt_token_ids == ids["psm"]
