@@ -137,8 +137,10 @@ class Session:
         growing = []
         with self._undisturbed():
             for choice in range(sampling.n):
-                request = Request(next(self._ids), ids, sampling, self._max_model_len, stop_ids)
-                self._engine.add(request, seed=seed, choice=choice)
+                request = Request(
+                    next(self._ids), ids, sampling, self._max_model_len, stop_ids, seed=seed, choice=choice
+                )
+                self._engine.add(request)
                 grown = GrowingCompletion(
                     request,
                     self._tokenizer,
@@ -183,13 +185,14 @@ class Session:
         """One engine step; its events go to whichever call waits for them."""
         with self._undisturbed():
             for event in self._engine.step():
-                growing = self._active.get(event.request_id)
+                request_id = event.request.request_id
+                growing = self._active.get(request_id)
                 if growing is None:
                     continue
                 growing.receive(event)
                 if growing.finish_reason is not None:
-                    del self._active[event.request_id]
-                    self._engine.abort(event.request_id)
+                    del self._active[request_id]
+                    self._engine.abort(request_id)
             assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
             if self._profile is not None:
                 self._profile.end_step()

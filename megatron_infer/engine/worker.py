@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_infer.engine.interrupts import interrupt_left_to_rank_0
-from megatron_infer.engine.request import Sampled
+from megatron_infer.engine.request import Draw, Sampled
 from megatron_infer.engine.runner import ModelRunner, Pending
-from megatron_infer.engine.sampler import Draw
 from megatron_infer.engine.step import Step
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 
@@ -123,7 +122,7 @@ def _follow(runner: ModelRunner) -> Items:
             message = runner.tp.broadcast_ints(None)
             kind = Kind(int(message[0]))
             if kind is Kind.STEP:
-                launch(runner, Step.decode(message[1:]))
+                start(runner, Step.decode(message[1:]))
         if kind is Kind.RESULT and not abandoned:
             try:
                 yield _read_json(message)
@@ -137,17 +136,25 @@ def _follow(runner: ModelRunner) -> Items:
             raise _Closed("rank 0 closed the session")
 
 
-def launch(runner: ModelRunner, step: Step, draws: Sequence[Draw] = ()) -> Pending:
+def start(runner: ModelRunner, step: Step, draws: Sequence[Draw] = ()) -> Pending:
     """Start a step; what goes wrong, here or while waiting for it, is told to the other ranks before it is raised."""
-    pending = _told(runner, lambda: runner.launch(step, draws))
+    return _Started(runner, _told(runner, lambda: runner.start(step, draws)))
 
-    def wait() -> list[Sampled]:
-        sampled = pending()
+
+class _Started:
+    """A step whose failure is told to the other ranks."""
+
+    def __init__(self, runner: ModelRunner, pending: Pending) -> None:
+        self._runner, self._pending = runner, pending
+
+    def wait(self) -> list[list[Sampled]]:
+        return _told(self._runner, self._checked)
+
+    def _checked(self) -> list[list[Sampled]]:
+        sampled = self._pending.wait()
         # A GPU that no longer waits for a rank that died goes on with whatever it has.
-        runner.tp.check()
+        self._runner.tp.check()
         return sampled
-
-    return lambda: _told(runner, wait)
 
 
 def _told(runner: ModelRunner, call: Callable[[], Result]) -> Result:
