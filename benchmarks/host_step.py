@@ -74,7 +74,7 @@ def engine_of(batch: int, max_model_len: int) -> Engine:
         model_config.head_dim, dtype=torch.bfloat16, device=CPU,
     )  # fmt: skip
     runner = ModelRunner(model, kv, is_asynchronous=True)
-    keys = [(batch, 1)]
+    keys = [(batch, 1, 1)]
     runner.record_graphs(InstantDevice(), keys, max_model_len=max_model_len, max_num_seqs=batch, memory_bytes=1 << 30)
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE, True), max_num_seqs=batch, max_num_batched_tokens=1 << 20,

@@ -118,7 +118,6 @@ class GrowingCompletion:
         self._unread = 0
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._num_cached_tokens = 0
         self._submitted = time.perf_counter()
         self._token_seconds: list[float] = []
         self._finished_seconds = 0.0
@@ -128,14 +127,14 @@ class GrowingCompletion:
     def receive(self, event: Event) -> None:
         """Take in one engine event; `finish_reason` is set when it was the last, or completed a stop string."""
         now = time.perf_counter() - self._submitted
-        self._num_cached_tokens = event.num_cached_tokens
-        if event.token_id is not None and event.finish_reason != "error":
-            self._token_ids.append(event.token_id)
+        sampled = event.sampled
+        if sampled is not None:
+            self._token_ids.append(sampled.token_id)
             self._token_seconds.append(now)
-            if event.logprob is not None:
-                self._logprobs.append(TokenLogprob(event.token_id, event.logprob, event.top_logprobs or ()))
+            if sampled.logprob is not None:
+                self._logprobs.append(TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs or ()))
             if event.finish_reason != "stop":
-                self._add(self._text.feed(event.token_id))
+                self._add(self._text.feed(sampled.token_id))
         if self._text.stopped is not None:
             self._finish("stop", now)
         elif event.finish_reason is not None:
@@ -171,7 +170,7 @@ class GrowingCompletion:
                 len(self._token_ids),
                 tuple(self._token_seconds),
             ),
-            num_cached_tokens=self._num_cached_tokens,
+            num_cached_tokens=self.request.num_cached_tokens or 0,
             num_dropped_tokens=self._num_dropped_tokens,
             logprobs=tuple(self._logprobs) if self.request.sampling.logprobs is not None else None,
             prompt_index=self._prompt_index,

@@ -149,14 +149,15 @@ class Session:
         told = []
         with self.undisturbed():
             for event in self._engine.step():
-                if event.request_id not in self._active:
+                request_id = event.request.request_id
+                if request_id not in self._active:
                     continue
-                growing, notify = self._active[event.request_id]
+                growing, notify = self._active[request_id]
                 growing.receive(event)
                 told.append(notify)
                 if growing.finish_reason is not None:
-                    del self._active[event.request_id]
-                    self._engine.abort(event.request_id)
+                    del self._active[request_id]
+                    self._engine.abort(request_id)
             assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
             if self._profile is not None:
                 self._profile.end_step()
@@ -200,7 +201,7 @@ class Session:
                     if request_id in self._active:
                         growing, notify = self._active.pop(request_id)
                         self._engine.abort(request_id)
-                        growing.receive(Event(request_id, None, finish_reason="abort"))
+                        growing.receive(Event(growing.request, None, "abort"))
                         told.append(notify)
             finally:
                 self._lock.release()

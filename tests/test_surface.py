@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config",),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
+    ("engine.block_table",),
     ("engine.plan",),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
@@ -63,6 +64,7 @@ NO_TORCH = (
     "cache.block_pool",
     "engine.step",
     "engine.request",
+    "engine.block_table",
     "engine.plan",
     "engine.scheduler",
 )

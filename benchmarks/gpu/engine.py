@@ -20,7 +20,7 @@ from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.bring_up import build_runner
 from megatron_infer.engine.engine import Engine
-from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.request import Request
 from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
@@ -52,23 +52,23 @@ class Run:
         """Random ids; none is like an earlier prompt, so the prefix cache never helps unasked."""
         return [self._random.randrange(self._work.model.vocab_size) for _ in range(length)]
 
-    def complete(self, prompts: list[list[int]], new_tokens: int) -> list[list[tuple[float, Event]]]:
+    def complete(self, prompts: list[list[int]], new_tokens: int) -> list[list[tuple[float, int]]]:
         """For each prompt, every new token with the seconds after which it came."""
         sampling = SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)
         began = time.perf_counter()
-        arrivals: dict[int, list[tuple[float, Event]]] = {}
+        arrivals: dict[int, list[tuple[float, int]]] = {}
         for prompt in prompts:
             number = next(self._ids)
             arrivals[number] = []
-            self.engine.add(Request(number, prompt, sampling, self._work.max_model_len, frozenset()), seed=0)
+            self.engine.add(Request(number, prompt, sampling, self._work.max_model_len, frozenset()))
         while self.engine.has_work:
             events = self.engine.step()
             now = time.perf_counter() - began
             for event in events:
                 if event.error is not None:
                     raise RuntimeError(f"a request failed: {event.error}")
-                if event.token_id is not None:
-                    arrivals[event.request_id].append((now, event))
+                if event.sampled is not None:
+                    arrivals[event.request.request_id].append((now, event.sampled.token_id))
         return list(arrivals.values())
 
     def times(self, prompts: list[list[int]], new_tokens: int) -> list[list[float]]:
@@ -78,7 +78,7 @@ class Run:
     def greedy(self) -> list[int]:
         """The continuation of the workload's prompt, to compare with others'."""
         (arrivals,) = self.complete([self._work.prompt], self._work.new_tokens)
-        return [event.token_id for _, event in arrivals if event.token_id is not None]
+        return [token_id for _, token_id in arrivals]
 
     def decode(self, context: int, batch: int) -> dict[str, Any]:
         """Latency between tokens and tokens per second while all sequences decode, and the bytes a step must read."""

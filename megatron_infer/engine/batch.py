@@ -62,7 +62,7 @@ class Layout:
         return cls(
             num_tokens=len(step.token_ids_T),
             num_seqs=len(step.query_lens_S),
-            num_samples=int(np.count_nonzero(step.sample_S)),
+            num_samples=int(step.num_samples_S.sum()),
             num_draws=num_draws,
             table_width=max(map(len, step.block_tables)),
             max_query_len=int(step.query_lens_S.max()),
@@ -95,12 +95,14 @@ class Layout:
     def _fill(self, host: Buffer, step: Step, block_size: int, draws: Sequence[Sequence[float]]) -> None:
         ends = step.query_lens_S.cumsum()
         sequence_T = np.arange(self.num_seqs).repeat(step.query_lens_S)
-        positions_T = np.arange(self.num_tokens) + (step.context_lens_S - ends)[sequence_T]
+        rows_T = np.arange(self.num_tokens)
+        positions_T = rows_T + (step.context_lens_S - ends)[sequence_T]
+        sample_rows = rows_T[rows_T >= (ends - step.num_samples_S)[sequence_T]]
         tables_SB = np.zeros((self.num_seqs, self.table_width), dtype=np.int64)
         for row, table in enumerate(step.block_tables):
             tables_SB[row, : len(table)] = table
         slots_T = tables_SB[sequence_T, positions_T // block_size] * block_size + positions_T % block_size
-        wide = (step.token_ids_T, slots_T, (ends - 1)[step.sample_S != 0])
+        wide = (step.token_ids_T, slots_T, sample_rows)
         narrow = (positions_T, _ZERO, ends, step.context_lens_S, tables_SB.reshape(-1))
         num_wide, num_ids = self.num_wide, 2 * self.num_tokens + self.num_samples
         np.concatenate(wide, out=host[:num_ids])

@@ -1,6 +1,6 @@
 """The loop: plan a step, have every rank execute it, hand out events. Lives on rank 0.
 
-Where steps run on a device of their own, the next one is planned and launched while this one runs.
+Where steps run on a device of their own, the next one is planned and started while this one runs.
 
 Speaks token ids only. A failure in one request is an event; a failure of a rank ends the engine for good.
 """
@@ -11,11 +11,10 @@ from dataclasses import replace
 from typing import NoReturn
 
 from megatron_infer.engine import worker
+from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Event, Request
 from megatron_infer.engine.runner import ModelRunner, Pending
-from megatron_infer.engine.sampler import Draw
 from megatron_infer.engine.scheduler import Scheduler
-from megatron_infer.engine.step import Step
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import RankFailure
@@ -27,12 +26,9 @@ class Engine:
     def __init__(self, runner: ModelRunner, scheduler: Scheduler, profile: Profile | None = None) -> None:
         self.runner, self.scheduler, self.group = runner, scheduler, runner.tp
         self._profile = profile
-        self._requests: dict[int, tuple[Request, int, int]] = {}
-        self._in_flight: tuple[Step, Pending] | None = None
+        self._in_flight: tuple[Plan, Pending] | None = None
         self._failure: str | None = None
         self._closed = False
-        self.num_steps = 0
-        self.num_requests = 0
 
     def add(self, request: Request) -> int:
         """Queue a request; returns its id.
@@ -43,14 +39,11 @@ class Engine:
         """
         self.ensure_alive()
         self.scheduler.add(request)
-        self._requests[request.request_id] = (request, request.seed, request.choice)
-        self.num_requests += 1
         return request.request_id
 
     def abort(self, request_id: int) -> None:
         """Drop a request in any state; unknown and finished ids are fine."""
-        if self._requests.pop(request_id, None) is not None:
-            self.scheduler.abort(request_id)
+        self.scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -66,45 +59,31 @@ class Engine:
             EngineDeadError: a rank died or raised, with rank and cause.
         """
         self.ensure_alive()
-        current = self._in_flight or self._launch(self.scheduler.schedule())
+        current = self._in_flight or self._start(self.scheduler.schedule())
         if current is None:
             return []
-        self._in_flight = self._launch(self.scheduler.schedule_ahead(), 1) if self.runner.is_asynchronous else None
-        step, pending = current
+        self._in_flight = self._start(self.scheduler.schedule_ahead()) if self.runner.is_asynchronous else None
+        plan, pending = current
         try:
-            sampled = pending()
+            sampled = pending.wait()
             # A GPU that no longer waits for a rank that died goes on with whatever it has.
             self.group.check()
         except BaseException as error:
             self._fail(error)
-        events = self.scheduler.commit(step, sampled)
-        self.num_steps += 1
-        for event in events:
-            if event.finish_reason is not None:
-                self._requests.pop(event.request_id, None)
-        return events
+        return self.scheduler.commit(plan, sampled)
 
-    def _launch(self, step: Step | None, num_unknown: int = 0) -> tuple[Step, Pending] | None:
-        """Start a step; `num_unknown` tokens of each of its requests are still to come from the one before."""
-        if step is None:
+    def _start(self, plan: Plan | None) -> tuple[Plan, Pending] | None:
+        if plan is None:
             return None
-        draws = []
-        if step.full_logits:
-            rows = zip(step.request_ids, step.sample_S, strict=True)
-            draws = [self._draw(i, num_unknown) for i, is_sampled in rows if is_sampled]
         is_timed = self._profile is not None and self._profile.is_active
-        sent = replace(step, op_by_op=True) if is_timed else step
+        step = replace(plan.step, op_by_op=True) if is_timed else plan.step
         try:
             if self.group.size > 1:
-                worker.send_step(self.group, sent)
-            return step, self.runner.launch(sent, draws)
+                worker.send_step(self.group, step)
+            return plan, self.runner.start(step, plan.draws)
         except BaseException as error:
             # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
             self._fail(error)
-
-    def _draw(self, request_id: int, num_unknown: int) -> Draw:
-        request, seed, choice = self._requests[request_id]
-        return Draw(request.sampling, seed, choice, request.num_output + num_unknown)
 
     def _fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, RankFailure):

@@ -20,8 +20,8 @@ from megatron_infer.engine.step import Step
 MAX_QUERY_LEN = 16
 """Of the shapes of one sequence: a keystroke's new tokens behind a cached prompt."""
 
-Key = tuple[int, int]
-"""(num_seqs, q_len): every sequence has q_len query tokens, the last of which is sampled."""
+Key = tuple[int, int, int]
+"""(num_seqs, q_len, num_samples): every sequence has q_len query tokens, the last num_samples of which are sampled."""
 Outputs = tuple[Tensor, ...]
 
 
@@ -42,14 +42,16 @@ class Recorder(Protocol):
         ...
 
 
-def graph_keys(max_num_seqs: int) -> list[Key]:
+def graph_keys(max_num_seqs: int, *, has_drafts: bool = False) -> list[Key]:
     """The shapes worth recording, the most wanted first: one sequence, then more and more of them.
 
-    Decoding sequences are padded to 1, 2, 4, a multiple of 8, or max_num_seqs; a single sequence may have more tokens.
+    Decoding sequences are padded to 1, 2, 4, a multiple of 8, or max_num_seqs; a single sequence may have more tokens,
+    of a prompt or, with `has_drafts`, of a draft: then all are sampled.
     """
     sizes = {2, 4, *range(8, max_num_seqs, 8), max_num_seqs}
-    decoding = [(size, 1) for size in sorted(sizes) if 1 < size <= max_num_seqs]
-    return [*((1, q_len) for q_len in range(1, MAX_QUERY_LEN + 1)), *decoding]
+    prompts = [(1, q_len, 1) for q_len in range(1, MAX_QUERY_LEN + 1)]
+    drafts = [(1, q_len, q_len) for q_len in range(2, MAX_QUERY_LEN + 1) if has_drafts]
+    return [*prompts, *drafts, *((size, 1, 1) for size in sorted(sizes) if 1 < size <= max_num_seqs)]
 
 
 @dataclass(frozen=True)
@@ -90,12 +92,12 @@ class Graphs:
         self._graphs: dict[Key, _Graph] = {}
         self.memory_bytes = 0
         began_bytes = recorder.used_bytes()
-        for num_seqs, q_len in keys:
+        for num_seqs, q_len, num_samples in keys:
             layout = Layout(
                 num_tokens=num_seqs * q_len,
                 num_seqs=num_seqs,
-                num_samples=num_seqs,
-                num_draws=num_seqs,
+                num_samples=num_seqs * num_samples,
+                num_draws=num_seqs * num_samples,
                 table_width=table_width,
                 max_query_len=q_len,
             )
@@ -103,24 +105,24 @@ class Graphs:
             used_bytes = most(recorder.used_bytes() - began_bytes)
             if used_bytes > memory_bytes:
                 break
-            self._graphs[num_seqs, q_len] = graph
+            self._graphs[num_seqs, q_len, num_samples] = graph
             self.memory_bytes = used_bytes
-        self._sizes = sorted(num_seqs for num_seqs, q_len in self._graphs if q_len == 1)
+        self._sizes = sorted(num_seqs for num_seqs, q_len, _ in self._graphs if q_len == 1)
 
     def _record(self, layout: Layout, run: Callable[[Batch], Outputs], recorder: Recorder) -> _Graph:
-        padding = self._padding(layout.num_seqs, layout.max_query_len)
+        padding = self._padding(layout.num_seqs, layout.max_query_len, layout.num_samples // layout.num_seqs)
         buffer = layout.upload(padding, self._block_size, self._uploads)
         batch = layout.batch(buffer)
         return _Graph(layout, buffer, batch, recorder.record(lambda: run(batch)))
 
-    def _padding(self, num_seqs: int, q_len: int) -> Step:
+    def _padding(self, num_seqs: int, q_len: int, num_samples: int) -> Step:
         """A step of this shape that disturbs nobody."""
         return Step(
             token_ids_T=np.zeros(num_seqs * q_len, dtype=np.int32),
             query_lens_S=np.full(num_seqs, q_len, dtype=np.int32),
             context_lens_S=np.full(num_seqs, q_len, dtype=np.int32),
             block_tables=[np.full(-(-q_len // self._block_size), self._padding_block, dtype=np.int32)] * num_seqs,
-            sample_S=np.ones(num_seqs, dtype=np.int32),
+            num_samples_S=np.full(num_seqs, num_samples, dtype=np.int32),
             copies_C3=np.empty((0, 3), dtype=np.int32),
             full_logits=False,
         )
@@ -132,22 +134,21 @@ class Graphs:
 
     def key_of(self, step: Step) -> Key | None:
         """The recorded shape that holds `step`; None: it has to be launched operation by operation."""
-        num_seqs, q_len = len(step.query_lens_S), int(step.query_lens_S[0])
-        if not step.sample_S.all() or len(step.token_ids_T) != num_seqs * q_len or (step.query_lens_S != q_len).any():
+        num_seqs, q_len, num_samples = len(step.query_lens_S), int(step.query_lens_S[0]), int(step.num_samples_S[0])
+        if (step.query_lens_S != q_len).any() or (step.num_samples_S != num_samples).any():
             return None
-        if q_len > 1:
-            return (num_seqs, q_len) if (num_seqs, q_len) in self._graphs else None
-        size = next((size for size in self._sizes if size >= num_seqs), None)
-        return None if size is None else (size, 1)
+        size = num_seqs if q_len > 1 else next((size for size in self._sizes if size >= num_seqs), 0)
+        key = (size, q_len, num_samples)
+        return key if key in self._graphs else None
 
     def replay(self, key: Key, step: Step, draws: Sequence[Sequence[float]]) -> tuple[Batch, Outputs]:
         """Run `step` in the recorded shape `key`: the padded batch, and its own rows' outputs until the next replay."""
         graph, num_seqs = self._graphs[key], len(step.query_lens_S)
         if num_seqs < key[0]:
-            step = _joined(step, self._padding(key[0] - num_seqs, key[1]))
+            step = _joined(step, self._padding(key[0] - num_seqs, *key[1:]))
         graph.layout.upload(step, self._block_size, self._uploads, draws, graph.buffer)
         graph.recording.replay()
-        return graph.batch, tuple(output[:num_seqs] for output in graph.recording.outputs)
+        return graph.batch, tuple(output[: num_seqs * key[2]] for output in graph.recording.outputs)
 
 
 def _joined(step: Step, more: Step) -> Step:
@@ -158,7 +159,7 @@ def _joined(step: Step, more: Step) -> Step:
         query_lens_S=np.concatenate([step.query_lens_S, more.query_lens_S]),
         context_lens_S=np.concatenate([step.context_lens_S, more.context_lens_S]),
         block_tables=[*step.block_tables, *more.block_tables],
-        sample_S=np.concatenate([step.sample_S, more.sample_S]),
+        num_samples_S=np.concatenate([step.num_samples_S, more.num_samples_S]),
     )
 
 

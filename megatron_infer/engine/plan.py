@@ -1,74 +1,74 @@
-"""A step in the making: whose tokens it computes, and the integers that say so to every rank.
+"""A planned step: whose tokens it computes, and the integers that say so to every rank.
 
 Knows requests and their block tables. Who takes part is the scheduler's decision.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from megatron_infer.cache.block_pool import BlockPool
-from megatron_infer.engine.request import Request
-from megatron_infer.engine.step import Ints, Step
+from megatron_infer.engine.block_table import Copy
+from megatron_infer.engine.request import Draw, Request
+from megatron_infer.engine.step import Step
 
 
-@dataclass
+class Row(NamedTuple):
+    """What a step computes of one request: some of its ids and, behind the last of them, a draft."""
+
+    request: Request
+    token_ids: Sequence[int]
+    """-1 - j: the j-th sample of the step in flight"""
+    end: int
+    """Position behind `token_ids`. All of the request's ids are computed then, or it is not sampled."""
+    draft: Sequence[int] = ()
+
+
+@dataclass(frozen=True)
 class Plan:
-    """What a step computes, and what its commit has to settle."""
+    """A step, and what its commit has to settle. Copies' sources are held until then."""
 
-    rows: list[tuple[Request, int]] = field(default_factory=list)
-    """(request, number of its tokens computed)"""
-    copies: list[tuple[int, int, int]] = field(default_factory=list)
-    """Step.copies_C3; the sources are held until the commit"""
-    step: Step | None = None
+    rows: list[Row]
+    copies: list[Copy]
+    step: Step
+    draws: list[Draw]
+    """How each sampled row is drawn, where the step asks for full logits; else none."""
 
-    def has(self, request: Request) -> bool:
-        return any(row_request is request for row_request, _ in self.rows)
-
-    def build(self, pool: BlockPool) -> Step:
-        """The next tokens of every row's ids."""
+    @classmethod
+    def of(cls, rows: list[Row], copies: list[Copy], pool: BlockPool) -> Plan:
+        """The plan that computes `rows`, each request's blocks being in its table."""
         token_ids: list[int] = []
-        query_lens, context_lens, sample, block_tables = [], [], [], []
+        query_lens, context_lens, num_samples, block_tables = [], [], [], []
         full_logits = False
-        for request, chunk in self.rows:
-            end = request.num_computed + chunk
-            is_sampled = end == len(request.ids)
-            token_ids.extend(request.ids[request.num_computed : end])
-            query_lens.append(chunk)
-            context_lens.append(end)
-            sample.append(int(is_sampled))
+        for request, ids, end, draft in rows:
+            context_len = end + len(draft)
+            is_sampled = end >= len(request.ids)
+            token_ids += ids
+            token_ids += draft
+            query_lens.append(len(ids) + len(draft))
+            context_lens.append(context_len)
+            num_samples.append(1 + len(draft) if is_sampled else 0)
             full_logits |= is_sampled and not request.sampling.greedy_only
-            block_tables.append(_table(request, pool.blocks_for(end)))
-        return Step(
+            # A copy: commit may exchange a block of the table, and an exported array cannot grow.
+            table = np.frombuffer(request.block_table, dtype=np.int32, count=pool.blocks_for(context_len)).copy()
+            block_tables.append(table)
+        step = Step(
             token_ids_T=np.array(token_ids, dtype=np.int32),
             query_lens_S=np.array(query_lens, dtype=np.int32),
             context_lens_S=np.array(context_lens, dtype=np.int32),
             block_tables=block_tables,
-            sample_S=np.array(sample, dtype=np.int32),
-            copies_C3=np.array(self.copies, dtype=np.int32).reshape(-1, 3),
+            num_samples_S=np.array(num_samples, dtype=np.int32),
+            copies_C3=np.array(copies, dtype=np.int32).reshape(-1, 3),
             full_logits=full_logits,
-            request_ids=[request.request_id for request, _ in self.rows],
         )
+        draws = []
+        if full_logits:
+            draws = [row.request.draw(row.end + j) for row, n in zip(rows, num_samples, strict=True) for j in range(n)]
+        return cls(rows, copies, step, draws)
 
-    def build_ahead(self, pool: BlockPool, sample_indices: list[int]) -> Step:
-        """One token per row: the sample of that index of the step in flight, which all ids are part of by then."""
-        requests = [request for request, _ in self.rows]
-        ones = np.ones(len(requests), dtype=np.int32)
-        ends = [len(request.ids) + 1 for request in requests]
-        return Step(
-            token_ids_T=-1 - np.array(sample_indices, dtype=np.int32),
-            query_lens_S=ones,
-            context_lens_S=np.array(ends, dtype=np.int32),
-            block_tables=[_table(request, pool.blocks_for(end)) for request, end in zip(requests, ends, strict=True)],
-            sample_S=ones,
-            copies_C3=np.empty((0, 3), dtype=np.int32),
-            full_logits=any(not request.sampling.greedy_only for request in requests),
-            request_ids=[request.request_id for request in requests],
-        )
-
-
-def _table(request: Request, num_blocks: int) -> Ints:
-    """A copy: commit may exchange a block of the table, and an exported array cannot grow."""
-    return np.frombuffer(request.block_table, dtype=np.int32, count=num_blocks).copy()
+    def has(self, request: Request) -> bool:
+        return any(row.request is request for row in self.rows)

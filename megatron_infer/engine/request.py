@@ -1,7 +1,7 @@
-"""One request: its token ids, how far they are computed, and when it is finished.
+"""One request: its token ids, how far they are computed, how its tokens are drawn, and when it is finished.
 
-Owns the rules of finishing (stop token, length, error, abort). Knows nothing of text, scheduling policy or tensors;
-the scheduler writes the cache fields.
+Owns which samples hold (drafts) and the rules of finishing (stop token, length, error, abort). Knows nothing of text,
+scheduling policy or tensors; block_table.py writes the cache fields.
 """
 
 from __future__ import annotations
@@ -17,6 +17,16 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
+class Draw:
+    """What a row is sampled with: its parameters, the request's own seed, and how many tokens are generated before."""
+
+    params: SamplingParams
+    seed: int
+    choice: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
 class Sampled:
     """What the sampler made of one row: a token, or the reason why there is none."""
 
@@ -28,22 +38,20 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What a step did to one request. `token_id` is None when it ended without a new token (abort, error)."""
+    """A new token of a request, or its end without one (abort, error): then `sampled` is None."""
 
-    request_id: int
-    token_id: int | None
-    logprob: float | None = None
-    top_logprobs: tuple[tuple[int, float], ...] | None = None
+    request: Request
+    sampled: Sampled | None
     finish_reason: FinishReason | None = None
     error: str | None = None
-    num_cached_tokens: int = 0
 
 
 class Request:
     """A prompt on its way to a completion: `ids[:num_computed]` are in the KV cache, the rest is to be computed.
 
     `stop_token_ids` are the model's end tokens; `sampling.stop_token_ids` end it too, and `sampling.ignore_eos` leaves
-    only those. `max_len` bounds prompt + completion. The token that ends a completion is part of `ids`.
+    only those. `max_len` bounds prompt + completion. The token that ends a completion is part of `ids`. `seed` and
+    `choice` are what its random draws depend on, beside the position.
     """
 
     def __init__(
@@ -64,10 +72,14 @@ class Request:
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else stop_token_ids
         )
+        self.seed, self.choice = seed, choice
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
-        self.output_logprobs: list[float] = []
         self.finish_reason: FinishReason | None = None
+        self.num_draft_tokens = 0
+        """Proposed and computed."""
+        self.num_draft_accepted = 0
+        """Of those, how many saved the request a step."""
 
         self.num_computed = 0
         self.num_cached_tokens: int | None = None
@@ -84,44 +96,40 @@ class Request:
         return len(self.ids) - self.num_computed
 
     @property
-    def output_ids(self) -> list[int]:
-        return self.ids[self.num_prompt :]
-
-    @property
-    def num_output(self) -> int:
-        return len(self.ids) - self.num_prompt
-
-    @property
     def longest_len(self) -> int:
         """The most tokens, prompt included, that this request can come to."""
         return min(self.max_len, self.num_prompt + self.sampling.max_new_tokens)
 
-    def accept(self, sampled: Sampled) -> Event:
-        """Take the sampled token, or its error, and decide whether the request is finished."""
+    def draw(self, length: int) -> Draw:
+        """How the token behind the first `length` is drawn."""
+        return Draw(self.sampling, self.seed, self.choice, length - self.num_prompt)
+
+    def accept(self, sampled: Sequence[Sampled], draft: Sequence[int] = ()) -> list[Event]:
+        """Take the samples of a step, and decide whether the request is finished.
+
+        The first sample follows `ids` and the others follow the draft's tokens. So each holds as long as the draft
+        before it is what was sampled; the rest continue a text that is not there, and count as never computed.
+        """
         assert self.finish_reason is None, f"request {self.request_id} is finished"
-        if sampled.error is not None:
-            return self.finish("error", sampled.error)
-        self.ids.append(sampled.token_id)
-        if sampled.logprob is not None:
-            self.output_logprobs.append(sampled.logprob)
-        if sampled.token_id in self.stop_token_ids:
-            self.finish_reason = "stop"
-        elif len(self.ids) >= self.longest_len:
-            self.finish_reason = "length"
-        return Event(
-            self.request_id,
-            sampled.token_id,
-            sampled.logprob,
-            sampled.top_logprobs,
-            self.finish_reason,
-            None,
-            self.num_cached_tokens or 0,
-        )
+        self.num_draft_tokens += len(draft)
+        events = []
+        for result, drafted in zip(sampled, (*draft, None), strict=True):
+            if result.error is not None:
+                events.append(self.finish("error", result.error))
+                break
+            self.ids.append(result.token_id)
+            if result.token_id in self.stop_token_ids:
+                self.finish_reason = "stop"
+            elif len(self.ids) >= self.longest_len:
+                self.finish_reason = "length"
+            events.append(Event(self, result, self.finish_reason))
+            if self.finish_reason is not None or result.token_id != drafted:
+                break
+            self.num_draft_accepted += 1
+        return events
 
     def finish(self, reason: FinishReason, error: str | None = None) -> Event:
         """End the request without a new token."""
         assert self.finish_reason is None, f"request {self.request_id} is finished"
         self.finish_reason = reason
-        return Event(
-            self.request_id, None, finish_reason=reason, error=error, num_cached_tokens=self.num_cached_tokens or 0
-        )
+        return Event(self, None, reason, error)

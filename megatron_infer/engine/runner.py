@@ -5,8 +5,10 @@ Every rank runs the same code; rank 0 alone returns tokens. It does not know req
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice, starmap
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,21 +16,19 @@ from torch import Tensor
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.engine.batch import Batch, Layout, Uploads
 from megatron_infer.engine.graphs import Graphs, Key, Outputs, Recorder
-from megatron_infer.engine.request import Sampled
-from megatron_infer.engine.sampler import (
-    NOT_FINITE,
-    Draw,
-    draw_numbers,
-    logprobs_on_device,
-    sample,
-    sample_on_device,
-)
-from megatron_infer.engine.step import Step
+from megatron_infer.engine.request import Draw, Sampled
+from megatron_infer.engine.sampler import NOT_FINITE, draw_numbers, logprobs_on_device, sample, sample_on_device
+from megatron_infer.engine.step import Ints, Step
 from megatron_infer.engine.topology import use_device
 from megatron_infer.model.transformer import Transformer
 
-Pending = Callable[[], list[Sampled]]
-"""Waits for a launched step: on rank 0 one Sampled per row that the step marks as sampled; else nothing."""
+
+class Pending(Protocol):
+    """A started step."""
+
+    def wait(self) -> list[list[Sampled]]:
+        """On rank 0 a list per sequence, with a Sampled for each of its tokens that yields one; elsewhere none."""
+        ...
 
 
 class ModelRunner:
@@ -36,7 +36,7 @@ class ModelRunner:
 
     Attributes:
         is_asynchronous: steps run on the device while the host goes on; rows are then sampled there, and the next step
-            may be launched before this one's samples are known. Else rows are sampled on the host.
+            may be started before this one's samples are known. Else rows are sampled on the host.
         graphs: recorded steps, once record_graphs() was called.
     """
 
@@ -77,7 +77,7 @@ class ModelRunner:
         self.tp.close()
 
     @torch.no_grad()
-    def launch(self, step: Step, draws: Sequence[Draw] = ()) -> Pending:
+    def start(self, step: Step, draws: Sequence[Draw] = ()) -> Pending:
         """Start one step; collective over the group.
 
         Args:
@@ -97,28 +97,27 @@ class ModelRunner:
             batch = layout.batch(layout.upload(step, self.kv.block_size, self._uploads, numbers))
             if not layout.num_samples:
                 self.model.forward(self._resolved(batch), self.kv)
-                return _nothing
+                return _Known([[]] * layout.num_seqs)
             local_SV, ids_S = self._compute(batch)
         if not step.full_logits:
-            return self._pending(ids_S)
+            return _Known([]) if self.tp.rank else _Fetched(step.num_samples_S, _Fetch(ids_S))
         logits_SV = self.model.head.gather(local_SV)
         if self.is_asynchronous:
-            return self._sample_on_device(logits_SV, batch.draws_S5[: len(numbers)], draws)
+            return self._sample_on_device(logits_SV, batch, step, draws)
         if self.tp.rank:
-            return _nothing
+            return _Known([])
         rows = logits_SV.float().cpu().numpy()
-        sampled = [sample(row, draw) for row, draw in zip(rows, draws, strict=True)]
-        return lambda: sampled
+        return _Known(_by_sequence(step.num_samples_S, [sample(*row) for row in zip(rows, draws, strict=True)]))
 
     def _compute(self, batch: Batch) -> Outputs:
-        """What a graph records: this rank's logits of the sampled rows and their greedy ids; remembers those."""
+        """What a graph records: this rank's logits of the sampled rows and their greedy ids, for the next step too."""
         hidden_TD = self.model.forward(self._resolved(batch), self.kv)
         # While all decode, every row is sampled.
         is_all = batch.sample_rows.shape[0] == hidden_TD.shape[0]
         local_SV = self.model.logits(hidden_TD if is_all else hidden_TD.index_select(0, batch.sample_rows))
         ids_S = self._greedy(local_SV)
         if self.is_asynchronous:
-            self._remember(ids_S)
+            self._remember(ids_S, batch)
         return local_SV, ids_S
 
     def _resolved(self, batch: Batch) -> Batch:
@@ -130,8 +129,10 @@ class ModelRunner:
         sampled_T = self._last_ids.index_select(0, (~ids_T).clamp_(min=0))
         return replace(batch, token_ids_T=torch.where(ids_T < 0, sampled_T, ids_T))
 
-    def _remember(self, ids_S: Tensor) -> None:
+    def _remember(self, ids_S: Tensor, batch: Batch) -> None:
         num_ids = ids_S.shape[0]
+        if num_ids > batch.context_lens_S.shape[0]:
+            return  # with drafts, what comes next is not known before the host has seen them
         if num_ids > self._last_ids.shape[0]:
             self._last_ids = torch.zeros_like(ids_S)
         # A row without a sample (-1) goes on with any id: its request has ended.
@@ -151,50 +152,76 @@ class ModelRunner:
             indices_S = gathered[:, 1::2].gather(1, ranks_S[:, None])[:, 0].long()
         return torch.where(values_S.isnan(), -1, indices_S)
 
-    def _sample_on_device(self, logits_SV: Tensor, draws_S5: Tensor, draws: Sequence[Draw]) -> Pending:
+    def _sample_on_device(self, logits_SV: Tensor, batch: Batch, step: Step, draws: Sequence[Draw]) -> Pending:
         """Rank 0 draws; the others get its ids, for the next step."""
-        is_rank_0 = self.tp.rank == 0
-        ids_S = sample_on_device(logits_SV, draws_S5) if is_rank_0 else torch.zeros_like(logits_SV[:, 0]).long()
+        if self.tp.rank == 0:
+            ids_S = sample_on_device(logits_SV, batch.draws_S5[: len(draws)])
+        else:
+            ids_S = torch.zeros_like(logits_SV[:, 0]).long()
         if self.tp.size > 1:
             ids_S = self.tp.all_gather(ids_S[:, None])[:, 0].contiguous()
-        self._remember(ids_S)
+        self._remember(ids_S, batch)
         counts = [draw.params.logprobs for draw in draws]
-        if not is_rank_0 or all(count is None for count in counts):
-            return self._pending(ids_S)
-        most = max(count or 0 for count in counts)
-        ids, logprobs, top, top_ids = map(_fetch, (ids_S, *logprobs_on_device(logits_SV, ids_S, most)))
-
-        def wait() -> list[Sampled]:
-            rows = zip(ids(), logprobs(), top(), top_ids(), counts, strict=True)
-            return [_with_logprobs(*row) for row in rows]
-
-        return wait
-
-    def _pending(self, ids_S: Tensor) -> Pending:
         if self.tp.rank:
-            return _nothing
-        ids = _fetch(ids_S)
-        return lambda: [_sampled(token_id) for token_id in ids()]
+            return _Known([])
+        logprobs = []
+        if any(count is not None for count in counts):
+            most = max(count or 0 for count in counts)
+            logprobs = [_Fetch(values) for values in logprobs_on_device(logits_SV, ids_S, most)]
+        return _Fetched(step.num_samples_S, _Fetch(ids_S), logprobs, counts)
 
 
-def _nothing() -> list[Sampled]:
-    return []
+@dataclass(frozen=True)
+class _Known:
+    """Samples that the host has."""
+
+    sampled: list[list[Sampled]]
+
+    def wait(self) -> list[list[Sampled]]:
+        return self.sampled
 
 
-def _fetch(values: Tensor) -> Callable[[], list]:  # type: ignore[type-arg]  # numbers, nested like the tensor
-    """Start copying to the host; calling the result waits for that and gives the values."""
-    if values.device.type == "cpu":
-        return values.clone().tolist  # the next step may overwrite them
-    host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
-    host.copy_(values, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record()
+@dataclass(frozen=True)
+class _Fetched:
+    """Samples on their way to the host, of as many rows as `num_samples_S` adds up to."""
 
-    def wait() -> list:  # type: ignore[type-arg]
-        copied.synchronize()
-        return host.tolist()
+    num_samples_S: Ints
+    ids: _Fetch
+    logprobs: Sequence[_Fetch] = ()
+    """The three of `logprobs_on_device`, or none"""
+    counts: Sequence[int | None] = ()
+    """SamplingParams.logprobs of each row"""
 
-    return wait
+    def wait(self) -> list[list[Sampled]]:
+        if not self.logprobs:
+            return _by_sequence(self.num_samples_S, map(_sampled, self.ids.values()))
+        rows = zip(self.ids.values(), *(fetch.values() for fetch in self.logprobs), self.counts, strict=True)
+        return _by_sequence(self.num_samples_S, starmap(_with_logprobs, rows))
+
+
+class _Fetch:
+    """A tensor being copied to the host."""
+
+    def __init__(self, values: Tensor) -> None:
+        if values.device.type == "cpu":
+            self._host, self._copied = values.clone(), None  # the next step may overwrite them
+            return
+        self._host = torch.empty(values.shape, dtype=values.dtype, device="cpu", pin_memory=True)
+        self._host.copy_(values, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def values(self) -> list[Any]:
+        """Numbers, nested like the tensor; waits for them."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        values: list[Any] = self._host.tolist()
+        return values
+
+
+def _by_sequence(num_samples_S: Ints, sampled: Iterable[Sampled]) -> list[list[Sampled]]:
+    rows = iter(sampled)
+    return [list(islice(rows, num_samples)) for num_samples in num_samples_S.tolist()]
 
 
 def _sampled(token_id: int) -> Sampled:

@@ -6,31 +6,18 @@ what is drawn. Randomness is counter-based: (seed, choice, position) alone decid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_infer.engine.request import Sampled
-from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.engine.request import Draw, Sampled
 
 Row = npt.NDArray[np.float64]
 
 _ROWS_AT_ONCE = 16
 """Rows sorted together on the device: a float64 copy of a vocabulary of 49152 takes 6 MiB for them."""
 NOT_FINITE = "the model produced NaN or Inf for this request; check the checkpoint's weights and dtype"
-
-
-@dataclass(frozen=True)
-class Draw:
-    """What a row is sampled with: its parameters, the request's own seed, and how many tokens it has generated."""
-
-    params: SamplingParams
-    seed: int
-    choice: int
-    position: int
 
 
 def sample(logits_V: npt.NDArray[np.float32], draw: Draw) -> Sampled:

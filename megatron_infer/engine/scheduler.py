@@ -1,19 +1,34 @@
 """Which tokens of which requests the next step computes, and in which cache blocks.
 
-Owns the queues, the token budget, admission, preemption and the block tables. There are no phases: a request has
+Owns the queues, the token budget, admission, preemption and drafts' limits. There are no phases: a request has
 `num_computed < len(ids)`, whether it is prefilling, decoding or coming back from preemption. Knows nothing of tensors.
 """
 
 from __future__ import annotations
 
-from array import array
 from collections import deque
 from collections.abc import Sequence
+from typing import Protocol
 
 from megatron_infer.cache.block_pool import ROOT, BlockPool, Match, common_head
-from megatron_infer.engine.plan import Plan
+from megatron_infer.engine.block_table import Copy, allocate, grow, seal_full_blocks, shrink, vacate
+from megatron_infer.engine.plan import Plan, Row
 from megatron_infer.engine.request import Event, Request, Sampled
-from megatron_infer.engine.step import Step
+
+Chunk = tuple[Request, int]
+"""How many of a request's ids the step computes."""
+
+
+class Drafter(Protocol):
+    """Guesses how requests go on. No guess changes an answer: right ones save steps, wrong ones cost time."""
+
+    def propose(self, request: Request) -> list[int]:
+        """Ids of the vocabulary that may follow `request.ids`, the next one first; [] for none.
+
+        Called when a step computes all of `request.ids`. The step takes as many of the ids as fit. What came of
+        earlier ones is in `request.ids`, `num_draft_tokens` and `num_draft_accepted`.
+        """
+        ...
 
 
 class Scheduler:
@@ -24,8 +39,16 @@ class Scheduler:
     progresses and nothing can starve.
     """
 
-    def __init__(self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int) -> None:
-        self.pool = pool
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        drafter: Drafter | None = None,
+    ) -> None:
+        self.pool, self._drafter = pool, drafter
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
@@ -92,79 +115,92 @@ class Scheduler:
             self._retire(request)
         return event
 
-    def schedule(self) -> Step | None:
+    def schedule(self) -> Plan | None:
         """Plan the next step, or None when there is nothing to do. Every step before must be committed."""
         assert not self._plans, "the last step is not committed"
-        plan = Plan()
         self._make_room_for_decoding()
         budget = self.max_num_batched_tokens
+        chunks: list[Chunk] = []
+        copies: list[Copy] = []
         # Admission ends when the budget does. So only the last one admitted can be short of its prompt's end: a long
         # prefill takes what the decoding ones leave, never the reverse; and there is a token for each of them.
         for request in self._running:
             chunk = min(budget, request.num_remaining)
-            plan.rows.append((request, chunk))
+            chunks.append((request, chunk))
             budget -= chunk
-        self._admit(plan, budget)
-        if not plan.rows:
+        budget = self._admit(chunks, copies, budget)
+        if not chunks:
             assert not self.has_work, "requests wait, and nothing runs that could make room for them"
             return None
-        plan.step = plan.build(self.pool)
+        rows = []
+        for request, chunk in chunks:
+            start, end = request.num_computed, request.num_computed + chunk
+            draft: list[int] = []
+            if self._drafter is not None and end == len(request.ids):
+                draft = self._draft(self._drafter, request, budget)
+                budget -= len(draft)
+            rows.append(Row(request, request.ids[start:end], end, draft))
+        plan = Plan.of(rows, copies, self.pool)
         self._plans.append(plan)
-        return plan.step
+        return plan
 
-    def schedule_ahead(self) -> Step | None:
+    def schedule_ahead(self) -> Plan | None:
         """Plan the step after the one in flight, whose samples are not known yet; None where they must be.
 
-        That is so unless all of its rows are sampled and nobody could be admitted. The new step computes the samples
-        themselves, of those requests that need not end with them: id -1 - j is the j-th sample of the step in flight.
-        A request that turns out to have ended has its row computed for nothing.
+        That is so for a drafter, which goes on from them, and unless all rows are sampled and nobody could be admitted.
+        The new step computes the samples themselves, of those requests that need not end with them: id -1 - j is the
+        j-th sample of the step in flight. A request that turns out to have ended has its row computed for nothing.
         """
         assert len(self._plans) == 1, "one step must be in flight"
         (plan,) = self._plans
-        assert plan.step is not None
-        if self._may_admit() or not plan.step.sample_S.all():
+        if self._drafter is not None or self._may_admit() or not plan.step.num_samples_S.all():
             return None
-        ahead, sample_indices = Plan(), []
-        for j, (request, _) in enumerate(plan.rows):
-            if request.finish_reason is not None or len(request.ids) + 1 >= request.longest_len:
+        rows = []
+        for j, row in enumerate(plan.rows):
+            request, end = row.request, len(row.request.ids) + 1
+            if request.finish_reason is not None or end >= request.longest_len:
                 continue
-            if len(request.block_table) < self.pool.blocks_for(len(request.ids) + 1):
-                fresh = self.pool.take(1)
-                if fresh is None:
-                    return None
-                request.block_table.append(fresh[0])
-            ahead.rows.append((request, 1))
-            sample_indices.append(j)
-        if not ahead.rows:
+            if not grow(self.pool, request, end):
+                return None
+            rows.append(Row(request, [-1 - j], end))
+        if not rows:
             return None
-        ahead.step = ahead.build_ahead(self.pool, sample_indices)
-        self._plans.append(ahead)
-        return ahead.step
+        self._plans.append(Plan.of(rows, [], self.pool))
+        return self._plans[-1]
 
-    def commit(self, step: Step, sampled: Sequence[Sampled]) -> list[Event]:
-        """Take in an executed step: one Sampled per row with `sample_S` 1, in order; returns an Event for each.
+    def commit(self, plan: Plan, sampled: Sequence[Sequence[Sampled]]) -> list[Event]:
+        """Take in an executed step.
 
-        Only now do its full blocks become matchable. Requests that have ended by now yield no event here.
+        Only now do its full blocks become matchable. What was computed for nothing, behind the end of a request or a
+        rejected draft, is not among the ids; its slots are written again.
+
+        Args:
+            sampled: for each row as many as `num_samples_S` says.
+        Returns:
+            an Event per new token, and one for each request that failed; none for those that have ended by now.
         """
         assert self._plans, "no step is in flight"
-        plan = self._plans[0]
-        assert plan.step is step, "steps are committed in the order in which they were planned"
-        assert len(sampled) == int(step.sample_S.sum()), f"{len(sampled)} samples for {int(step.sample_S.sum())} rows"
+        assert self._plans[0] is plan, "steps are committed in the order in which they were planned"
+        given, wanted = list(map(len, sampled)), plan.step.num_samples_S.tolist()
+        assert given == wanted, f"{given} samples for rows that yield {wanted}"
         self._plans.popleft()
-        self.pool.release([source for source, _, _ in plan.copies])
+        if plan.copies:
+            self.pool.release([source for source, _, _ in plan.copies])
         events: list[Event] = []
-        samples = iter(sampled)
-        for (request, chunk), is_sampled in zip(plan.rows, step.sample_S.tolist(), strict=True):
-            # What was computed for nothing is not among the ids.
-            request.num_computed = min(request.num_computed + chunk, len(request.ids))
-            result = next(samples) if is_sampled else None
-            if result is not None and request.finish_reason is None:
-                events.append(request.accept(result))
-            if result is not None and result.error is not None:
+        for row, samples in zip(plan.rows, sampled, strict=True):
+            request = row.request
+            computed = min(row.end, len(request.ids))
+            if samples and request.finish_reason is None:
+                events += request.accept(samples, row.draft)
+                computed = min(row.end + len(row.draft), len(request.ids) - 1)
+            request.num_computed = computed
+            if samples and (samples[0].error is not None or request.finish_reason == "error"):
                 # Nobody may inherit what gave no finite logits, be it a fault of the hardware or of the prompt.
                 self.pool.forget(request.block_table[0])
                 request.cacheable = False
-            self._seal_full_blocks(request)
+            seal_full_blocks(self.pool, request)
+            if row.draft:
+                shrink(self.pool, request)
             if request.finish_reason is not None:
                 if request in self._running:
                     self._running.remove(request)
@@ -175,6 +211,12 @@ class Scheduler:
     def _is_in_flight(self, request: Request) -> bool:
         return any(plan.has(request) for plan in self._plans)
 
+    def _retire(self, request: Request) -> None:
+        vacate(self.pool, request)
+        del self._requests[request.request_id]
+        if self._refused[0] is request:
+            self._refused = (None, 0)
+
     # ---- planning ---------------------------------------------------------------------------------------------------
 
     def _make_room_for_decoding(self) -> None:
@@ -183,18 +225,30 @@ class Scheduler:
         Admission has reserved the whole prompt, so only decoding grows. What is preempted needs more blocks than that
         set free, so the same step does not admit it again.
         """
-        pool, index = self.pool, 0
+        index = 0
         while index < len(self._running):
             request = self._running[index]
-            if len(request.block_table) >= pool.blocks_for(len(request.ids)):
+            if grow(self.pool, request, len(request.ids)):
                 index += 1
-            elif fresh := pool.take(1):
-                request.block_table.append(fresh[0])
             else:
                 latest = self._running.pop()  # perhaps `request` itself
-                self._vacate(latest)
+                vacate(self.pool, latest)
                 self._waiting.appendleft(latest)
                 self.num_preemptions += 1
+
+    def _draft(self, drafter: Drafter, request: Request, budget: int) -> list[int]:
+        """A draft of what nobody else wants: tokens that are left of the budget, and blocks that are free.
+
+        One block per running request stays free, as at admission. The last sample must not exceed the longest length.
+        """
+        pool = self.pool
+        num_spare = max(pool.num_free - len(self._running), 0)
+        num_slots = (len(request.block_table) + num_spare) * pool.block_size
+        most = min(budget, min(num_slots, request.longest_len - 1) - len(request.ids))
+        draft = drafter.propose(request)[:most] if most > 0 else []
+        has_grown = grow(pool, request, len(request.ids) + len(draft))
+        assert has_grown
+        return draft
 
     def _may_admit(self) -> bool:
         """Whether it is worth matching, a hash per block of a prompt: the first that waits has not found too few blocks
@@ -204,53 +258,32 @@ class Scheduler:
         refused, headroom = self._refused
         return refused is not self._waiting[0] or self.pool.num_free - len(self._running) > headroom
 
-    def _admit(self, plan: Plan, budget: int) -> None:
-        """Move waiting requests into the step, in order, while budget, sequences and blocks last."""
+    def _admit(self, chunks: list[Chunk], copies: list[Copy], budget: int) -> int:
+        """Move waiting requests into the step, in order, while budget, sequences and blocks last; the budget left."""
         if not self._may_admit():
-            return
-        being_written = {key: row for row in plan.rows if (key := self._first_block_written(*row)) is not None}
+            return budget
+        being_written = {key: chunk for chunk in chunks if (key := self._first_block_written(*chunk)) is not None}
         while budget and self._may_admit():
             request = self._waiting[0]
             headroom = self.pool.num_free - len(self._running)
             match = self.pool.match(request.ids)
             if self._worth_waiting(request, match, being_written, budget):
                 self.pool.release(match.held)
-                return
-            if not self._allocate(request, match, plan):
+                break
+            # One block per running request stays free, or their next tokens would evict the newcomer at once.
+            to_copy = allocate(self.pool, request, match, num_reserved=len(self._running))
+            if to_copy is None:
                 self._refused = (request, headroom)
-                return
+                break
+            copies += to_copy
             self._running.append(self._waiting.popleft())
-            row = (request, min(budget, request.num_remaining))
-            plan.rows.append(row)
-            budget -= row[1]
-            key = self._first_block_written(*row)
+            chunk = (request, min(budget, request.num_remaining))
+            chunks.append(chunk)
+            budget -= chunk[1]
+            key = self._first_block_written(*chunk)
             if key is not None:
-                being_written.setdefault(key, row)
-
-    def _allocate(self, request: Request, match: Match, plan: Plan) -> bool:
-        """Blocks for all of the request's tokens, or nothing: a prompt is never preempted between its own chunks.
-
-        One block per running request stays free, or their next tokens would evict the newcomer at once.
-        """
-        pool = self.pool
-        num_fresh = pool.blocks_for(len(request.ids)) - len(match.blocks)
-        wanted = num_fresh + len(self._running)
-        tail_block, tail_len = match.tail_block, match.tail_len
-        if tail_block is not None and pool.num_free < wanted:
-            pool.release([tail_block])
-            tail_block, tail_len = None, 0
-        fresh = pool.take(num_fresh) if pool.num_free >= wanted else None
-        if fresh is None:
-            pool.release(match.blocks)
-            return False
-        request.block_table = array("i", [*match.blocks, *fresh])
-        request.num_sealed = len(match.blocks)
-        request.num_computed = len(match.blocks) * pool.block_size + tail_len
-        if tail_block is not None:
-            plan.copies.append((tail_block, fresh[0], tail_len))
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.num_computed
-        return True
+                being_written.setdefault(key, chunk)
+        return budget
 
     def _first_block_written(self, request: Request, chunk: int) -> tuple[int, tuple[int, ...]] | None:
         """(parent, ids) of the first block that this chunk completes and its commit will seal."""
@@ -265,7 +298,7 @@ class Scheduler:
         self,
         request: Request,
         match: Match,
-        being_written: dict[tuple[int, tuple[int, ...]], tuple[Request, int]],
+        being_written: dict[tuple[int, tuple[int, ...]], Chunk],
         budget: int,
     ) -> bool:
         """Whether this very step computes, for another request, at least half of what this one would compute in it.
@@ -275,50 +308,19 @@ class Scheduler:
         size = self.pool.block_size
         start = len(match.blocks) * size
         parent = match.blocks[-1] if match.blocks else ROOT
-        row = being_written.get((parent, tuple(request.ids[start : start + size])))
-        if row is None:
+        chunk = being_written.get((parent, tuple(request.ids[start : start + size])))
+        if chunk is None:
             return False
-        other, chunk = row
-        limit = min(len(request.ids) - 1, other.num_computed + chunk)
+        other, num_tokens = chunk
+        limit = min(len(request.ids) - 1, other.num_computed + num_tokens)
         shared = common_head(request.ids[start:limit], other.ids[start:limit]) // size * size
         return 2 * (shared - match.tail_len) >= min(budget, len(request.ids) - start - match.tail_len)
-
-    # ---- blocks -----------------------------------------------------------------------------------------------------
-
-    def _seal_full_blocks(self, request: Request) -> None:
-        size, table = self.pool.block_size, request.block_table
-        while request.cacheable and (request.num_sealed + 1) * size <= request.num_computed:
-            index = request.num_sealed
-            parent = table[index - 1] if index else ROOT
-            block = self.pool.seal(table[index], parent, request.ids[index * size : (index + 1) * size])
-            if block is None:
-                request.cacheable = False
-            else:
-                table[index] = block
-                request.num_sealed += 1
-
-    def _vacate(self, request: Request) -> None:
-        """Give up the blocks; what is computed stays matchable, the head of the last block included."""
-        table, index = request.block_table, request.num_sealed
-        computed_tail = request.ids[index * self.pool.block_size : request.num_computed]
-        if request.cacheable and computed_tail:
-            self.pool.seal(table[index], table[index - 1] if index else ROOT, computed_tail)
-        self.pool.release(table)
-        request.block_table = array("i")
-        request.num_computed = request.num_sealed = 0
-        request.cacheable = True
-
-    def _retire(self, request: Request) -> None:
-        self._vacate(request)
-        del self._requests[request.request_id]
-        if self._refused[0] is request:
-            self._refused = (None, 0)
 
     def check(self) -> None:
         """Assert every invariant of the queues and of the pool; for tests and post-mortems."""
         pool = self.pool
         pool.check()
-        in_flight = [request for plan in self._plans for request, _ in plan.rows]
+        in_flight = [row.request for plan in self._plans for row in plan.rows]
         ended = [request for request in in_flight if request.finish_reason is not None]
         order = list(self._requests.values())  # a dict keeps the order of arrival
         assert [r for r in order if r not in ended] == [*self._running, *self._waiting]
@@ -334,6 +336,8 @@ class Scheduler:
         assert len(self._running) <= min(self.max_num_seqs, self.max_num_batched_tokens)
         if not self._plans:
             assert all(request.num_remaining == 1 for request in self._running[:-1])
+            for request in self._running:
+                assert len(request.block_table) <= pool.blocks_for(len(request.ids)), "a rejected draft keeps its block"
         for request in self._running:
             assert 0 <= request.num_computed < len(request.ids)
             assert len(request.block_table) * pool.block_size >= request.num_computed

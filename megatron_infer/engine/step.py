@@ -6,7 +6,7 @@ Owns the wire form that rank 0 broadcasts. Knows nothing of requests, sampling p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -29,16 +29,14 @@ class Step:
     """Tokens in the KV cache once this step has run, those of this step included."""
     block_tables: list[Ints]
     """Per sequence, the blocks that hold its `context_lens_S[s]` tokens."""
-    sample_S: Ints
-    """1: the sequence's last token of this step yields a sample."""
+    num_samples_S: Ints
+    """How many of the sequence's last tokens of this step yield a sample: 0, 1, or one more than drafts."""
     copies_C3: Ints
     """(source block, destination block, number of leading tokens); no destination is another copy's source."""
     full_logits: bool
     """False: the arg-max of each sampled row is enough."""
     op_by_op: bool = False
     """No rank may replay a recording of this step, because rank 0 times its operations."""
-    request_ids: list[int] = field(default_factory=list)
-    """Per sequence, whose it is; rank 0 only, not sent."""
 
     def encode(self) -> npt.NDArray[np.int64]:
         """A 1-D int64 array: pairs of int32 values, lengths first."""
@@ -52,7 +50,7 @@ class Step:
             table_lens_S,
             self.query_lens_S,
             self.context_lens_S,
-            self.sample_S,
+            self.num_samples_S,
             self.token_ids_T,
             self.copies_C3.reshape(-1),
             *self.block_tables,
@@ -66,11 +64,12 @@ class Step:
 
     @classmethod
     def decode(cls, encoded: npt.NDArray[np.int64]) -> Step:
-        """The step that `encode` was called on, without `request_ids`; its arrays are views of `encoded`."""
+        """The step that `encode` was called on; its arrays are views of `encoded`."""
         flat = np.ascontiguousarray(encoded, dtype=np.int64).view(np.int32)
         num_tokens, num_seqs, num_copies, flags = (int(value) for value in flat[:4])
         ends = 4 + np.cumsum([num_seqs, num_seqs, num_seqs, num_seqs, num_tokens, 3 * num_copies])
-        table_lens_S, query_lens_S, context_lens_S, sample_S, token_ids_T, copies, tables = np.split(flat[4:], ends - 4)
+        parts = np.split(flat[4:], ends - 4)
+        table_lens_S, query_lens_S, context_lens_S, num_samples_S, token_ids_T, copies, tables = parts
         table_ends = np.cumsum(table_lens_S)
         size = int(table_ends[-1]) if num_seqs else 0
         assert len(tables) - size in (0, 1), f"a step of {len(flat)} values was cut or extended on its way"
@@ -80,7 +79,7 @@ class Step:
             query_lens_S=query_lens_S,
             context_lens_S=context_lens_S,
             block_tables=[tables[start:end] for start, end in zip(starts.tolist(), table_ends.tolist(), strict=True)],
-            sample_S=sample_S,
+            num_samples_S=num_samples_S,
             copies_C3=copies.reshape(-1, 3),
             full_logits=bool(flags & 1),
             op_by_op=bool(flags & 2),

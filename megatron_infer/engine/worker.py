@@ -62,7 +62,7 @@ def receive(runner: ModelRunner) -> tuple[Kind, Any]:
             if kind is not Kind.STEP:
                 return kind, _read_json(message)
             with runner.tp.reporting_failure():
-                runner.launch(Step.decode(message[1:]))
+                runner.start(Step.decode(message[1:]))
 
 
 def serve(runner: ModelRunner) -> None:

@@ -120,16 +120,16 @@ def one_at_a_time(config: ModelConfig, tensors: Tensors) -> Engine:
 
 
 def counted(engine: Engine) -> list[bool]:
-    """Of every step from now on: whether it was launched before the one before it was committed."""
-    launched: list[bool] = []
-    plain = engine.runner.launch
+    """Of every step from now on: whether it was started before the one before it was committed."""
+    started: list[bool] = []
+    plain = engine.runner.start
 
-    def launch(step: Any, draws: Any = ()) -> Any:
-        launched.append(bool((step.token_ids_T < 0).any()))
+    def start(step: Any, draws: Any = ()) -> Any:
+        started.append(bool((step.token_ids_T < 0).any()))
         return plain(step, draws)
 
-    engine.runner.launch = launch  # type: ignore[method-assign]
-    return launched
+    engine.runner.start = start  # type: ignore[method-assign]
+    return started
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["launched", "recorded"])
@@ -138,9 +138,9 @@ def test_answers_are_those_of_one_step_at_a_time(config, tensors, prompts, sampl
     expected = generate(one_at_a_time(config, tensors), prompts, sampling)
     recorder = FakeRecorder() if recorded else None
     engine = engine_of(config, tensors, recorder)
-    launched = counted(engine)
+    started = counted(engine)
     assert generate(engine, prompts, sampling) == expected
-    assert sum(launched) >= 20, "most steps are planned ahead"
+    assert sum(started) >= 20, "most steps are planned ahead"
     assert generate(engine_of(config, tensors, FakeRecorder(), max_num_seqs=3), prompts, sampling) == expected
     for prompt, output in zip(prompts, expected, strict=True):
         assert generate(engine, [prompt], sampling)[0] == output
@@ -177,20 +177,19 @@ def test_requests_that_end_while_their_next_token_is_computed(config, tensors, p
 def test_an_abort_while_two_steps_are_in_flight(config, tensors, prompts) -> None:
     engine = engine_of(config, tensors, FakeRecorder())
     expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
-    first = engine.num_requests
     for i, prompt in enumerate(prompts):
-        engine.add(Request(first + i, list(prompt), GREEDY, 512, frozenset()))
+        engine.add(Request(i, list(prompt), GREEDY, 512, frozenset()))
     outputs: dict[int, Output] = {}
     for _ in range(4):
         for event in engine.step():
-            if event.token_id is not None:
-                outputs.setdefault(event.request_id, []).append((event.token_id, None))
-    engine.abort(first + 2)
+            if event.sampled is not None:
+                outputs.setdefault(event.request.request_id, []).append((event.sampled.token_id, None))
+    engine.abort(2)
     drain(engine, outputs)
     for i, output in enumerate(expected):
-        got = outputs[first + i]
+        got = outputs[i]
         assert got == (output[: len(got)] if i == 2 else output)
-    assert len(outputs[first + 2]) < 24
+    assert len(outputs[2]) < 24
     engine.step()
     engine.scheduler.check()
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
@@ -223,33 +222,33 @@ def test_a_spoilt_row_fails_alone(config, prompts, sampling) -> None:
     assert not any(token == 3 for output in expected for token, _ in output[:-1])
     engine = engine_of(config, spoilt, FakeRecorder())
     for i, prompt in enumerate([*clean, [4, 3, 5]]):
-        engine.add(Request(i, prompt, sampling, 512, frozenset()), seed=7)
+        engine.add(Request(i, prompt, sampling, 512, frozenset(), seed=7))
     tokens: dict[int, list[int]] = {}
     errors = {}
     while engine.has_work:
         for event in engine.step():
             if event.error:
-                errors[event.request_id] = event.error
-            elif event.token_id is not None:
-                tokens.setdefault(event.request_id, []).append(event.token_id)
+                errors[event.request.request_id] = event.error
+            elif event.sampled is not None:
+                tokens.setdefault(event.request.request_id, []).append(event.sampled.token_id)
     assert list(errors) == [len(clean)] and "NaN or Inf" in errors[len(clean)]
     assert [tokens[i] for i in range(len(clean))] == [[token for token, _ in output] for output in expected]
 
 
 def test_shapes_worth_recording() -> None:
-    assert graph_keys(1) == [(1, q_len) for q_len in range(1, 17)]
-    decoding = [num_seqs for num_seqs, q_len in graph_keys(30) if q_len == 1]
+    assert graph_keys(1) == [(1, q_len, 1) for q_len in range(1, 17)]
+    decoding = [num_seqs for num_seqs, q_len, _ in graph_keys(30) if q_len == 1]
     assert decoding == [1, 2, 4, 8, 16, 24, 30]
     assert len(set(graph_keys(128))) == len(graph_keys(128))
 
 
 def test_what_exceeds_the_budget_is_left_out_and_still_answered(config, tensors, prompts) -> None:
     runner = make_runner(config, tensors, TPGroup.single(CPU), is_asynchronous=True)
-    keys: list[Key] = [(1, 1), (4, 1), (8, 1), (1, 3)]
+    keys: list[Key] = [(1, 1, 1), (4, 1, 1), (8, 1, 1), (1, 3, 1)]
     recorder = FakeRecorder()
     runner.record_graphs(recorder, keys, max_model_len=512, max_num_seqs=MAX_NUM_SEQS, memory_bytes=20)
     assert runner.graphs is not None
-    assert runner.graphs.keys == ((1, 1), (4, 1)) and runner.graphs.memory_bytes == 20
+    assert runner.graphs.keys == ((1, 1, 1), (4, 1, 1)) and runner.graphs.memory_bytes == 20
     expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
     assert generate(make_engine(runner, max_num_seqs=MAX_NUM_SEQS), prompts, GREEDY) == expected
 
@@ -270,7 +269,7 @@ def test_torchs_own_ops_can_be_recorded_too(config, tensors, q_len: int) -> None
     """Nothing in them waits for the host; FlashAttention in their midst makes that worth it."""
     ops = select_ops(CPU, num_threads=1, force="vendor")
     runner = make_runner(config, tensors, TPGroup.single(CPU), ops=ops, is_asynchronous=True)
-    recorder, keys = FakeRecorder(), [(3, 1), (1, q_len)]
+    recorder, keys = FakeRecorder(), [(3, 1, 1), (1, q_len, 1)]
     runner.record_graphs(recorder, keys, max_model_len=512, max_num_seqs=3, memory_bytes=100)
     assert runner.graphs is not None and len(recorder.recordings) == 2
 

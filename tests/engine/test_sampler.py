@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_infer.engine.sampler import Draw, draw_numbers, logprobs_on_device, sample, sample_on_device
+from megatron_infer.engine.request import Draw
+from megatron_infer.engine.sampler import draw_numbers, logprobs_on_device, sample, sample_on_device
 from megatron_infer.sampling_params import SamplingParams
 
 LOGITS = np.array([0.0, 3.0, 1.0, 2.0, 2.0, -5.0], dtype=np.float32)

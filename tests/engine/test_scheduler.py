@@ -7,7 +7,7 @@ import itertools
 import pytest
 
 from megatron_infer.engine.request import Sampled
-from tests.support.fake_model import EOS, VOCAB, Bench, completion, lasting_prompt, prompt_of
+from tests.support.fake_model import EOS, VOCAB, Bench, completion, ids_in, lasting_prompt, output_of, prompt_of
 
 # ---- the life of a request ----------------------------------------------------------------------------------------
 
@@ -17,11 +17,11 @@ def test_a_stop_token_ends_a_request_and_is_part_of_its_output() -> None:
     bench = Bench()
     request = bench.ask(prompt, 20)
     assert request.finish_reason == "stop"
-    assert request.output_ids[-1] == EOS
+    assert output_of(request)[-1] == EOS
     ignoring = bench.add(prompt, 20, ignore_eos=True)
     bench.run()
     bench.verify(ignoring)
-    assert len(bench.requests[ignoring].output_ids) == 20
+    assert len(output_of(bench.requests[ignoring])) == 20
 
 
 def test_the_requests_own_stop_tokens_count_even_when_eos_is_ignored() -> None:
@@ -31,7 +31,7 @@ def test_the_requests_own_stop_tokens_count_even_when_eos_is_ignored() -> None:
     request_id = bench.add(prompt, 8, ignore_eos=True, stop_token_ids=(third,))
     bench.run()
     bench.verify(request_id)
-    assert bench.requests[request_id].output_ids[-1] == third
+    assert output_of(bench.requests[request_id])[-1] == third
 
 
 def test_the_context_length_ends_a_request() -> None:
@@ -41,41 +41,38 @@ def test_the_context_length_ends_a_request() -> None:
     assert request.finish_reason == "length"
 
 
-def test_logprobs_are_collected_and_passed_on() -> None:
+def test_logprobs_are_passed_on() -> None:
     bench = Bench()
-    request_id = bench.add(lasting_prompt(3, 2), 2, logprobs=1)
+    bench.add(lasting_prompt(3, 2), 2, logprobs=1)
     for logprob in (-0.5, -0.25):
-        step = bench.scheduler.schedule()
-        assert step is not None
-        assert step.full_logits
-        (sampled,) = bench.execute(step)
-        (event,) = bench.commit(step, [Sampled(sampled.token_id, logprob, ((1, logprob),))])
-        assert (event.logprob, event.top_logprobs) == (logprob, ((1, logprob),))
-    assert bench.requests[request_id].output_logprobs == [-0.5, -0.25]
+        plan = bench.schedule()
+        assert plan.step.full_logits
+        ((sampled,),) = bench.execute(plan)
+        likely = Sampled(sampled.token_id, logprob, ((1, logprob),))
+        (event,) = bench.commit(plan, [[likely]])
+        assert event.sampled is likely
 
 
 def test_full_logits_are_asked_for_only_when_a_sampled_row_needs_them() -> None:
     bench = Bench(max_num_batched_tokens=8)
     bench.add(prompt_of(12), 2, temperature=1.0)
-    first, second = bench.scheduler.schedule(), None
-    assert first is not None
-    assert not first.full_logits, "the first chunk of a prompt is not sampled"
+    first = bench.schedule()
+    assert not first.step.full_logits, "the first chunk of a prompt is not sampled"
     bench.commit(first, bench.execute(first))
-    second = bench.scheduler.schedule()
-    assert second is not None
-    assert second.full_logits
+    second = bench.schedule()
+    assert second.step.full_logits
 
 
 def test_an_error_fails_its_request_alone_and_leaves_nothing_in_the_cache() -> None:
     bench = Bench()
     bad, good = bench.add(prompt_of(11, 1), 6), bench.add(lasting_prompt(11, 6), 6)
-    step = bench.scheduler.schedule()
-    assert step is not None
-    assert step.request_ids == [bad, good]
-    _, fine = bench.execute(step)
-    event = bench.commit(step, [Sampled(0, error="not finite"), fine])[0]
+    plan = bench.schedule()
+    assert ids_in(plan) == [bad, good]
+    _, fine = bench.execute(plan)
+    event = bench.commit(plan, [[Sampled(0, error="not finite")], fine])[0]
     bench.scheduler.check()
-    assert (event.request_id, event.token_id, event.finish_reason, event.error) == (bad, None, "error", "not finite")
+    assert (event.request.request_id, event.sampled) == (bad, None)
+    assert (event.finish_reason, event.error) == ("error", "not finite")
     bench.run()
     bench.verify(good)
     assert bench.ask(prompt_of(11, 1)).num_cached_tokens == 0
@@ -86,11 +83,10 @@ def test_an_error_takes_the_earlier_chunks_out_of_the_cache_too() -> None:
     bench = Bench(max_num_batched_tokens=8)
     bench.add(prompt_of(13))
     bench.step()
-    step = bench.scheduler.schedule()
-    assert step is not None
-    assert step.sample_S.tolist() == [1]
-    bench.execute(step)
-    bench.commit(step, [Sampled(0, error="not finite")])
+    plan = bench.schedule()
+    assert plan.step.num_samples_S.tolist() == [1]
+    bench.execute(plan)
+    bench.commit(plan, [[Sampled(0, error="not finite")]])
     bench.scheduler.check()
     assert bench.ask(prompt_of(13)).num_cached_tokens == 0
 
@@ -125,7 +121,7 @@ def test_a_hit_changes_nothing_but_the_work(shared: int) -> None:
     hit = bench.ask(prompt)
     assert hit.num_cached_tokens == shared
     assert bench.num_computed_tokens - before == len(hit.ids) - 1 - shared
-    assert hit.output_ids == Bench(enable_prefix_caching=False).ask(prompt).output_ids
+    assert output_of(hit) == output_of(Bench(enable_prefix_caching=False).ask(prompt))
 
 
 def test_a_b_a() -> None:
@@ -134,7 +130,7 @@ def test_a_b_a() -> None:
     first = bench.ask(a, 6)
     bench.ask(b, 6)
     again = bench.ask(a, 6)
-    assert again.output_ids == first.output_ids
+    assert output_of(again) == output_of(first)
     assert again.num_cached_tokens == 13
 
 
@@ -168,11 +164,10 @@ def test_an_aborted_request_leaves_what_it_computed() -> None:
 def test_a_block_is_not_matched_before_it_is_written() -> None:
     bench = Bench(max_num_batched_tokens=64)
     first = bench.add(prompt_of(12), 2)
-    step = bench.scheduler.schedule()
-    assert step is not None
+    plan = bench.schedule()
     match = bench.pool.match(prompt_of(13))
     assert match.held == []
-    bench.commit(step, bench.execute(step))
+    bench.commit(plan, bench.execute(plan))
     bench.run()
     bench.verify(first)
 
@@ -184,9 +179,9 @@ def test_samples_of_one_prompt_prefill_it_once() -> None:
     first, second = bench.step(), bench.step()
     assert first is not None
     assert second is not None
-    assert first.request_ids == ids[:1]
-    assert second.request_ids == ids
-    assert second.query_lens_S.tolist() == [1, 1, 1, 1]
+    assert ids_in(first) == ids[:1]
+    assert ids_in(second) == ids
+    assert second.step.query_lens_S.tolist() == [1, 1, 1, 1]
     bench.run()
     for request_id in ids:
         bench.verify(request_id)
@@ -195,9 +190,9 @@ def test_samples_of_one_prompt_prefill_it_once() -> None:
 def test_prompts_that_share_little_are_computed_side_by_side() -> None:
     bench = Bench(max_num_batched_tokens=64)
     ids = [bench.add([*prompt_of(4), *prompt_of(20, seed)]) for seed in (1, 2)]
-    step = bench.step()
-    assert step is not None
-    assert step.request_ids == ids
+    plan = bench.step()
+    assert plan is not None
+    assert ids_in(plan) == ids
     bench.run()
     for request_id in ids:
         bench.verify(request_id)
@@ -211,9 +206,9 @@ def test_identical_prompts_added_together_are_both_right(enable: bool) -> None:
     bench_of_two = Bench(enable_prefix_caching=enable, max_num_batched_tokens=64)
     for _ in range(2):
         bench_of_two.add(prompt_of(14, 3), 6)
-    step = bench_of_two.step()
-    assert step is not None
-    assert len(step.request_ids) == (1 if enable else 2), "waiting is for what will be found in the cache"
+    plan = bench_of_two.step()
+    assert plan is not None
+    assert len(plan.rows) == (1 if enable else 2), "waiting is for what will be found in the cache"
     for request_id in ids:
         bench.verify(request_id)
 
@@ -236,9 +231,9 @@ def test_the_token_budget_holds_and_a_long_prefill_does_not_starve_decodes() -> 
     steps = []
     while not bench.events[long]:
         steps.append(bench.step())
-    for step in steps:
-        assert step is not None
-        assert int(step.query_lens_S.sum()) <= 8
+    for plan in steps:
+        assert plan is not None
+        assert int(plan.step.query_lens_S.sum()) <= 8
     assert len(steps) >= 60 // 8
     alive = [len(bench.events[request_id]) for request_id in short]
     assert min(alive) >= min(12, len(steps)), "decodes advance in every step"
@@ -251,9 +246,9 @@ def test_a_budget_below_the_number_of_sequences_still_serves_every_running_one()
     bench = Bench(max_num_batched_tokens=3, max_num_seqs=8)
     ids = [bench.add(lasting_prompt(3 + i, 6), 6) for i in range(6)]
     while bench.scheduler.has_work:
-        step = bench.step()
-        assert step is not None
-        assert bench.scheduler.num_running <= len(step.request_ids)
+        plan = bench.step()
+        assert plan is not None
+        assert bench.scheduler.num_running <= len(plan.rows)
     for request_id in ids:
         bench.verify(request_id)
 
@@ -262,9 +257,9 @@ def test_first_come_first_served() -> None:
     bench = Bench(max_num_seqs=2, max_num_batched_tokens=16)
     ids = [bench.add(prompt_of(6, seed), 3, ignore_eos=True) for seed in range(6)]
     steps = bench.run()
-    order = list(dict.fromkeys(i for step in steps for i in step.request_ids))
+    order = list(dict.fromkeys(i for plan in steps for i in ids_in(plan)))
     assert order == ids
-    assert max(len(step.request_ids) for step in steps) == 2
+    assert max(len(plan.rows) for plan in steps) == 2
 
 
 @pytest.mark.parametrize("enable", [True, False])
@@ -273,10 +268,10 @@ def test_preemption_changes_no_answer_and_spares_the_oldest(enable: bool) -> Non
     ids = [bench.add(prompt_of(4, seed), 20, ignore_eos=True) for seed in range(3)]
     steps = bench.run()
     assert bench.scheduler.num_preemptions > 0
-    assert all(ids[0] in step.request_ids for step in steps[:20]), "the oldest is in every step until it ends"
+    assert all(ids[0] in ids_in(plan) for plan in steps[:20]), "the oldest is in every step until it ends"
     for request_id in ids:
         bench.verify(request_id)
-        assert bench.events[request_id][-1].num_cached_tokens == 0, "a return from preemption is not a cache hit"
+        assert bench.requests[request_id].num_cached_tokens == 0, "a return from preemption is not a cache hit"
 
 
 def test_what_was_preempted_comes_back_from_the_cache() -> None:
@@ -321,18 +316,17 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     assert bench.scheduler.abort(waiting) is None
     assert bench.scheduler.abort(12345) is None
     bench.scheduler.check()
-    step = bench.scheduler.schedule()
-    assert step is not None
-    assert flying in step.request_ids
+    plan = bench.schedule()
+    assert flying in ids_in(plan)
     free = bench.pool.num_free
     event = bench.scheduler.abort(flying)
     assert event is not None
-    assert (event.finish_reason, event.token_id) == ("abort", None)
+    assert (event.finish_reason, event.sampled) == ("abort", None)
     assert bench.pool.num_free == free, "a step in flight still writes the blocks"
     bench.scheduler.check()
     assert bench.scheduler.abort(flying) is None
-    events = bench.commit(step, bench.execute(step))
-    assert [event.request_id for event in events] == [running]
+    events = bench.commit(plan, bench.execute(plan))
+    assert [event.request.request_id for event in events] == [running]
     bench.scheduler.check()
     assert bench.pool.num_free > free
     bench.run()
@@ -344,12 +338,11 @@ def test_abort_in_flight_of_a_request_that_copies_its_tail() -> None:
     prompt = lasting_prompt(10, 1)
     bench.ask(prompt, 1)
     request_id = bench.add([*prompt, 1, 2, 3])
-    step = bench.scheduler.schedule()
-    assert step is not None
-    assert len(step.copies_C3) == 1
+    plan = bench.schedule()
+    assert len(plan.step.copies_C3) == 1
     bench.scheduler.abort(request_id)
     bench.scheduler.check()
-    bench.commit(step, bench.execute(step))
+    bench.commit(plan, bench.execute(plan))
     bench.scheduler.check()
     assert bench.pool.num_free == bench.pool.num_blocks
     assert bench.ask([*prompt, 1, 2, 3]).num_cached_tokens == 12
@@ -358,32 +351,30 @@ def test_abort_in_flight_of_a_request_that_copies_its_tail() -> None:
 def test_steps_must_be_committed_one_by_one() -> None:
     bench = Bench()
     bench.add(prompt_of(3))
-    step = bench.scheduler.schedule()
-    assert step is not None
+    plan = bench.schedule()
     with pytest.raises(AssertionError, match="not committed"):
         bench.scheduler.schedule()
-    with pytest.raises(AssertionError, match="0 samples for 1 rows"):
-        bench.scheduler.commit(step, [])
-    bench.commit(step, bench.execute(step))
+    with pytest.raises(AssertionError, match=r"\[\] samples for rows that yield \[1\]"):
+        bench.scheduler.commit(plan, [])
+    bench.commit(plan, bench.execute(plan))
 
 
 def test_a_step_ahead_computes_the_samples_of_the_step_in_flight() -> None:
     bench = Bench()
     first, second = bench.add(lasting_prompt(3, 4), 4), bench.add(lasting_prompt(5, 2), 2)
-    step = bench.scheduler.schedule()
-    assert step is not None
-    sampled = bench.execute(step)
+    plan = bench.schedule()
+    sampled = bench.execute(plan)
     ahead = bench.scheduler.schedule_ahead()
     assert ahead is not None
-    assert ahead.request_ids == [first, second]
-    assert ahead.token_ids_T.tolist() == [-1, -2]
-    assert ahead.context_lens_S.tolist() == [4, 6]
+    assert ids_in(ahead) == [first, second]
+    assert ahead.step.token_ids_T.tolist() == [-1, -2]
+    assert ahead.step.context_lens_S.tolist() == [4, 6]
     bench.scheduler.check()
     ahead_sampled = bench.execute(ahead)
-    bench.commit(step, sampled)
+    bench.commit(plan, sampled)
     third = bench.scheduler.schedule_ahead()
     assert third is not None
-    assert third.request_ids == [first], "the other one ends with what is in flight"
+    assert ids_in(third) == [first], "the other one ends with what is in flight"
     third_sampled = bench.execute(third)
     bench.commit(ahead, ahead_sampled)
     bench.verify(second)
@@ -395,12 +386,10 @@ def test_a_step_ahead_computes_the_samples_of_the_step_in_flight() -> None:
 def test_nothing_is_planned_ahead_of_a_chunk_or_of_an_admission() -> None:
     bench = Bench(max_num_batched_tokens=4, max_num_seqs=2)
     bench.add(prompt_of(6), 4)
-    chunk = bench.scheduler.schedule()
-    assert chunk is not None
+    chunk = bench.schedule()
     assert bench.scheduler.schedule_ahead() is None, "the prompt goes on"
     bench.commit(chunk, bench.execute(chunk))
-    rest = bench.scheduler.schedule()
-    assert rest is not None
+    rest = bench.schedule()
     bench.add(prompt_of(2), 4)
     assert bench.scheduler.schedule_ahead() is None, "there is room for the one that waits"
     bench.commit(rest, bench.execute(rest))
@@ -410,17 +399,16 @@ def test_nothing_is_planned_ahead_of_a_chunk_or_of_an_admission() -> None:
 def test_a_request_that_ended_keeps_its_blocks_until_its_step_ahead_is_over() -> None:
     bench = Bench()
     request_id = bench.add(lasting_prompt(3, 8), 8)
-    step = bench.scheduler.schedule()
-    assert step is not None
-    sampled = bench.execute(step)
+    plan = bench.schedule()
+    sampled = bench.execute(plan)
     ahead = bench.scheduler.schedule_ahead()
     assert ahead is not None
     late = bench.execute(ahead)
-    assert bench.commit(step, [Sampled(EOS)])[0].finish_reason == "stop"
-    assert sampled != [Sampled(EOS)]
+    assert bench.commit(plan, [[Sampled(EOS)]])[0].finish_reason == "stop"
+    assert sampled != [[Sampled(EOS)]]
     assert bench.pool.num_free < bench.pool.num_blocks
     assert not bench.scheduler.has_work
     assert bench.commit(ahead, late) == []
     assert bench.pool.num_free == bench.pool.num_blocks
-    assert bench.requests[request_id].output_ids == [EOS]
+    assert output_of(bench.requests[request_id]) == [EOS]
     bench.scheduler.check()

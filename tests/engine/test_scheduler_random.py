@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from megatron_infer.cache.block_pool import ROOT, BlockHash
+from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Sampled
-from megatron_infer.engine.step import Step
-from tests.support.fake_model import Bench, extend
+from tests.support.drafters import RandomDrafter
+from tests.support.fake_model import VOCAB, Bench, continuation, extend, ids_in
 
 
 def two_bit_hash(parent: bytes, ids: tuple[int, ...]) -> bytes:
@@ -25,14 +26,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     block_hash: BlockHash | None = None
     enable_prefix_caching = True
+    drafts = st.none()
+    """How much of what is drafted is right; None: there are no drafts."""
 
     @initialize(
         num_blocks=st.integers(4, 14),
         block_size=st.sampled_from([1, 2, 4]),
         max_num_seqs=st.integers(1, 5),
         budget=st.integers(1, 24),
+        data=st.data(),
     )
-    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int) -> None:
+    def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, data: st.DataObject) -> None:
+        share_right = data.draw(self.drafts)
         self.bench = Bench(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -41,8 +46,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=30,
             block_hash=self.block_hash,
             enable_prefix_caching=self.enable_prefix_caching,
+            drafter=None if share_right is None else RandomDrafter(continuation, VOCAB, share_right),
         )
-        self.in_flight: list[tuple[Step, list[Sampled]]] = []
+        self.in_flight: list[tuple[Plan, list[list[Sampled]]]] = []
         self.unfinished: list[int] = []
         self.failed: set[int] = set()
 
@@ -68,42 +74,48 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def schedule(self) -> None:
         scheduler = self.bench.scheduler
-        step = scheduler.schedule()
-        assert (step is not None) == bool(self.unfinished)
-        if step is None:
+        plan = scheduler.schedule()
+        assert (plan is not None) == bool(self.unfinished)
+        if plan is None:
             return
-        assert 1 <= int(step.query_lens_S.sum()) <= scheduler.max_num_batched_tokens
-        assert len(step.request_ids) <= scheduler.max_num_seqs
-        assert len(set(step.request_ids)) == len(step.request_ids) == scheduler.num_running
-        assert step.query_lens_S.min() >= 1, "every running request progresses in every step"
-        assert self.unfinished[0] in step.request_ids, "the oldest request progresses in every step"
-        self.in_flight.append((step, self.bench.execute(step)))
+        ids = ids_in(plan)
+        assert 1 <= int(plan.step.query_lens_S.sum()) <= scheduler.max_num_batched_tokens
+        assert len(ids) <= scheduler.max_num_seqs
+        assert len(set(ids)) == len(ids) == scheduler.num_running
+        assert all(row.token_ids for row in plan.rows), "every running request progresses in every step"
+        assert self.unfinished[0] in ids, "the oldest request progresses in every step"
+        for request, _, end, draft in plan.rows:
+            assert not draft or len(request.ids) == end <= request.longest_len - 1 - len(draft)
+        self.in_flight.append((plan, self.bench.execute(plan)))
 
     @precondition(lambda self: len(self.in_flight) == 1)
     @rule()
     def schedule_ahead(self) -> None:
-        step = self.bench.scheduler.schedule_ahead()
-        if step is not None:
-            assert (step.token_ids_T < 0).all()
-            assert set(step.request_ids) <= set(self.in_flight[0][0].request_ids) & set(self.unfinished)
-            self.in_flight.append((step, self.bench.execute(step)))
+        plan = self.bench.scheduler.schedule_ahead()
+        if plan is not None:
+            assert (plan.step.token_ids_T < 0).all()
+            assert set(ids_in(plan)) <= set(ids_in(self.in_flight[0][0])) & set(self.unfinished)
+            self.in_flight.append((plan, self.bench.execute(plan)))
 
     @precondition(lambda self: self.in_flight)
-    @rule(failing=st.integers(0, 20))
-    def commit(self, failing: int) -> None:
+    @rule(failing=st.integers(0, 20), failing_sample=st.integers(0, 3))
+    def commit(self, failing: int, failing_sample: int) -> None:
         bench = self.bench
-        step, sampled = self.in_flight.pop(0)
-        if failing < len(sampled):
-            sampled[failing] = Sampled(0, error="not finite")
-        rows = [i for i, is_sampled in zip(step.request_ids, step.sample_S, strict=True) if is_sampled]
-        expected = [i for i in rows if i in self.unfinished]
-        events = bench.commit(step, sampled)
-        assert [event.request_id for event in events] == expected
+        plan, sampled = self.in_flight.pop(0)
+        if failing < len(sampled) and failing_sample < len(sampled[failing]):
+            sampled[failing][failing_sample] = Sampled(0, error="not finite")
+        rows = zip(ids_in(plan), sampled, strict=True)
+        expected = [i for i, samples in rows if samples and i in self.unfinished]
+        events = bench.commit(plan, sampled)
+        assert list(dict.fromkeys(event.request.request_id for event in events)) == expected
         for event in events:
+            request_id = event.request.request_id
             if event.finish_reason is not None:
-                self.unfinished.remove(event.request_id)
+                self.unfinished.remove(request_id)
                 if event.finish_reason != "error":
-                    bench.verify(event.request_id)
+                    bench.verify(request_id)
+                else:
+                    assert request_id == ids_in(plan)[failing]
 
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
@@ -155,6 +167,14 @@ class UncachedSchedulerMachine(SchedulerMachine):
     enable_prefix_caching = False
 
 
+class DraftingSchedulerMachine(SchedulerMachine):
+    drafts = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+
+
+class DraftingUncachedSchedulerMachine(DraftingSchedulerMachine):
+    enable_prefix_caching = False
+
+
 _SETTINGS = settings(max_examples=100, stateful_step_count=40, derandomize=True, deadline=None, database=None)
 TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = _SETTINGS
@@ -162,3 +182,7 @@ TestCollidingSchedulerMachine = CollidingSchedulerMachine.TestCase
 TestCollidingSchedulerMachine.settings = settings(_SETTINGS, max_examples=50)
 TestUncachedSchedulerMachine = UncachedSchedulerMachine.TestCase
 TestUncachedSchedulerMachine.settings = settings(_SETTINGS, max_examples=30)
+TestDraftingSchedulerMachine = DraftingSchedulerMachine.TestCase
+TestDraftingSchedulerMachine.settings = _SETTINGS
+TestDraftingUncachedSchedulerMachine = DraftingUncachedSchedulerMachine.TestCase
+TestDraftingUncachedSchedulerMachine.settings = settings(_SETTINGS, max_examples=50)

@@ -25,13 +25,12 @@ def test_a_step_survives_the_wire(num_seqs: int, num_copies: int) -> None:
     encoded = sent.encode()
     assert (encoded.dtype, encoded.ndim) == (np.int64, 1)
     received = Step.decode(encoded)
-    for name in ("token_ids_T", "query_lens_S", "context_lens_S", "sample_S", "copies_C3"):
+    for name in ("token_ids_T", "query_lens_S", "context_lens_S", "num_samples_S", "copies_C3"):
         assert getattr(received, name).dtype == np.int32
         np.testing.assert_array_equal(getattr(received, name), getattr(sent, name))
     assert len(received.block_tables) == num_seqs
     for got, wanted in zip(received.block_tables, tables, strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert received.full_logits is True and received.op_by_op is (num_copies == 1)
-    assert received.request_ids == []
     with pytest.raises(AssertionError, match="cut or extended"):
         Step.decode(np.append(encoded, 0))

@@ -28,14 +28,14 @@ import os, signal, sys
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.eval import command
 
-launch = ModelRunner.launch
+start = ModelRunner.start
 
 def deadly(self, step, draws=()):
     if {3 + ord(POISON)} in step.token_ids_T:
         os.kill(os.getpid(), signal.SIGKILL)
-    return launch(self, step, draws)
+    return start(self, step, draws)
 
-ModelRunner.launch = deadly
+ModelRunner.start = deadly
 sys.exit(command.main(sys.argv[1:]))
 """
 

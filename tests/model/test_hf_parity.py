@@ -77,10 +77,9 @@ def all_logits(config: ModelConfig, tensors: Tensors, prompt: list[int], size: i
         query_lens_S=np.array([length], dtype=np.int32),
         context_lens_S=np.array([length], dtype=np.int32),
         block_tables=[np.arange(-(-length // 16), dtype=np.int32)],
-        sample_S=np.array([1], dtype=np.int32),
+        num_samples_S=np.array([1], dtype=np.int32),
         copies_C3=np.zeros((0, 3), dtype=np.int32),
         full_logits=True,
-        request_ids=[0],
     )
 
     def work(group: TPGroup) -> torch.Tensor:

@@ -208,9 +208,9 @@ import os, signal, sys
 from megatron_infer.engine.runner import ModelRunner
 from sess_megatron import TestInference
 
-how, plain, calls = sys.argv[2], ModelRunner.launch, 0
+how, plain, calls = sys.argv[2], ModelRunner.start, 0
 
-def launch(self, step, draws=()):
+def start(self, step, draws=()):
     global calls
     calls += 1
     if calls == 5 and os.environ["RANK"] == sys.argv[3]:
@@ -219,7 +219,7 @@ def launch(self, step, draws=()):
         raise FloatingPointError("injected fault")
     return plain(self, step, draws)
 
-ModelRunner.launch = launch
+ModelRunner.start = start
 session = TestInference(sys.argv[1], kv_cache_memory_bytes=4 << 20, device="cpu")
 with open(f"{sys.argv[0]}.{os.environ['RANK']}.pid", "w") as file:  # not stdout: lines of two ranks may mingle
     file.write(str(os.getpid()))

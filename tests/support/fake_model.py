@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_infer.cache.block_pool import BlockHash, BlockPool
+from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Event, Request, Sampled
-from megatron_infer.engine.scheduler import Scheduler
+from megatron_infer.engine.scheduler import Drafter, Scheduler
 from megatron_infer.engine.step import Step
 from megatron_infer.sampling_params import SamplingParams
 
@@ -44,6 +45,11 @@ def completion(prompt: list[int], max_new_tokens: int, stop: frozenset[int]) -> 
     return out
 
 
+def continuation(request: Request) -> list[int]:
+    """What the fake model would go on with, past any end token."""
+    return completion(request.ids, 8, frozenset())
+
+
 @dataclass
 class FakeModel:
     """memory[block][offset] = (token id, position, digest of the history up to it)."""
@@ -58,7 +64,7 @@ class FakeModel:
         ids = [token_id if token_id >= 0 else self.last_ids[-1 - token_id] for token_id in step.token_ids_T.tolist()]
         return replace(step, token_ids_T=np.array(ids, dtype=np.int32))
 
-    def execute(self, step: Step, truth: list[list[int]]) -> list[Sampled]:
+    def execute(self, step: Step, truth: list[list[int]]) -> list[list[Sampled]]:
         """Run a step as followers see it; truth[s] are the ids of sequence s, to compare with what is read."""
         step = self.resolved(Step.decode(step.encode()))
         copies = step.copies_C3.tolist()
@@ -74,10 +80,10 @@ class FakeModel:
             read = self._read(step.block_tables[row], context)
             assert [token_id for token_id, _, _ in read] == ids[:context]
             assert [position for _, position, _ in read] == list(range(context))
-            if step.sample_S[row]:
-                assert context == len(ids)
-                sampled.append(Sampled(next_token(read[-1][2])))
-        self.last_ids = [result.token_id for result in sampled]
+            num_samples = int(step.num_samples_S[row])
+            assert not num_samples or context == len(ids)
+            sampled.append([Sampled(next_token(history)) for _, _, history in read[context - num_samples :]])
+        self.last_ids = [result.token_id for samples in sampled for result in samples]
         return sampled
 
     def _read(self, table: np.ndarray, num_tokens: int) -> list[tuple[int, int, int]]:
@@ -114,6 +120,7 @@ class Bench:
         max_model_len: int = 64,
         enable_prefix_caching: bool = True,
         block_hash: BlockHash | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         self.pool = BlockPool(num_blocks, block_size, enable_prefix_caching, block_hash=block_hash)
         self.scheduler = Scheduler(
@@ -121,6 +128,7 @@ class Bench:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
+            drafter=drafter,
         )
         self.model = FakeModel(block_size)
         self.requests: dict[int, Request] = {}
@@ -135,36 +143,43 @@ class Bench:
         self.events[request.request_id] = []
         return request.request_id
 
-    def execute(self, step: Step) -> list[Sampled]:
+    def execute(self, plan: Plan) -> list[list[Sampled]]:
+        step = plan.step
         self.num_computed_tokens += int(step.query_lens_S.sum())
-        truth = [list(self.requests[i].ids) for i in step.request_ids]
+        truth = [[*row.request.ids, *row.draft] for row in plan.rows]
         if (step.token_ids_T < 0).any():  # every row is one token, the sample of a step that is not committed
             for ids, token_id in zip(truth, self.model.resolved(step).token_ids_T.tolist(), strict=True):
                 ids.append(token_id)
         return self.model.execute(step, truth)
 
-    def commit(self, step: Step, sampled: list[Sampled]) -> list[Event]:
-        events = self.scheduler.commit(step, sampled)
+    def commit(self, plan: Plan, sampled: list[list[Sampled]]) -> list[Event]:
+        events = self.scheduler.commit(plan, sampled)
         for event in events:
-            self.events[event.request_id].append(event)
+            self.events[event.request.request_id].append(event)
         return events
 
-    def step(self) -> Step | None:
-        step = self.scheduler.schedule()
-        self.scheduler.check()
-        if step is not None:
-            self.commit(step, self.execute(step))
-            self.scheduler.check()
-        return step
+    def schedule(self) -> Plan:
+        """The next step, which there must be."""
+        plan = self.scheduler.schedule()
+        assert plan is not None
+        return plan
 
-    def run(self) -> list[Step]:
-        steps = []
-        while (step := self.step()) is not None:
-            steps.append(step)
-            assert len(steps) < 10_000, "livelock"
+    def step(self) -> Plan | None:
+        plan = self.scheduler.schedule()
+        self.scheduler.check()
+        if plan is not None:
+            self.commit(plan, self.execute(plan))
+            self.scheduler.check()
+        return plan
+
+    def run(self) -> list[Plan]:
+        plans = []
+        while (plan := self.step()) is not None:
+            plans.append(plan)
+            assert len(plans) < 10_000, "livelock"
         assert not self.scheduler.has_work
         assert self.pool.num_free == self.pool.num_blocks
-        return steps
+        return plans
 
     def verify(self, request_id: int) -> None:
         """The finished request's ids, reason and events are those of the request computed alone."""
@@ -172,9 +187,9 @@ class Bench:
         wanted = completion(
             request.ids[: request.num_prompt], request.longest_len - request.num_prompt, request.stop_token_ids
         )
-        assert request.output_ids == wanted
+        assert output_of(request) == wanted
         events = self.events[request_id]
-        assert [event.token_id for event in events] == wanted
+        assert tokens_of(events) == wanted
         assert [event.finish_reason for event in events[:-1]] == [None] * (len(wanted) - 1)
         assert events[-1].finish_reason == ("stop" if wanted[-1] in request.stop_token_ids else "length")
 
@@ -184,6 +199,20 @@ class Bench:
         self.run()
         self.verify(request_id)
         return self.requests[request_id]
+
+
+def ids_in(plan: Plan) -> list[int]:
+    """Whose tokens the step computes."""
+    return [row.request.request_id for row in plan.rows]
+
+
+def output_of(request: Request) -> list[int]:
+    return request.ids[request.num_prompt :]
+
+
+def tokens_of(events: list[Event]) -> list[int]:
+    """The new tokens; every event must bring one."""
+    return [event.sampled.token_id for event in events]
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

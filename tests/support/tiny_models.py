@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import HashStore
@@ -16,7 +17,7 @@ from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.engine.scheduler import Scheduler
+from megatron_infer.engine.scheduler import Drafter, Scheduler
 from megatron_infer.engine.worker import serve
 from megatron_infer.model.formats import TensorSource, weight_formats
 from megatron_infer.model.transformer import Transformer
@@ -143,6 +144,7 @@ def make_engine(
     max_num_seqs: int = 16,
     max_num_batched_tokens: int = 256,
     enable_prefix_caching: bool = True,
+    drafter: Drafter | None = None,
 ) -> Engine:
     """An engine on rank 0 over `runner`."""
     pool = BlockPool(runner.kv.num_blocks, runner.kv.block_size, enable_prefix_caching)
@@ -151,9 +153,13 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_model_len=min(runner.model.config.max_position_embeddings, runner.kv.num_blocks * runner.kv.block_size),
+        drafter=drafter,
     )
     return Engine(runner, scheduler)
 
+
+_ids = itertools.count()
+"""An engine may hold an ended request, and its id, until the step ahead is over."""
 
 Output = list[tuple[int, float | None]]
 """Generated (token id, log probability) pairs of one request."""
@@ -163,19 +169,18 @@ def drain(engine: Engine, outputs: dict[int, Output]) -> None:
     """Step until nothing is left, appending to `outputs` by request id."""
     while engine.has_work:
         for event in engine.step():
-            if event.token_id is not None:
-                outputs.setdefault(event.request_id, []).append((event.token_id, event.logprob))
+            if event.sampled is not None:
+                pair = event.sampled.token_id, event.sampled.logprob
+                outputs.setdefault(event.request.request_id, []).append(pair)
 
 
 def generate(engine: Engine, prompts: list[list[int]], sampling: SamplingParams, *, seed: int = 7) -> list[Output]:
     """All prompts at once through `engine`."""
-    first = engine.num_requests
     outputs: dict[int, Output] = {}
     max_len = engine.scheduler.max_model_len
-    for i, prompt in enumerate(prompts):
-        engine.add(Request(first + i, list(prompt), sampling, max_len, frozenset(), seed=seed))
+    added = [engine.add(Request(next(_ids), prompt, sampling, max_len, frozenset(), seed=seed)) for prompt in prompts]
     drain(engine, outputs)
-    return [outputs[first + i] for i in range(len(prompts))]
+    return [outputs[request_id] for request_id in added]
 
 
 def generate_on_ranks(
@@ -186,6 +191,7 @@ def generate_on_ranks(
     sampling: SamplingParams,
     dtype: torch.dtype = torch.float32,
     quantization: str = "none",
+    **options: Any,
 ) -> list[Output]:
     """The same at tensor-parallel size `size`, over real collectives."""
 
@@ -194,7 +200,7 @@ def generate_on_ranks(
         if group.rank:
             serve(runner)
             return None
-        engine = make_engine(runner)
+        engine = make_engine(runner, **options)
         outputs = generate(engine, prompts, sampling)
         engine.close()
         return outputs
