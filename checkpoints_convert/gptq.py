@@ -17,7 +17,7 @@ from checkpoints_convert.texts import WINDOW_TOKENS, Text, windows
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import group_scales, pack_int4, round_to_steps
 from megatron_infer.model.weights import expected_tensors, stored_dtype
-from megatron_infer.ops import INT4, PackedLinear
+from megatron_infer.ops import INT4, PackedLinear, Stream
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.quantization import Quantization
 from megatron_infer.tokenizer import load_tokenizer
@@ -135,7 +135,7 @@ class CalibratedReader:
         if self._layer == self._config.num_hidden_layers:
             norm = self._plain.norm()
             for residual_TD in self._residuals:
-                self._watch("head", norm(None, residual_TD))
+                self._watch("head", norm(Stream(residual_TD)))
             self._round("output")
             return
         block = self._plain.block(self._layer)

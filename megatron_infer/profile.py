@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import Ops, PackedLinear
+from megatron_infer.ops import BatchView, Heads, LayerKV, NormWeight, Ops, PackedLinear, Rope, Stream
 
 Phase = Literal["prefill", "decode"]
 Call = TypeVar("Call", bound=Callable[..., Any])
@@ -142,23 +142,13 @@ class Profile:
         self._recording_seconds = 0.0
         self._step_began = time.perf_counter()
 
-    def _attention_work(
-        self,
-        q_TNH: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        *_: Any,
-    ) -> Work:
+    def _attention_work(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Work:
         """Every sequence's keys and values read once; two products (q k, p v) with each position a query row sees."""
-        num_heads = q_TNH.shape[1]
-        return self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
+        return self._attention_of(q_TNH.shape[1], batch, kv.k)
 
-    def _attention_of(self, num_heads: int, k_cache: Tensor, query_start_S1: Tensor, context_lens_S: Tensor) -> Work:
+    def _attention_of(self, num_heads: int, batch: BatchView, k_cache: Tensor) -> Work:
         head_dim = k_cache.shape[3]
-        starts, contexts = query_start_S1.tolist(), context_lens_S.tolist()
+        starts, contexts = batch.query_start_S1.tolist(), batch.context_lens_S.tolist()
         self._has_prefill |= starts[-1] > len(contexts)
         position_bytes = 2 * k_cache.shape[1] * head_dim * k_cache.element_size()
         seen = 0
@@ -168,19 +158,12 @@ class Profile:
         return Work(ATTENTION, sum(contexts) * position_bytes, 4 * num_heads * head_dim * seen)
 
     def _attention_layer_work(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        qkv: PackedLinear,
-        out: PackedLinear,
-        *others: Any,
-    ) -> Work:
+        self, stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView,
+        kv: LayerKV, heads: Heads, completes_sum: bool,
+    ) -> Work:  # fmt: skip
         """Of the bytes only the weights', so that they can be told from attention's."""
-        _, _, _, _, k_cache, _, _, query_start_S1, context_lens_S, _, num_heads, *_ = others
-        attention = self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
-        linears = [_linear_work(residual_TD, packed) for packed in (qkv, out)]
+        attention = self._attention_of(heads.num, batch, kv.k)
+        linears = [_linear_work(stream.residual_TD, packed) for packed in (qkv, out)]
         flops = sum(work.flops for work in (attention, *linears))
         return Work("attention_layer", sum(work.num_bytes for work in linears), flops)
 
@@ -192,15 +175,9 @@ def named(name: str) -> Callable[..., Work]:
 
 
 def _feed_forward_layer_work(
-    x_TD: Tensor | None,
-    residual_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    gate_up: PackedLinear,
-    down: PackedLinear,
-    is_whole: bool,
+    stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
 ) -> Work:
-    first, second = _linear_work(residual_TD, gate_up), _linear_work(residual_TD, down)
+    first, second = (_linear_work(stream.residual_TD, packed) for packed in (gate_up, down))
     return Work("feed_forward_layer", first.num_bytes + second.num_bytes, first.flops + second.flops)
 
 

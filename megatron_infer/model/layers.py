@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_infer.model.formats import TensorSource, WeightFormat
-from megatron_infer.ops import NUM_CHUNKS, Ops
+from megatron_infer.ops import NUM_CHUNKS, Ops, Stream
 from megatron_infer.tensor_parallel.group import TPGroup
 
 
@@ -61,6 +61,8 @@ class RowParallelLinear:
 
     Rank r owns whole K-chunks, hence a subtree of the sum, and the all-reduce adds the subtrees in the tree's order:
     the result has the same bits at every tensor-parallel degree.
+
+    completes_sum: this rank's product is the result, neither other ranks' nor a bias are to be added to it.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class RowParallelLinear:
         own = bounds[tp.rank * per_rank : (tp.rank + 1) * per_rank + 1]
         self.name, self.cols = name, (own[0], own[-1])
         self.has_bias, self.tp, self.fmt = bias, tp, fmt
+        self.completes_sum = tp.size == 1 and not bias
         self.bias_N: Tensor | None = None
         self.packed = fmt.allocate(out_dim, tuple(b - own[0] for b in own))
         self.packed.name = label
@@ -81,24 +84,21 @@ class RowParallelLinear:
         if self.has_bias:
             self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank's product is the result: neither other ranks' sums nor a bias are to be added."""
-        return self.tp.size == 1 and not self.has_bias
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        """This rank's product: partial sums."""
+        return self.fmt.matmul(x_TK, self.packed)
 
-    def __call__(self, x_TK: Tensor, residual_TN: Tensor) -> Tensor | None:
-        """What is to be added to the residual; None: it has been."""
-        return self.reduce(self.fmt.matmul(x_TK, self.packed), residual_TN)
-
-    def reduce(self, partial_TN: Tensor | None, residual_TN: Tensor) -> Tensor | None:
-        """Add this rank's partial sums (None: they were whole and are in the residual) to the other ranks', and the
-        bias to that; as `__call__`."""
-        if partial_TN is None:
-            return None
-        if not self.has_bias and self.tp.add_all_reduce(partial_TN, residual_TN):
-            return None
+    def reduce(self, stream: Stream) -> None:
+        """Turn this rank's product, pending on the stream, into the result: the sum over all ranks, and the bias."""
+        if self.completes_sum:
+            return
+        partial_TN = stream.pending_TD
+        assert partial_TN is not None, "only a product that completes the sum may be added to the residual"
+        if not self.has_bias and self.tp.add_all_reduce(partial_TN, stream.residual_TD):
+            stream.pending_TD = None
+            return
         y_TN = self.tp.all_reduce(partial_TN)
-        return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
+        stream.pending_TD = y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 
 
 def vocab_range(vocab_size: int, rank: int, size: int) -> tuple[int, int]:

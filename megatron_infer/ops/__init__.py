@@ -7,7 +7,7 @@ chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activ
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -55,6 +55,83 @@ class PackedLinear:
         assert list(self.chunk_bounds) == sorted(self.chunk_bounds)
 
 
+@dataclass(frozen=True)
+class BatchView:
+    """Where a step's tokens stand: T packed tokens of S sequences, B blocks in the longest block table.
+
+    Sequence s has the query rows query_start_S1[s] .. query_start_S1[s + 1], which are its last positions.
+    """
+
+    token_ids_T: Tensor
+    """int64; -1 - j stands for the j-th sample of the step before"""
+    positions_T: Tensor
+    """int32"""
+    slots_T: Tensor
+    """int64: block * block_size + offset, where each token's key and value are written"""
+    query_start_S1: Tensor
+    """int32"""
+    context_lens_S: Tensor
+    """int32: positions of each sequence, this step's included"""
+    block_tables_SB: Tensor
+    """int32"""
+    max_query_len: int
+    """Most query rows of a sequence, which the host would have to wait for."""
+
+
+class LayerKV(NamedTuple):
+    """One layer's paged cache, keys and values: each [num_blocks, G, block_size, H]."""
+
+    k: Tensor
+    v: Tensor
+
+    def clone(self) -> LayerKV:
+        """A copy of both."""
+        return LayerKV(self.k.clone(), self.v.clone())
+
+
+class Rope(NamedTuple):
+    """Rotary tables, fp32 [positions, head_dim / 2]."""
+
+    cos_PH: Tensor
+    sin_PH: Tensor
+
+
+class Heads(NamedTuple):
+    """A rank's query heads and KV heads, and what their scores are multiplied by."""
+
+    num: int
+    num_kv: int
+    scale: float
+
+
+class NormWeight(NamedTuple):
+    """An RMSNorm: its weight in fp32, and what is added to the mean square."""
+
+    weight_D: Tensor
+    eps: float
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """The residual stream, and what half a layer left to be added to it; None: nothing is.
+
+    Whoever reads the stream next adds it, in the same pass over memory; it stays the residual's shape.
+    """
+
+    residual_TD: Tensor
+    pending_TD: Tensor | None = None
+
+    def take_pending(self) -> Tensor | None:
+        """What is to be added, by the caller."""
+        pending_TD, self.pending_TD = self.pending_TD, None
+        return pending_TD
+
+    def settle(self) -> Tensor:
+        """The residual, to which everything has been added."""
+        pending_TD = self.take_pending()
+        return self.residual_TD if pending_TD is None else self.residual_TD.add_(pending_TD)
+
+
 class AllocateLinear(Protocol):
     def __call__(
         self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
@@ -86,54 +163,27 @@ class Linear(Protocol):
 
 
 class RmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
+    def __call__(self, x_TD: Tensor, norm: NormWeight) -> Tensor: ...
 
 
 class AddRmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def __call__(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
         """Adds x to the residual in place and returns the norm of the sum."""
         ...
 
 
 class RopeStoreKV(Protocol):
-    def __call__(
-        self,
-        qkv_TC: Tensor,
-        cos_PH: Tensor,
-        sin_PH: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> Tensor:
+    def __call__(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
         """Rotate q and k (half-split), write k and v into the paged cache, return q_TNH.
 
-        qkv_TC has the columns [q heads | k heads | v heads]; cos and sin are fp32 [positions, head_dim / 2]; positions
-        are int32; slots are int64, block * block_size + offset; caches are [num_blocks, G, block_size, H].
+        qkv_TC has the columns [q heads | k heads | v heads].
         """
         ...
 
 
 class PagedAttention(Protocol):
-    def __call__(
-        self,
-        q_TNH: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        max_query_len: int,
-        scale: float,
-    ) -> Tensor:
-        """Causal grouped-query attention, o_TNH.
-
-        Sequence s has the query rows query_start[s] .. query_start[s + 1], its last positions; context_lens[s] counts
-        all positions, these included. Index tensors are int32; max_query_len, the most query rows of a sequence, spares
-        the host from reading them. Head n reads KV head n // (N / G).
-        """
+    def __call__(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+        """Causal grouped-query attention, o_TNH. Head n reads KV head n // (N / G)."""
         ...
 
 
@@ -157,49 +207,23 @@ class GatherRows(Protocol):
 
 class AttentionLayer(Protocol):
     def __call__(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        qkv: PackedLinear,
-        out: PackedLinear,
-        cos_PH: Tensor,
-        sin_PH: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        max_query_len: int,
-        num_heads: int,
-        num_kv_heads: int,
-        scale: float,
-        is_whole: bool,
-    ) -> Tensor | None:
-        """The first half of a decoder layer up to where ranks add their sums: add_rms_norm (rms_norm of the residual
-        where x is None), linear, rope_store_kv, paged_attention, linear; on the CPU to the bit what those ops give.
+        self, stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView,
+        kv: LayerKV, heads: Heads, completes_sum: bool,
+    ) -> None:  # fmt: skip
+        """The first half of a decoder layer up to where ranks add their sums: what is pending on the stream is added,
+        then norm, linear, rope_store_kv, paged_attention, linear; on the CPU to the bit what those ops give.
 
-        is_whole: the last product is the whole sum, neither other ranks' nor a bias missing. Then the op may add it to
-        the residual itself, and returns None.
+        The product is left pending. Where it completes the sum (neither other ranks' products nor a bias are to be
+        added), the op may add it to the residual itself instead.
         """
         ...
 
 
 class FeedForwardLayer(Protocol):
     def __call__(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        gate_up: PackedLinear,
-        down: PackedLinear,
-        is_whole: bool,
-    ) -> Tensor | None:
-        """The second half, alike: add_rms_norm or rms_norm, linear, silu_mul, linear."""
+        self, stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
+    ) -> None:
+        """The second half, likewise: norm, linear, silu_mul, linear."""
         ...
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
+from megatron_infer.ops import GROUP, INT4, QUANTIZED, BatchView, Heads, LayerKV, NormWeight, PackedLinear, Rope
 
 KV_SPLIT = 256
 _LANES = 16
@@ -111,17 +111,17 @@ def _sum_lanes(x: Tensor, lanes: int) -> Tensor:
     return total
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, norm: NormWeight) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight."""
     x_TD = x_TD.float()
     mean_T1 = _sum_lanes(x_TD * x_TD, 4 * _LANES) / x_TD.shape[1]
-    return x_TD * (1.0 / torch.sqrt(mean_T1 + eps)) * weight_D
+    return x_TD * (1.0 / torch.sqrt(mean_T1 + norm.eps)) * norm.weight_D
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
     """Adds x to the residual in place and returns the norm of the sum."""
     residual_TD += x_TD
-    return rms_norm(residual_TD, weight_D, eps)
+    return rms_norm(residual_TD, norm)
 
 
 def _rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
@@ -129,25 +129,15 @@ def _rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     return torch.cat([low * cos_T1H - high * sin_T1H, high * cos_T1H + low * sin_T1H], dim=-1)
 
 
-def rope_store_kv(
-    qkv_TC: Tensor,
-    cos_PH: Tensor,
-    sin_PH: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
+def rope_store_kv(qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
     """Rotate q and k, write k and v into their slots."""
-    block_size, head_dim = k_cache.shape[2:]
+    block_size, head_dim = kv.k.shape[2:]
     heads_TNH = qkv_TC.float().reshape(qkv_TC.shape[0], -1, head_dim)
-    q_TNH, k_TGH, v_TGH = heads_TNH.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    cos_T1H, sin_T1H = cos_PH[positions_T.long(), None], sin_PH[positions_T.long(), None]
-    blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
-    k_cache[blocks_T, :, offsets_T] = _rotate(k_TGH, cos_T1H, sin_T1H).to(k_cache.dtype)
-    v_cache[blocks_T, :, offsets_T] = v_TGH.to(v_cache.dtype)
+    q_TNH, k_TGH, v_TGH = heads_TNH.split([heads.num, heads.num_kv, heads.num_kv], dim=1)
+    cos_T1H, sin_T1H = (table_PH[batch.positions_T.long(), None] for table_PH in rope)
+    blocks_T, offsets_T = batch.slots_T // block_size, batch.slots_T % block_size
+    kv.k[blocks_T, :, offsets_T] = _rotate(k_TGH, cos_T1H, sin_T1H).to(kv.k.dtype)
+    kv.v[blocks_T, :, offsets_T] = v_TGH.to(kv.v.dtype)
     return _rotate(q_TNH, cos_T1H, sin_T1H)
 
 
@@ -199,23 +189,14 @@ def _attend(q_QNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, scale: float) -> Tensor
     return o_QNH / sum_QN[..., None]
 
 
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables_SB: Tensor,
-    query_start_S1: Tensor,
-    context_lens_S: Tensor,
-    max_query_len: int,
-    scale: float,
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
     """Sequence by sequence: gather its pages, then attend."""
-    block_size, group = k_cache.shape[2], q_TNH.shape[1] // k_cache.shape[1]
-    starts = query_start_S1.tolist()
+    block_size, group = kv.k.shape[2], q_TNH.shape[1] // kv.k.shape[1]
+    starts = batch.query_start_S1.tolist()
     o_TNH = torch.empty_like(q_TNH, dtype=torch.float32)
-    for s, num_positions in enumerate(context_lens_S.tolist()):
-        table = block_tables_SB[s, : -(-num_positions // block_size)].long()
-        pages = [cache[table].transpose(1, 2).flatten(0, 1)[:num_positions] for cache in (k_cache, v_cache)]
+    for s, num_positions in enumerate(batch.context_lens_S.tolist()):
+        table = batch.block_tables_SB[s, : -(-num_positions // block_size)].long()
+        pages = [cache[table].transpose(1, 2).flatten(0, 1)[:num_positions] for cache in kv]
         k_PNH, v_PNH = (page.float().repeat_interleave(group, dim=1) for page in pages)
         rows = slice(starts[s], starts[s + 1])
         o_TNH[rows] = _attend(q_TNH[rows].float(), k_PNH, v_PNH, scale)
@@ -233,11 +214,11 @@ def argmax(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
     num_rows, width = logits_SV.shape
     if width == 0:
         return logits_SV.new_full((num_rows,), float("-inf")), logits_SV.new_zeros(num_rows, dtype=torch.int64)
-    spoilt_S = ~torch.isfinite(logits_SV).all(dim=1)
-    values_S = logits_SV.float().amax(dim=1).masked_fill(spoilt_S, float("nan"))
+    non_finite_S = ~torch.isfinite(logits_SV).all(dim=1)
+    values_S = logits_SV.float().amax(dim=1).masked_fill(non_finite_S, float("nan"))
     columns_V = torch.arange(width, device=logits_SV.device)
     indices_S = torch.where(logits_SV == values_S[:, None], columns_V, width).amin(dim=1)
-    return values_S, indices_S.masked_fill(spoilt_S, 0)
+    return values_S, indices_S.masked_fill(non_finite_S, 0)
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infer.kernels.triton import linear_deterministic
+from megatron_infer.kernels.triton import attention, linear_deterministic
+from megatron_infer.kernels.triton import norm as norm_launch
+from megatron_infer.kernels.triton import rope as rope_launch
 from megatron_infer.kernels.triton.activation import silu_mul
 from megatron_infer.kernels.triton.argmax import argmax
-from megatron_infer.kernels.triton.attention import make_counters, paged_attention
 from megatron_infer.kernels.triton.linear import (
     MAX_NORM_TOKENS,
     allocate_linear,
@@ -29,9 +30,7 @@ from megatron_infer.kernels.triton.linear import (
     pack_rows,
 )
 from megatron_infer.kernels.triton.linear_rope import norm_qkv_rope_store_kv
-from megatron_infer.kernels.triton.norm import add_rms_norm, rms_norm
-from megatron_infer.kernels.triton.rope import rope_store_kv
-from megatron_infer.ops import PackedLinear, PagedAttention
+from megatron_infer.ops import BatchView, Heads, LayerKV, NormWeight, PackedLinear, PagedAttention, Rope, Stream
 
 
 def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
@@ -39,88 +38,88 @@ def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
     return table_VD.index_select(0, ids_T)
 
 
-def attention_layer(
-    x_TD: Tensor | None,
-    residual_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    qkv: PackedLinear,
-    out: PackedLinear,
-    cos_PH: Tensor,
-    sin_PH: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables_SB: Tensor,
-    query_start_S1: Tensor,
-    context_lens_S: Tensor,
-    max_query_len: int,
-    num_heads: int,
-    num_kv_heads: int,
-    scale: float,
-    is_whole: bool,
-    *,
-    attend: PagedAttention,
-) -> Tensor | None:
-    """The op of that name: 3 launches up to 4 tokens, plus 1 for an x to add; 5 with more, or 6.
+def rms_norm(x_TD: Tensor, norm: NormWeight) -> Tensor:
+    """The op of that name."""
+    y_TD: Tensor = norm_launch.rms_norm(x_TD, *norm)
+    return y_TD
 
-    Up to 4 tokens q, k and v are not rounded before their rotation, nor is a norm without an x to add; up to
+
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
+    """The op of that name."""
+    y_TD: Tensor = norm_launch.add_rms_norm(x_TD, residual_TD, *norm)
+    return y_TD
+
+
+def _places(rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> tuple[Any, ...]:
+    """How q and k are rotated and where k and v go, as the launchers take it."""
+    return (*rope, batch.positions_T, batch.slots_T, *kv, heads.num, heads.num_kv)
+
+
+def rope_store_kv(qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
+    """The op of that name."""
+    q_TNH: Tensor = rope_launch.rope_store_kv(qkv_TC, *_places(rope, batch, kv, heads))
+    return q_TNH
+
+
+def paged_attention(q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float, **launch: Any) -> Tensor:
+    """The op of that name; `launch` says how, see the launcher."""
+    o_TNH: Tensor = attention.paged_attention(
+        q_TNH, *kv, batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S, batch.max_query_len, scale,
+        **launch,
+    )  # fmt: skip
+    return o_TNH
+
+
+def attention_layer(
+    stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView, kv: LayerKV,
+    heads: Heads, completes_sum: bool, *, attend: PagedAttention,
+) -> None:  # fmt: skip
+    """The op of that name: 3 launches up to 4 tokens, plus 1 where something is pending; 5 with more, or 6.
+
+    Up to 4 tokens q, k and v are not rounded before their rotation, nor is a norm where nothing is pending; up to
     max_fused_tokens no whole product before it is added: closer to exact than the single ops, not equal to them.
     """
-    places = (cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, num_heads, num_kv_heads)
-    if residual_TD.shape[0] > MAX_NORM_TOKENS:
-        normed_TD = _add_rms_norm(x_TD, residual_TD, norm_D, eps)
-        q_TNH = rope_store_kv(linear(normed_TD, qkv), *places)
-    elif x_TD is not None:
-        normed_TD = add_rms_norm(x_TD, residual_TD, norm_D, eps)
-        q_TNH = norm_qkv_rope_store_kv(normed_TD, None, eps, qkv, *places)
+    places = _places(rope, batch, kv, heads)
+    if stream.residual_TD.shape[0] > MAX_NORM_TOKENS:
+        q_TNH = rope_launch.rope_store_kv(linear(_norm(stream, norm), qkv), *places)
+    elif stream.pending_TD is not None:
+        q_TNH = norm_qkv_rope_store_kv(_norm(stream, norm), None, norm.eps, qkv, *places)
     else:
-        q_TNH = norm_qkv_rope_store_kv(residual_TD, norm_D, eps, qkv, *places)
-    tables = (block_tables_SB, query_start_S1, context_lens_S)
-    o_TNH = attend(q_TNH, k_cache, v_cache, *tables, max_query_len, scale)
-    return _project(o_TNH.flatten(1), out, residual_TD, is_whole)
+        q_TNH = norm_qkv_rope_store_kv(stream.residual_TD, norm.weight_D, norm.eps, qkv, *places)
+    _project(attend(q_TNH, batch, kv, heads.scale).flatten(1), out, stream, completes_sum)
 
 
 def feed_forward_layer(
-    x_TD: Tensor | None,
-    residual_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    gate_up: PackedLinear,
-    down: PackedLinear,
-    is_whole: bool,
-) -> Tensor | None:
-    """The op of that name: 2 launches up to 4 tokens without an x to add, 3 up to max_fused_tokens, else 4.
+    stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
+) -> None:
+    """The op of that name: 2 launches up to 4 tokens where nothing is pending, 3 up to max_fused_tokens, else 4.
 
     Up to max_fused_tokens gate and up are not rounded before they are multiplied; else as attention_layer.
     """
-    num_tokens = residual_TD.shape[0]
-    if x_TD is None and num_tokens <= MAX_NORM_TOKENS:
-        hidden_TF = norm_gate_up_silu(residual_TD, norm_D, eps, gate_up)
+    num_tokens = stream.residual_TD.shape[0]
+    if stream.pending_TD is None and num_tokens <= MAX_NORM_TOKENS:
+        hidden_TF = norm_gate_up_silu(stream.residual_TD, norm.weight_D, norm.eps, gate_up)
     else:
-        normed_TD = _add_rms_norm(x_TD, residual_TD, norm_D, eps)
+        normed_TD = _norm(stream, norm)
         is_fused = num_tokens <= max_fused_tokens(gate_up)
         hidden_TF = gate_up_silu(normed_TD, gate_up) if is_fused else silu_mul(linear(normed_TD, gate_up))
-    return _project(hidden_TF, down, residual_TD, is_whole)
+    _project(hidden_TF, down, stream, completes_sum)
 
 
-def _add_rms_norm(x_TD: Tensor | None, residual_TD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
-    """The norm of the residual, x added where there is one."""
-    if x_TD is None:
-        normed_TD: Tensor = rms_norm(residual_TD, norm_D, eps)
+def _norm(stream: Stream, norm: NormWeight) -> Tensor:
+    """The norm of the stream, to which what is pending is added first."""
+    pending_TD = stream.take_pending()
+    if pending_TD is None:
+        return rms_norm(stream.residual_TD, norm)
+    return add_rms_norm(pending_TD, stream.residual_TD, norm)
+
+
+def _project(x_TK: Tensor, packed: PackedLinear, stream: Stream, completes_sum: bool) -> None:
+    """Add the product to the stream where it is whole and one launch can do both, else leave it pending."""
+    if completes_sum and x_TK.shape[0] <= max_fused_tokens(packed):
+        linear_add(x_TK, packed, stream.residual_TD)
     else:
-        normed_TD = add_rms_norm(x_TD, residual_TD, norm_D, eps)
-    return normed_TD
-
-
-def _project(x_TK: Tensor, packed: PackedLinear, residual_TD: Tensor, is_whole: bool) -> Tensor | None:
-    """What is still to be added to the residual: nothing where it is whole and one launch can do both."""
-    if is_whole and x_TK.shape[0] <= max_fused_tokens(packed):
-        linear_add(x_TK, packed, residual_TD)
-        return None
-    y_TD: Tensor = linear(x_TK, packed)
-    return y_TD
+        stream.pending_TD = linear(x_TK, packed)
 
 
 def table(num_sms: int, device: torch.device, *, deterministic: bool) -> dict[str, Callable[..., Any]]:
@@ -132,7 +131,9 @@ def table(num_sms: int, device: torch.device, *, deterministic: bool) -> dict[st
         deterministic: a row's bits depend on nothing but its own sequence. Then activations between norms are fp32;
             else they have the weights' dtype and the halves of a layer are among the ops.
     """
-    attend = partial(paged_attention, num_sms=num_sms, counters=make_counters(device), deterministic=deterministic)
+    attend = partial(
+        paged_attention, num_sms=num_sms, counters=attention.make_counters(device), deterministic=deterministic
+    )
     ops: dict[str, Callable[..., Any]] = {
         "allocate_linear": allocate_linear,
         "pack_rows": pack_rows,

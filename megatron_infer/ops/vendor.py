@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear
+from megatron_infer.ops import GROUP, QUANTIZED, BatchView, Heads, LayerKV, NormWeight, PackedLinear, Rope
 from megatron_infer.ops.fp8 import FP8, quantize_rows, scaled_matmul
 from megatron_infer.ops.reference import argmax as argmax
 from megatron_infer.ops.reference import rope_store_kv as _rope_store_kv
@@ -59,33 +59,22 @@ def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
     return F.linear(x_TK, weight_NK, bias_N)
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def rms_norm(x_TD: Tensor, norm: NormWeight) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight, computed in fp32, in the dtype of x."""
     x = x_TD.float()
-    y_TD = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + eps) * weight_D
+    y_TD = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + norm.eps) * norm.weight_D
     return y_TD.to(x_TD.dtype)
 
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
     """Adds x to the residual in place and returns the norm of the sum."""
     residual_TD += x_TD
-    return rms_norm(residual_TD, weight_D, eps)
+    return rms_norm(residual_TD, norm)
 
 
-def rope_store_kv(
-    qkv_TC: Tensor,
-    cos_PH: Tensor,
-    sin_PH: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
+def rope_store_kv(qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
     """Rotate q and k in fp32, write k and v into their slots; q in the dtype of qkv."""
-    q_TNH = _rope_store_kv(qkv_TC, cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, num_heads, num_kv_heads)
-    return q_TNH.to(qkv_TC.dtype)
+    return _rope_store_kv(qkv_TC, rope, batch, kv, heads).to(qkv_TC.dtype)
 
 
 def _attend(q_SNQH: Tensor, pages: tuple[Tensor, Tensor], context_lens_S: Tensor, scale: float) -> Tensor:
@@ -101,38 +90,29 @@ def _attend(q_SNQH: Tensor, pages: tuple[Tensor, Tensor], context_lens_S: Tensor
     return F.scaled_dot_product_attention(q_SNQH, k, v, visible_SQP[:, None], scale=scale, enable_gqa=True)
 
 
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables_SB: Tensor,
-    query_start_S1: Tensor,
-    context_lens_S: Tensor,
-    max_query_len: int,
-    scale: float,
-) -> Tensor:
+def paged_attention(q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
     """Gathers the padded pages and calls torch's attention.
 
     Sequences with as many queries each need no host synchronisation; a mixture goes sequence by sequence.
     """
-    num_sequences, block_size = block_tables_SB.shape[0], k_cache.shape[2]
+    num_sequences, block_size = batch.block_tables_SB.shape[0], kv.k.shape[2]
 
     def pages_of(tables_SB: Tensor) -> tuple[Tensor, Tensor]:
         # The tables' padding may be any number.
-        tables = tables_SB.long().clamp(0, k_cache.shape[0] - 1)
-        k, v = (cache[tables].transpose(1, 2).flatten(2, 3) for cache in (k_cache, v_cache))
+        tables = tables_SB.long().clamp(0, kv.k.shape[0] - 1)
+        k, v = (cache[tables].transpose(1, 2).flatten(2, 3) for cache in kv)
         return k, v
 
-    if q_TNH.shape[0] == num_sequences * max_query_len:
-        q_SNQH = q_TNH.unflatten(0, (num_sequences, max_query_len)).transpose(1, 2)
-        o_SNQH = _attend(q_SNQH, pages_of(block_tables_SB), context_lens_S, scale)
+    if q_TNH.shape[0] == num_sequences * batch.max_query_len:
+        q_SNQH = q_TNH.unflatten(0, (num_sequences, batch.max_query_len)).transpose(1, 2)
+        o_SNQH = _attend(q_SNQH, pages_of(batch.block_tables_SB), batch.context_lens_S, scale)
         return o_SNQH.transpose(1, 2).flatten(0, 1)
-    starts, lengths = query_start_S1.tolist(), context_lens_S.tolist()
+    starts, lengths = batch.query_start_S1.tolist(), batch.context_lens_S.tolist()
     parts = []
     for s, length in enumerate(lengths):
-        pages = pages_of(block_tables_SB[s : s + 1, : -(-length // block_size)])
+        pages = pages_of(batch.block_tables_SB[s : s + 1, : -(-length // block_size)])
         q_1NQH = q_TNH[starts[s] : starts[s + 1]].transpose(0, 1)[None]
-        parts.append(_attend(q_1NQH, pages, context_lens_S[s : s + 1], scale)[0].transpose(0, 1))
+        parts.append(_attend(q_1NQH, pages, batch.context_lens_S[s : s + 1], scale)[0].transpose(0, 1))
     return torch.cat(parts)
 
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import Ops, dispatch, optional, vendor
+from megatron_infer.ops import BatchView, LayerKV, NormWeight, Ops, Stream, dispatch, optional, vendor
 from megatron_infer.ops.dispatch import OP_NAMES, select_ops
 from megatron_infer.ops.selfcheck import find_fault
 from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape
-from tests.support.ops_cases import CPU, attention_float64, normal, paged_case
+from tests.support.ops_cases import CPU, Paged, attention_float64, normal, paged_case
 
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -98,8 +98,12 @@ def test_a_faulty_table_is_refused_with_the_reason_and_torchs_is_taken(machine: 
     assert lines(force="triton")["silu_mul"].startswith("triton")
 
 
+def forgetful(stream: Stream, *rest: object) -> None:
+    stream.pending_TD = torch.zeros_like(stream.residual_TD)
+
+
 def test_layer_ops_are_checked_too(machine: Machine) -> None:
-    machine.offer(feed_forward_layer=lambda x, residual, *rest: residual * 0)
+    machine.offer(feed_forward_layer=forgetful)
     assert "triton refused: feed_forward_layer of 1 tokens" in lines(shape=SHAPE)["linear"]
 
 
@@ -145,12 +149,10 @@ def fake_flash_attn_with_kvcache(
     assert page_table.shape[0] == len(cache_seqlens) == len(cu_seqlens_q) - 1
     assert isinstance(max_seqlen_q, int) and max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert causal and isinstance(softmax_scale, float)
-    case = SimpleNamespace(
-        q_TNH=q, k_cache=k_cache.transpose(1, 2), v_cache=v_cache.transpose(1, 2), block_tables_SB=page_table,
-        query_start_S1=cu_seqlens_q, context_lens_S=cache_seqlens, scale=softmax_scale,
-        rows=lambda s: slice(int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1])),
-    )  # fmt: skip
-    return attention_float64(case).to(q.dtype)
+    unread = torch.empty(0)
+    batch = BatchView(unread, unread, unread, cu_seqlens_q, cache_seqlens, page_table, max_seqlen_q)
+    kv = LayerKV(k_cache.transpose(1, 2), v_cache.transpose(1, 2))
+    return attention_float64(Paged(q, batch, kv, softmax_scale)).to(q.dtype)
 
 
 def fake_rms_forward_affine_mixed_dtypes(input, normalized_shape, weight, epsilon) -> tuple[Tensor, Tensor]:
@@ -175,13 +177,14 @@ def test_flash_attention_attends_as_defined() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_apex_norms_as_defined(dtype: torch.dtype) -> None:
-    x_TD, residual_TD, weight_D = normal(5, 64).to(dtype), normal(5, 64, seed=1).to(dtype), 1 + normal(64, seed=2)
+    x_TD, residual_TD = normal(5, 64).to(dtype), normal(5, 64, seed=1).to(dtype)
+    norm = NormWeight(1 + normal(64, seed=2), 1e-5)
     call = fake_rms_forward_affine_mixed_dtypes
-    y_TD = optional.rms_norm(x_TD, weight_D, 1e-5, rms_forward=call)
-    assert y_TD.dtype == dtype and torch.allclose(y_TD, vendor.rms_norm(x_TD, weight_D, 1e-5), rtol=2.0**-7)
+    y_TD = optional.rms_norm(x_TD, norm, rms_forward=call)
+    assert y_TD.dtype == dtype and torch.allclose(y_TD, vendor.rms_norm(x_TD, norm), rtol=2.0**-7)
     mine, theirs = residual_TD.clone(), residual_TD.clone()
-    y_TD = optional.add_rms_norm(x_TD, mine, weight_D, 1e-5, rms_forward=call)
-    assert torch.allclose(y_TD, vendor.add_rms_norm(x_TD, theirs, weight_D, 1e-5), rtol=2.0**-7)
+    y_TD = optional.add_rms_norm(x_TD, mine, norm, rms_forward=call)
+    assert torch.allclose(y_TD, vendor.add_rms_norm(x_TD, theirs, norm), rtol=2.0**-7)
     assert torch.equal(mine, theirs)
 
 
@@ -198,9 +201,9 @@ def test_installed_packages_replace_single_ops_of_torchs_table(machine: Machine)
     assert ops.linear is vendor.linear and ops.attention_layer is None
     assert ops.is_recordable, "the table's padding is not read"
     assert ops.paged_attention is not vendor.paged_attention
-    batch = CheckInputs(CPU, SHAPE, BF16).paged([(2, 30), (1, 7)])
-    o_TNH = ops.paged_attention(*batch)
-    assert (o_TNH - vendor.paged_attention(*batch)).abs().max() <= 2e-2
+    arguments = (*CheckInputs(CPU, SHAPE, BF16).paged([(2, 30), (1, 7)]), 0.25)
+    o_TNH = ops.paged_attention(*arguments)
+    assert (o_TNH - vendor.paged_attention(*arguments)).abs().max() <= 2e-2
 
 
 def test_without_them_everything_is_torchs(machine: Machine) -> None:

@@ -43,7 +43,7 @@ def test_rows_are_rounded_to_half_a_step_of_their_own_scale(dtype: torch.dtype) 
     assert (error_TK <= (steps_TK.abs() / 16).clamp(min=2.0**-10) * 1.0001).all()
 
 
-def test_zeros_stay_zeros_and_spoilt_rows_stay_spoilt() -> None:
+def test_zeros_stay_zeros_and_non_finite_rows_stay_so() -> None:
     x_TK, weight_NK = normal(6, 32), normal(16, 32, seed=1)
     x_TK[0] = 0.0
     x_TK[1] *= 1e-44

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import INT4, Ops, reference, vendor
+from megatron_infer.ops import INT4, LayerKV, NormWeight, Ops, Stream, reference, vendor
 from megatron_infer.ops.dispatch import LAYER_OPS, OP_NAMES
 from megatron_infer.ops.fp8 import FP8
 from megatron_infer.ops.selfcheck import find_fault
@@ -43,32 +43,24 @@ def fault_of(candidate: Ops, shape: CheckShape = SHAPE, *, deterministic: bool =
     return find_fault(candidate, VENDOR, CPU, shape, names=NAMES, deterministic=deterministic)
 
 
-def add_first(ops: Ops, x_TD: Tensor | None, residual_TD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
-    return ops.rms_norm(residual_TD, norm_D, eps) if x_TD is None else ops.add_rms_norm(x_TD, residual_TD, norm_D, eps)
+def normed(stream: Stream, norm: NormWeight) -> Tensor:
+    pending_TD = stream.take_pending()
+    if pending_TD is None:
+        return VENDOR.rms_norm(stream.residual_TD, norm)
+    return VENDOR.add_rms_norm(pending_TD, stream.residual_TD, norm)
 
 
-def feed_forward_layer(x_TD, residual_TD, norm_D, eps, gate_up, down, is_whole) -> Tensor | None:
-    hidden_TD = add_first(VENDOR, x_TD, residual_TD, norm_D, eps)
-    y_TD = VENDOR.linear(VENDOR.silu_mul(VENDOR.linear(hidden_TD, gate_up)), down)
-    if not is_whole:
-        return y_TD
-    residual_TD += y_TD
-    return None
+def feed_forward_layer(stream, norm, gate_up, down, completes_sum) -> None:
+    stream.pending_TD = VENDOR.linear(VENDOR.silu_mul(VENDOR.linear(normed(stream, norm), gate_up)), down)
+    if completes_sum:
+        stream.settle()
 
 
-def attention_layer(
-    x_TD, residual_TD, norm_D, eps, qkv, out, cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, tables_SB,
-    starts_S1, contexts_S, longest, num_heads, num_kv_heads, scale, is_whole,
-) -> Tensor | None:  # fmt: skip
-    qkv_TC = VENDOR.linear(add_first(VENDOR, x_TD, residual_TD, norm_D, eps), qkv)
-    rotary = (cos_PH, sin_PH, positions_T, slots_T)
-    q_TNH = VENDOR.rope_store_kv(qkv_TC, *rotary, k_cache, v_cache, num_heads, num_kv_heads)
-    o_TNH = VENDOR.paged_attention(q_TNH, k_cache, v_cache, tables_SB, starts_S1, contexts_S, longest, scale)
-    y_TD = VENDOR.linear(o_TNH.flatten(1), out)
-    if not is_whole:
-        return y_TD
-    residual_TD += y_TD
-    return None
+def attention_layer(stream, norm, qkv, out, rope, batch, kv, heads, completes_sum) -> None:
+    q_TNH = VENDOR.rope_store_kv(VENDOR.linear(normed(stream, norm), qkv), rope, batch, kv, heads)
+    stream.pending_TD = VENDOR.linear(VENDOR.paged_attention(q_TNH, batch, kv, heads.scale).flatten(1), out)
+    if completes_sum:
+        stream.settle()
 
 
 HONEST = replace(VENDOR, attention_layer=attention_layer, feed_forward_layer=feed_forward_layer)
@@ -107,7 +99,12 @@ def spoiled(name: str) -> Callable:
 
     def run(*args):
         y = op(*args)
-        return (one_off(y[0]), y[1]) if isinstance(y, tuple) else None if y is None else one_off(y)
+        if y is None:  # half a layer
+            stream = args[0]
+            stream.residual_TD = one_off(stream.settle())
+            stream.pending_TD = torch.zeros_like(stream.residual_TD)
+            return None
+        return (one_off(y[0]), y[1]) if isinstance(y, tuple) else one_off(y)
 
     return run
 
@@ -149,37 +146,41 @@ def test_a_fault_of_one_class_of_token_counts_is_found(tokens: int) -> None:
 def blind_to(first: int, last: int) -> Callable:
     """Attention that leaves out the keys first .. last of longer contexts."""
 
-    def attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale):
-        k_cache = k_cache.clone()
-        block = k_cache.shape[2]
+    def attention(q, batch, kv, scale):
+        k_cache, block = kv.k.clone(), kv.k.shape[2]
+        starts, contexts, tables = batch.query_start_S1, batch.context_lens_S, batch.block_tables_SB
         for s in range(len(contexts)):
             if int(contexts[s]) >= last:
                 k_cache[tables[s, first // block : last // block].long()] = -1e4 * torch.sign(q[starts[s], :1, None])
-        return vendor.paged_attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale)
+        return vendor.paged_attention(q, batch, LayerKV(k_cache, kv.v), scale)
 
     return attention
 
 
-def acausal(q, k_cache, v_cache, tables, starts, contexts, longest, scale):
-    if longest <= 100:
-        return vendor.paged_attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale)
+def acausal(q, batch, kv, scale):
+    if batch.max_query_len <= 100:
+        return vendor.paged_attention(q, batch, kv, scale)
     parts = []
-    for s, context in enumerate(contexts.tolist()):
-        row = slice(int(starts[s]), int(starts[s + 1]))
+    for s, context in enumerate(batch.context_lens_S.tolist()):
+        row = slice(*batch.query_start_S1[s : s + 2].tolist())
         # Every query at the last position: as a batch of single queries.
         count = row.stop - row.start
-        many = tables[s : s + 1].repeat(count, 1)
-        each = torch.full((count,), context, dtype=torch.int32)
-        index = torch.arange(count + 1, dtype=torch.int32)
-        parts.append(vendor.paged_attention(q[row], k_cache, v_cache, many, index, each, 1, scale))
+        single = replace(
+            batch,
+            block_tables_SB=batch.block_tables_SB[s : s + 1].repeat(count, 1),
+            context_lens_S=torch.full((count,), context, dtype=torch.int32),
+            query_start_S1=torch.arange(count + 1, dtype=torch.int32),
+            max_query_len=1,
+        )
+        parts.append(vendor.paged_attention(q[row], single, kv, scale))
     return torch.cat(parts)
 
 
-def unmasked(q, k_cache, v_cache, tables, starts, contexts, longest, scale):
+def unmasked(q, batch, kv, scale):
     """Reads to the end of the last block, where nobody wrote."""
-    block = k_cache.shape[2]
-    rounded = (contexts + block - 1) // block * block
-    return vendor.paged_attention(q, k_cache, v_cache, tables, starts, rounded, longest, scale)
+    block = kv.k.shape[2]
+    rounded = (batch.context_lens_S + block - 1) // block * block
+    return vendor.paged_attention(q, replace(batch, context_lens_S=rounded), kv, scale)
 
 
 @pytest.mark.parametrize("attention", [blind_to(896, 1024), acausal, unmasked], ids=["tile", "causal", "unwritten"])
@@ -189,9 +190,9 @@ def test_faults_of_attention_are_found(attention: Callable) -> None:
 
 
 def test_a_cache_written_beside_its_slots_is_found() -> None:
-    def rope_store_kv(*args):
-        q_TNH = vendor.rope_store_kv(*args)
-        args[5].view(-1)[0] += 1
+    def rope_store_kv(qkv_TC, rope, batch, kv, heads):
+        q_TNH = vendor.rope_store_kv(qkv_TC, rope, batch, kv, heads)
+        kv.k.view(-1)[0] += 1
         return q_TNH
 
     fault = fault_of(replace(HONEST, rope_store_kv=rope_store_kv))
@@ -200,13 +201,15 @@ def test_a_cache_written_beside_its_slots_is_found() -> None:
 
 def test_layers_that_break_their_contract_are_found() -> None:
     def eager(*args):
-        return feed_forward_layer(*args[:-1], True)
+        feed_forward_layer(*args[:-1], True)
 
     fault = fault_of(replace(HONEST, feed_forward_layer=eager))
-    assert "AssertionError: a product that is not the whole sum was added" in str(fault)
+    assert "AssertionError: partial sums were added to the residual" in str(fault)
 
     def forgetful(*args):
-        return None if args[-1] else attention_layer(*args)
+        attention_layer(*args)
+        if args[-1]:
+            args[0].residual_TD.zero_()
 
     fault = fault_of(replace(HONEST, attention_layer=forgetful))
     assert fault is not None and fault.startswith("attention_layer of") and "differs from its single ops'" in fault
@@ -233,7 +236,8 @@ def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() 
 
         def attention(*args, sloppy=sloppy):
             o_TNH = exact.paged_attention(*args)
-            return torch.nextafter(o_TNH, torch.tensor(9.0)) if sloppy in (args[6], args[3].shape[0]) else o_TNH
+            counts = (args[1].max_query_len, len(args[1].context_lens_S))
+            return torch.nextafter(o_TNH, torch.tensor(9.0)) if sloppy in counts else o_TNH
 
         batch = [(3, 9)] if sloppy == 3 else [(2, 3), (2, 9)]
         names = ("paged_attention",)
@@ -248,9 +252,9 @@ def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() 
 def test_only_the_named_ops_are_run_and_nobody_elses_random_numbers_change() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    spoilt = replace(HONEST, linear=spoiled("linear"), silu_mul=spoiled("silu_mul"))
-    assert "silu_mul" in str(find_fault(spoilt, VENDOR, CPU, SHAPE, names=("silu_mul",)))
-    assert find_fault(spoilt, VENDOR, CPU, SHAPE, names=("rms_norm", "argmax")) is None
+    faulty = replace(HONEST, linear=spoiled("linear"), silu_mul=spoiled("silu_mul"))
+    assert "silu_mul" in str(find_fault(faulty, VENDOR, CPU, SHAPE, names=("silu_mul",)))
+    assert find_fault(faulty, VENDOR, CPU, SHAPE, names=("rms_norm", "argmax")) is None
     assert torch.equal(torch.get_rng_state(), state)
 
 

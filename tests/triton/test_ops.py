@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.triton.interpreter import interpreter  # first: what follows imports triton
 
 from megatron_infer.sampling_params import SamplingParams  # isort: skip
-from megatron_infer.ops import Ops, triton_ops  # isort: skip
+from megatron_infer.ops import Heads, NormWeight, Ops, Rope, Stream, triton_ops  # isort: skip
 from megatron_infer.ops.dispatch import LAYER_OPS, OP_NAMES, select_ops  # isort: skip
 from megatron_infer.ops.fp8 import FP8  # isort: skip
 from megatron_infer.tensor_parallel.group import TPGroup  # isort: skip
@@ -71,44 +71,40 @@ class Halves:
             name: packed(self.ops, weight, self.dtype) for name, weight in zip(shapes, weights, strict=True)
         }
         self.weights["qkv"].bias = normal((N + 2 * G) * H, seed=7)
-        self.norm_D, angle_PH = 1 + normal(D, seed=8), normal(64, H // 2, seed=9)
-        positions, slots = [], []
-        for s, context in enumerate(self.case.context_lens_S.tolist()):
-            rows = self.case.rows(s)
-            own = torch.arange(context - (rows.stop - rows.start), context)
-            positions.append(own.to(torch.int32))
-            slots.append(self.case.block_tables_SB[s, own // 16].long() * 16 + own % 16)
-        self.places = (angle_PH.cos(), angle_PH.sin(), torch.cat(positions), torch.cat(slots))
-        self.residual_TD = self.residual_TD.clone()
-        self.caches = (self.case.k_cache.clone(), self.case.v_cache.clone())
-        self.tables = (self.case.block_tables_SB, self.case.query_start_S1, self.case.context_lens_S)
+        angle_PH = normal(64, H // 2, seed=9)
+        self.norm, self.rope = NormWeight(1 + normal(D, seed=8), 1e-5), Rope(angle_PH.cos(), angle_PH.sin())
+        self.heads = Heads(N, G, self.case.scale)
+        self.stream, self.kv = Stream(self.residual_TD.clone()), self.case.kv.clone()
 
-    def norm(self, x_TD: Tensor | None) -> Tensor:
-        if x_TD is None:
-            return self.ops.rms_norm(self.residual_TD, self.norm_D, 1e-5)
-        return self.ops.add_rms_norm(x_TD, self.residual_TD, self.norm_D, 1e-5)
+    def normed(self) -> Tensor:
+        pending_TD = self.stream.take_pending()
+        if pending_TD is None:
+            return self.ops.rms_norm(self.stream.residual_TD, self.norm)
+        return self.ops.add_rms_norm(pending_TD, self.stream.residual_TD, self.norm)
 
-    def attention(self, x_TD: Tensor | None, *is_whole: bool) -> Tensor | None:
-        """By the layer op where is_whole is given, else by single ops."""
-        ops, weights, last = self.ops, self.weights, (self.case.max_query_len, self.case.scale)
-        if is_whole:
+    def attention(self, *completes_sum: bool) -> None:
+        """By the layer op where completes_sum is given, else by single ops."""
+        ops, weights, batch = self.ops, self.weights, self.case.batch
+        if completes_sum:
             assert ops.attention_layer is not None
-            return ops.attention_layer(
-                x_TD, self.residual_TD, self.norm_D, 1e-5, weights["qkv"], weights["out"], *self.places, *self.caches,
-                *self.tables, last[0], N, G, last[1], *is_whole,
+            ops.attention_layer(
+                self.stream, self.norm, weights["qkv"], weights["out"], self.rope, batch, self.kv, self.heads,
+                *completes_sum,
             )  # fmt: skip
-        q_TNH = ops.rope_store_kv(ops.linear(self.norm(x_TD), weights["qkv"]), *self.places, *self.caches, N, G)
-        return ops.linear(ops.paged_attention(q_TNH, *self.caches, *self.tables, *last).flatten(1), weights["out"])
+            return
+        q_TNH = ops.rope_store_kv(ops.linear(self.normed(), weights["qkv"]), self.rope, batch, self.kv, self.heads)
+        o_TNH = ops.paged_attention(q_TNH, batch, self.kv, self.heads.scale)
+        self.stream.pending_TD = ops.linear(o_TNH.flatten(1), weights["out"])
 
-    def feed_forward(self, x_TD: Tensor | None, *is_whole: bool) -> Tensor | None:
+    def feed_forward(self, *completes_sum: bool) -> None:
         """As attention."""
         ops, weights = self.ops, self.weights
-        if is_whole:
+        if completes_sum:
             assert ops.feed_forward_layer is not None
-            return ops.feed_forward_layer(
-                x_TD, self.residual_TD, self.norm_D, 1e-5, weights["gate_up"], weights["down"], *is_whole
-            )
-        return ops.linear(ops.silu_mul(ops.linear(self.norm(x_TD), weights["gate_up"])), weights["down"])
+            ops.feed_forward_layer(self.stream, self.norm, weights["gate_up"], weights["down"], *completes_sum)
+            return
+        hidden_TF = ops.silu_mul(ops.linear(self.normed(), weights["gate_up"]))
+        self.stream.pending_TD = ops.linear(hidden_TF, weights["down"])
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -120,7 +116,7 @@ TILES = ["tile_kernel", "tile_kernel"]
 
 
 @pytest.mark.parametrize(
-    ("lengths", "has_x", "is_whole", "attention", "feed_forward"),
+    ("lengths", "has_pending", "completes_sum", "attention", "feed_forward"),
     [
         ([(1, 5)], False, True, ["gemv_rope_kernel", "decode", "gemv_kernel"], GEMV),
         ([(2, 30), (2, 2)], True, True, ["norm", "gemv_rope_kernel", "decode", "gemv_kernel"], ["norm", *GEMV]),
@@ -133,38 +129,42 @@ TILES = ["tile_kernel", "tile_kernel"]
 def test_half_a_layer_is_its_ops_in_few_launches(
     launched: list[str],
     lengths: list[tuple[int, int]],
-    has_x: bool,
-    is_whole: bool,
+    has_pending: bool,
+    completes_sum: bool,
     attention: list[str],
     feed_forward: list[str],
 ) -> None:
     """Five launches for a layer of up to 4 tokens on one rank. Plain products of more than 16 tokens are torch's."""
     case = paged_case(lengths, num_heads=N, num_kv_heads=G, head_dim=H)
     residual_TD = normal(case.q_TNH.shape[0], D, seed=20)
-    x_TD = normal(*residual_TD.shape, seed=21) if has_x else None
+    pending_TD = normal(*residual_TD.shape, seed=21) if has_pending else None
     mine = Halves(table(), case, residual_TD)
     theirs = Halves(select_ops(CPU, num_threads=1, force="reference"), case, residual_TD)
     for name, kernels in (("attention", attention), ("feed_forward", feed_forward)):
+        mine.stream.pending_TD = theirs.stream.pending_TD = pending_TD
         launched.clear()
-        y_TD, exact_TD = getattr(mine, name)(x_TD, is_whole), getattr(theirs, name)(x_TD)
+        getattr(mine, name)(completes_sum)
+        getattr(theirs, name)()
         assert len(launched) == len(kernels)
         assert all(part in kernel for part, kernel in zip(kernels, launched, strict=True)), launched
-        assert (y_TD is None) == (is_whole and len(residual_TD) <= 16)
-        if y_TD is None:
-            assert close(mine.residual_TD, theirs.residual_TD + exact_TD)
-            theirs.residual_TD += exact_TD
+        if completes_sum and len(residual_TD) <= 16:
+            assert mine.stream.pending_TD is None
         else:
-            assert close(y_TD, exact_TD) and close(mine.residual_TD, theirs.residual_TD)
-    for cache, exact in zip(mine.caches, theirs.caches, strict=True):
+            assert close(mine.stream.pending_TD, theirs.stream.pending_TD)
+            assert close(mine.stream.residual_TD, theirs.stream.residual_TD)
+        assert close(mine.stream.settle(), theirs.stream.settle())
+    for cache, exact in zip(mine.kv, theirs.kv, strict=True):
         assert torch.equal(cache.isnan(), exact.isnan()) and close(cache.nan_to_num(), exact.nan_to_num())
 
 
 def test_halves_beside_fp8_weights_take_torchs_product_from_five_tokens_on() -> None:
     case = paged_case([(5, 9)], num_heads=N, num_kv_heads=G, head_dim=H)
-    layers = [Halves(table(), case, normal(5, D, seed=20), FP8) for _ in range(2)]
+    fused, single = (Halves(table(), case, normal(5, D, seed=20), FP8) for _ in range(2))
     for name in ("attention", "feed_forward"):
-        y_TD, single_TD = getattr(layers[0], name)(None, True), getattr(layers[1], name)(None)
-        assert torch.equal(y_TD, single_TD) and torch.equal(layers[0].residual_TD, layers[1].residual_TD)
+        getattr(fused, name)(True)
+        getattr(single, name)()
+        assert torch.equal(fused.stream.take_pending(), single.stream.take_pending())
+        assert torch.equal(fused.stream.residual_TD, single.stream.residual_TD)
 
 
 SMALL = tiny_config(
