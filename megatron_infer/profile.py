@@ -9,16 +9,28 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import BatchView, Heads, LayerKV, NormWeight, Ops, PackedLinear, Rope, Stream
+from megatron_infer.ops import (
+    OP_NAMES,
+    BatchView,
+    Heads,
+    LayerKV,
+    NormWeight,
+    Ops,
+    PackedLinear,
+    Rope,
+    SingleOps,
+    Stream,
+)
 
 Phase = Literal["prefill", "decode"]
-Call = TypeVar("Call", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 ATTENTION = "attention"
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 _LOADING = ("allocate_linear", "pack_rows", "pack_quantized")
@@ -84,40 +96,42 @@ class Profile:
         finally:
             self.is_active = False
 
-    def timed(self, device: torch.device, work_of: Callable[..., Work], call: Call) -> Call:
+    def timed(self, device: torch.device, work_of: Callable[P, Work], call: Callable[P, R]) -> Callable[P, R]:
         """`call`, recorded under what `work_of` makes of its arguments."""
         wait = torch.cuda.synchronize if device.type == "cuda" else None
 
-        def run(*args: Any) -> Any:
+        def run(*args: P.args, **options: P.kwargs) -> R:
             if not self.is_active:
-                return call(*args)
+                return call(*args, **options)
             if wait is not None:
                 wait(device)
             began = time.perf_counter()
-            result = call(*args)
+            result = call(*args, **options)
             if wait is not None:
                 wait(device)
             ended = time.perf_counter()
-            self._calls.append((work_of(*args), ended - began))
+            self._calls.append((work_of(*args, **options), ended - began))
             self._recording_seconds += time.perf_counter() - ended
             return result
 
-        return cast(Call, run)
+        return run
 
     def timed_ops(self, ops: Ops, device: torch.device) -> Ops:
-        """The same op table with every op of a step recorded; linear layers go by the name of their weight."""
+        """The same ops with every one of a step recorded; linear layers go by the name of their weight."""
         works: dict[str, Callable[..., Work]] = {
             "linear": _linear_work,
             "paged_attention": self._attention_work,
             "attention_layer": self._attention_layer_work,
             "feed_forward_layer": _feed_forward_layer_work,
         }
-        if self._op_by_op:
-            ops = replace(ops, attention_layer=None, feed_forward_layer=None)
-        names = [s.name for s in fields(ops) if s.name not in _LOADING and callable(getattr(ops, s.name))]
-        return replace(
-            ops, **{name: self.timed(device, works.get(name, named(name)), getattr(ops, name)) for name in names}
-        )
+        names = [name for name in OP_NAMES if name not in _LOADING]
+        if not self._op_by_op:
+            names += ["attention_layer", "feed_forward_layer"]
+        timed = SingleOps(ops)
+        for name in names:
+            # In place of the methods, so that a half of a layer that is made of single ops calls the timed ones.
+            setattr(timed, name, self.timed(device, works.get(name, named(name)), getattr(ops, name)))
+        return timed
 
     def end_step(self) -> None:
         """The step is over, its text included."""
@@ -171,7 +185,7 @@ class Profile:
 def named(name: str) -> Callable[..., Work]:
     """Recorded as `name`, whatever the arguments."""
     work = Work(name)
-    return lambda *_: work
+    return lambda *_, **options: work
 
 
 def _feed_forward_layer_work(

@@ -23,6 +23,7 @@ from megatron_infer.ops import (
     Heads,
     LayerKV,
     NormWeight,
+    Ops,
     PackedLinear,
     Rope,
     Stream,
@@ -163,7 +164,8 @@ class _Arena:
 
 def _layer_linear(packed: PackedLinear) -> int:
     """Address of the weight as an argument of a whole layer, made anew when it or its bias has moved."""
-    layout, weight, bias = packed.layout, packed.data.data_ptr(), packed.bias
+    layout: Layout = packed.layout
+    weight, bias = packed.data.data_ptr(), packed.bias
     known = layout.argument
     bias_address = None if bias is None else bias.data_ptr()
     if known is None or known.weight != weight or known.bias_N != bias_address:
@@ -172,7 +174,7 @@ def _layer_linear(packed: PackedLinear) -> int:
     return layout.argument_address
 
 
-class CpuKernels:
+class CpuKernels(Ops):
     """The ops of megatron_infer.ops on one thread pool.
 
     Args:

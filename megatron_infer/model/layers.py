@@ -84,10 +84,6 @@ class RowParallelLinear:
         if self.has_bias:
             self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        """This rank's product: partial sums."""
-        return self.fmt.matmul(x_TK, self.packed)
-
     def reduce(self, stream: Stream) -> None:
         """Turn this rank's product, pending on the stream, into the result: the sum over all ranks, and the bias."""
         if self.completes_sum:

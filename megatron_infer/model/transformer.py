@@ -38,10 +38,7 @@ class Norm:
 
     def __call__(self, stream: Stream) -> Tensor:
         """The norm of the stream, to which what is pending is added first."""
-        pending_TD = stream.take_pending()
-        if pending_TD is None:
-            return self.ops.rms_norm(stream.residual_TD, self.weight)
-        return self.ops.add_rms_norm(pending_TD, stream.residual_TD, self.weight)
+        return self.ops.normed(stream, self.weight)
 
 
 class Attention:
@@ -75,15 +72,10 @@ class Attention:
 
     def add_to(self, stream: Stream, rope: Rope, batch: BatchView, kv: LayerKV) -> None:
         """Add the attention over x, the stream, to it; writes this step's keys and values into `kv`."""
-        ops, heads = self.ops, self.heads
-        if ops.attention_layer is not None:
-            ops.attention_layer(
-                stream, self.norm.weight, self.qkv.packed, self.out.packed, rope, batch, kv, heads,
-                self.out.completes_sum,
-            )  # fmt: skip
-        else:
-            q_TNH = ops.rope_store_kv(self.qkv(self.norm(stream)), rope, batch, kv, heads)
-            stream.pending_TD = self.out(ops.paged_attention(q_TNH, batch, kv, heads.scale).flatten(1))
+        self.ops.attention_layer(
+            stream, self.norm.weight, self.qkv.packed, self.out.packed, rope, batch, kv, self.heads,
+            self.out.completes_sum,
+        )  # fmt: skip
         self.out.reduce(stream)
 
 
@@ -113,13 +105,9 @@ class FeedForward:
 
     def add_to(self, stream: Stream) -> None:
         """Add the feed-forward network over x, the stream, to it."""
-        ops = self.ops
-        if ops.feed_forward_layer is not None:
-            ops.feed_forward_layer(
-                stream, self.norm.weight, self.gate_up.packed, self.down.packed, self.down.completes_sum
-            )
-        else:
-            stream.pending_TD = self.down(ops.silu_mul(self.gate_up(self.norm(stream))))
+        self.ops.feed_forward_layer(
+            stream, self.norm.weight, self.gate_up.packed, self.down.packed, self.down.completes_sum
+        )
         self.down.reduce(stream)
 
 
@@ -147,7 +135,7 @@ class Transformer:
     Args:
         config: the model's shape.
         tp: this rank's group; the layers divide themselves by it.
-        ops: the op table. dtype: of the embedding table.
+        ops: what computes it, and halves of its layers. dtype: of the embedding table.
         fmt, head_fmt: how the weights of the blocks and of the head are stored.
         num_positions: how many positions the rotary tables cover.
     """

@@ -1,4 +1,4 @@
-"""The op table: what a model may ask of the hardware, as one frozen record of callables.
+"""What a model may ask of the hardware: the abstract class of all ops, and the records that they take.
 
 Owns the signatures, the K-chunk rule and the packed weight's description. Knows no implementation: ops.dispatch
 chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activation is fp32 and contiguous.
@@ -6,8 +6,9 @@ chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,122 +133,145 @@ class Stream:
         return self.residual_TD if pending_TD is None else self.residual_TD.add_(pending_TD)
 
 
-class AllocateLinear(Protocol):
-    def __call__(
+class Ops(ABC):
+    """One implementation of every op, chosen once at load; the abstract methods are the single ops.
+
+    The halves of a decoder layer are made of them here; a subclass that can launch one at once overrides it.
+
+    Attributes:
+        report: a line per single op, how it was chosen.
+        is_recordable: a step of equally long queries can be a CUDA graph and is worth it: nothing in it waits for the
+            host, and it reads no more of the KV cache than the lengths on the device say, however wide the tables.
+    """
+
+    report: tuple[str, ...] = ()
+    is_recordable = False
+
+    @abstractmethod
+    def allocate_linear(
         self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> PackedLinear:
         """Storage for a weight, its contents undefined until every row has been packed."""
-        ...
 
-
-class PackRows(Protocol):
-    def __call__(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+    @abstractmethod
+    def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
         """Store rows row_start .. row_start + N of any floating dtype."""
-        ...
 
-
-class PackQuantized(Protocol):
-    def __call__(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+    @abstractmethod
+    def pack_quantized(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
         """Store rows of an int8 or int4 weight: int8 values, within [-127, 127] or [-8, 7], and bf16 scales."""
-        ...
 
-
-class Linear(Protocol):
-    def __call__(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+    @abstractmethod
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
         """y_TN: fp32 sums over ascending k inside each chunk, the chunks added in a binary tree, the bias last.
 
         An int8 or int4 weight sums group by group, dot * (weight scale * row scale): the row's group is rounded to 12
         bits (int8) or 8 (int4) of its largest magnitude, so that dot, a sum of integers, is exact.
         """
-        ...
 
+    @abstractmethod
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight."""
 
-class RmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, norm: NormWeight) -> Tensor: ...
-
-
-class AddRmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
+    @abstractmethod
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
         """Adds x to the residual in place and returns the norm of the sum."""
-        ...
 
-
-class RopeStoreKV(Protocol):
-    def __call__(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
+    @abstractmethod
+    def rope_store_kv(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
         """Rotate q and k (half-split), write k and v into the paged cache, return q_TNH.
 
         qkv_TC has the columns [q heads | k heads | v heads].
         """
-        ...
 
-
-class PagedAttention(Protocol):
-    def __call__(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+    @abstractmethod
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
         """Causal grouped-query attention, o_TNH. Head n reads KV head n // (N / G)."""
-        ...
 
-
-class SiluMul(Protocol):
-    def __call__(self, gate_up_T2F: Tensor) -> Tensor:
+    @abstractmethod
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
         """silu(gate) * up of the columns [gate | up]."""
-        ...
 
-
-class Argmax(Protocol):
-    def __call__(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def argmax(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
         """(values_S fp32, indices_S int64): first index of the largest value; value NaN for a row with NaN or Inf."""
-        ...
 
-
-class GatherRows(Protocol):
-    def __call__(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    @abstractmethod
+    def gather_rows(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
         """Rows of an embedding table, on the CPU as fp32."""
-        ...
 
+    def normed(self, stream: Stream, norm: NormWeight) -> Tensor:
+        """The norm of the stream, to which what is pending is added first."""
+        pending_TD = stream.take_pending()
+        if pending_TD is None:
+            return self.rms_norm(stream.residual_TD, norm)
+        return self.add_rms_norm(pending_TD, stream.residual_TD, norm)
 
-class AttentionLayer(Protocol):
-    def __call__(
+    def attention_layer(
         self, stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView,
         kv: LayerKV, heads: Heads, completes_sum: bool,
     ) -> None:  # fmt: skip
-        """The first half of a decoder layer up to where ranks add their sums: what is pending on the stream is added,
-        then norm, linear, rope_store_kv, paged_attention, linear; on the CPU to the bit what those ops give.
+        """The first half of a decoder layer, up to where ranks add their products: the last one is left pending.
 
-        The product is left pending. Where it completes the sum (neither other ranks' products nor a bias are to be
-        added), the op may add it to the residual itself instead.
+        An override gives the same, on the CPU to the bit. Where the product completes the sum (neither other ranks'
+        nor a bias are to be added), it may add it to the residual itself instead.
         """
-        ...
+        q_TNH = self.rope_store_kv(self.linear(self.normed(stream, norm), qkv), rope, batch, kv, heads)
+        stream.pending_TD = self.linear(self.paged_attention(q_TNH, batch, kv, heads.scale).flatten(1), out)
 
-
-class FeedForwardLayer(Protocol):
-    def __call__(
+    def feed_forward_layer(
         self, stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
     ) -> None:
-        """The second half, likewise: norm, linear, silu_mul, linear."""
-        ...
+        """The second half, likewise."""
+        hidden_TF = self.silu_mul(self.linear(self.normed(stream, norm), gate_up))
+        stream.pending_TD = self.linear(hidden_TF, down)
 
 
-@dataclass(frozen=True)
-class Ops:
-    """One callable per op, chosen once, and the report of how they were chosen.
+class SingleOps(Ops):
+    """The single ops of another implementation, and halves of a layer made of them, whatever that one overrides.
 
-    A table may also have the halves of a decoder layer as single launches; None: they are made of the ops above.
-    is_recordable: a step of equally long queries can be a CUDA graph and is worth it: nothing in it waits for the host,
-    and it reads no more of the KV cache than the lengths on the device say, however wide the block tables.
+    For whoever wants to see each op, or to replace some.
     """
 
-    allocate_linear: AllocateLinear
-    pack_rows: PackRows
-    pack_quantized: PackQuantized
-    linear: Linear
-    rms_norm: RmsNorm
-    add_rms_norm: AddRmsNorm
-    rope_store_kv: RopeStoreKV
-    paged_attention: PagedAttention
-    silu_mul: SiluMul
-    argmax: Argmax
-    gather_rows: GatherRows
-    attention_layer: AttentionLayer | None = None
-    feed_forward_layer: FeedForwardLayer | None = None
-    is_recordable: bool = False
-    report: tuple[str, ...] = ()
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+        self.report, self.is_recordable = ops.report, ops.is_recordable
+
+    def allocate_linear(
+        self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> PackedLinear:
+        return self.ops.allocate_linear(out_dim, in_dim, chunk_bounds, dtype, device)
+
+    def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+        self.ops.pack_rows(packed, row_start, weight_NK)
+
+    def pack_quantized(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+        self.ops.pack_quantized(packed, row_start, values_NK, scales_NG)
+
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+        return self.ops.linear(x_TK, packed)
+
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
+        return self.ops.rms_norm(x_TD, norm)
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
+        return self.ops.add_rms_norm(x_TD, residual_TD, norm)
+
+    def rope_store_kv(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
+        return self.ops.rope_store_kv(qkv_TC, rope, batch, kv, heads)
+
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+        return self.ops.paged_attention(q_TNH, batch, kv, scale)
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        return self.ops.silu_mul(gate_up_T2F)
+
+    def argmax(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.argmax(logits_SV)
+
+    def gather_rows(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+        return self.ops.gather_rows(table_VD, ids_T)
+
+
+OP_NAMES = tuple(name for name in vars(Ops) if name in Ops.__abstractmethods__)
+"""The single ops, in the order of their declaration."""

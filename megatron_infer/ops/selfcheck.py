@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import INT4, NormWeight, Ops, PackedLinear, Stream
+from megatron_infer.ops import INT4, NormWeight, Ops, PackedLinear, SingleOps, Stream
 from megatron_infer.ops.fp8 import FP8
 from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape, Lengths, last_queries
 
@@ -58,13 +58,13 @@ def find_fault(
     device: torch.device,
     shape: CheckShape,
     *,
-    names: tuple[str, ...],
+    names: tuple[str, ...] | None = None,
     deterministic: bool = False,
 ) -> str | None:
-    """The first op among `names` that fails or differs from the trusted one by more than BOUNDS; None: there is none.
+    """The first op among `names`, or of all, that fails or differs from the trusted one by more than BOUNDS, if any.
 
-    The halves of a layer are compared with the candidate's own ops. The cost, beside compiling kernels: the weights of
-    one layer and of the head, twice, and a few hundred launches.
+    Halves of a layer that are launches of their own are compared with the candidate's single ops. The cost, beside
+    compiling kernels: the weights of one layer and of the head, twice, and a few hundred launches.
 
     Args:
         deterministic: also that no row's bits depend on the rows beside it, of its own sequence or others.
@@ -77,9 +77,10 @@ def find_fault(
     return fault
 
 
-def _first_fault(check: _Check, device: torch.device, names: tuple[str, ...]) -> str | None:
-    for name, compare in check.by_op().items():
-        if name not in names:
+def _first_fault(check: _Check, device: torch.device, names: tuple[str, ...] | None) -> str | None:
+    for compare in check.all():
+        name = compare.__name__
+        if names is not None and name not in names:
             continue
         try:
             for what, actual, expected, bound, whose in compare():
@@ -126,22 +127,23 @@ class _Check:
         self.inputs = CheckInputs(device, shape, self.inner)
         self.bound = BOUNDS[shape.dtype]
 
-    def by_op(self) -> dict[str, Callable[[], _Comparisons]]:
+    def all(self) -> list[Callable[[], _Comparisons]]:
         """What to compare, the layers last: they are made of the rest."""
-        checks: dict[str, Callable[[], _Comparisons]] = {
-            "linear": self.linear,
-            "rms_norm": self.rms_norm,
-            "add_rms_norm": self.add_rms_norm,
-            "rope_store_kv": self.rope_store_kv,
-            "paged_attention": self.paged_attention,
-            "silu_mul": self.silu_mul,
-            "argmax": self.argmax,
-            "gather_rows": self.gather_rows,
-        }
-        if self.candidate.attention_layer is not None:
-            checks["attention_layer"] = self.attention_layer
-        if self.candidate.feed_forward_layer is not None:
-            checks["feed_forward_layer"] = self.feed_forward_layer
+        checks = [
+            self.linear,
+            self.rms_norm,
+            self.add_rms_norm,
+            self.rope_store_kv,
+            self.paged_attention,
+            self.silu_mul,
+            self.argmax,
+            self.gather_rows,
+        ]
+        made = type(self.candidate)
+        if made.attention_layer is not Ops.attention_layer:
+            checks.append(self.attention_layer)
+        if made.feed_forward_layer is not Ops.feed_forward_layer:
+            checks.append(self.feed_forward_layer)
         return checks
 
     def rows_alone(
@@ -242,29 +244,17 @@ class _Check:
             actual, expected = self.candidate.gather_rows(table_VD, ids_T), self.trusted.gather_rows(table_VD, ids_T)
             yield _Comparison(f"{num_tokens} tokens", actual, expected, 0.0)
 
-    def half_layer(
-        self,
-        what: str,
-        num_tokens: int,
-        single: Callable[[Stream], None],
-        fused: Callable[[Stream, bool], None],
-    ) -> _Comparisons:
+    def half_layer(self, what: str, num_tokens: int, run: Callable[[Ops, Stream, bool], None]) -> _Comparisons:
         """The residual after half a layer of single ops or one, with and without something to add to it first."""
         hidden, bound = self.shape.hidden_size, 2 * max(self.bound, BOUNDS[self.shape.linear_dtype])
         for has_pending, completes_sum in product((False, True), repeat=2):
             pending_TD = self.inputs.normal(num_tokens, hidden, dtype=self.inner) if has_pending else None
             residual_TD = self.inputs.normal(num_tokens, hidden, dtype=self.shape.dtype)
             mine, theirs = Stream(residual_TD, pending_TD), Stream(residual_TD.clone(), pending_TD)
-            single(theirs)
-            fused(mine, completes_sum)
+            run(SingleOps(self.candidate), theirs, completes_sum)
+            run(self.candidate, mine, completes_sum)
             assert completes_sum or mine.pending_TD is not None, "partial sums were added to the residual"
             yield _Comparison(what, mine.settle(), theirs.settle(), bound, "its single ops'")
-
-    def norm(self, stream: Stream, norm: NormWeight) -> Tensor:
-        pending_TD = stream.take_pending()
-        if pending_TD is None:
-            return self.candidate.rms_norm(stream.residual_TD, norm)
-        return self.candidate.add_rms_norm(pending_TD, stream.residual_TD, norm)
 
     def attention_layer(self) -> _Comparisons:
         norm = self.inputs.norm_weight()
@@ -274,21 +264,14 @@ class _Check:
 
     def attention_half(self, lengths: Lengths, norm: NormWeight, qkv: PackedLinear, out: PackedLinear) -> _Comparisons:
         """One batch of attention_layer, and the cache that it leaves behind."""
-        ops, layer, heads = self.candidate, self.candidate.attention_layer, self.inputs.heads
-        assert layer is not None
         (_, batch, mine), what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
-        theirs = mine.clone()
-        rope = self.inputs.rope(max(context for _, context in lengths))
+        theirs, rope = mine.clone(), self.inputs.rope(max(context for _, context in lengths))
 
-        def single(stream: Stream) -> None:
-            qkv_TC = ops.linear(self.norm(stream, norm), qkv)
-            q_TNH = ops.rope_store_kv(qkv_TC, rope, batch, theirs, heads)
-            stream.pending_TD = ops.linear(ops.paged_attention(q_TNH, batch, theirs, heads.scale).flatten(1), out)
+        def run(ops: Ops, stream: Stream, completes_sum: bool) -> None:
+            kv = mine if ops is self.candidate else theirs
+            ops.attention_layer(stream, norm, qkv, out, rope, batch, kv, self.inputs.heads, completes_sum)
 
-        def fused(stream: Stream, completes_sum: bool) -> None:
-            layer(stream, norm, qkv, out, rope, batch, mine, heads, completes_sum)
-
-        yield from self.half_layer(what, len(batch.slots_T), single, fused)
+        yield from self.half_layer(what, len(batch.slots_T), run)
         bound = max(self.bound, BOUNDS[self.shape.linear_dtype], BOUNDS[self.shape.kv_dtype])
         for name, actual, expected in zip(("keys", "values"), mine, theirs, strict=True):
             # What nobody owns is NaN, and must be afterwards.
@@ -296,15 +279,11 @@ class _Check:
             yield _Comparison(f"{what} ({name})", actual, expected, bound, "its single ops'")
 
     def feed_forward_layer(self) -> _Comparisons:
-        ops, layer, norm = self.candidate, self.candidate.feed_forward_layer, self.inputs.norm_weight()
-        assert layer is not None
-        (gate_up,), (down,) = (self.inputs.packed(name, ops) for name in ("gate_up", "down"))
+        norm = self.inputs.norm_weight()
+        (gate_up,), (down,) = (self.inputs.packed(name, self.candidate) for name in ("gate_up", "down"))
 
-        def single(stream: Stream) -> None:
-            stream.pending_TD = ops.linear(ops.silu_mul(ops.linear(self.norm(stream, norm), gate_up)), down)
-
-        def fused(stream: Stream, completes_sum: bool) -> None:
-            layer(stream, norm, gate_up, down, completes_sum)
+        def run(ops: Ops, stream: Stream, completes_sum: bool) -> None:
+            ops.feed_forward_layer(stream, norm, gate_up, down, completes_sum)
 
         for num_tokens in TOKENS:
-            yield from self.half_layer(f"{num_tokens} tokens", num_tokens, single, fused)
+            yield from self.half_layer(f"{num_tokens} tokens", num_tokens, run)

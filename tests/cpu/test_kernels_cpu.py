@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_infer.kernels.cpu import native
-from megatron_infer.ops import QUANTIZED, Heads, LayerKV, NormWeight, Rope, Stream, chunk_bounds
+from megatron_infer.ops import QUANTIZED, Heads, LayerKV, NormWeight, Rope, SingleOps, Stream, chunk_bounds
 from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, paged_case, same_bits
 
@@ -209,27 +209,17 @@ def test_half_a_layer_in_one_launch_is_the_single_ops(dtype: torch.dtype, length
         qkv.bias = normal(qkv.out_dim, seed=5)
         for x in (x_TD, None):
             results = []
-            for whole in (False, True):
+            for table in (ops, SingleOps(ops)):
                 stream, kv = Stream(residual_TD.clone(), x), case.kv.clone()
-                if whole:
-                    ops.attention_layer(stream, norm, qkv, out, rope, batch, kv, shape, True)
-                else:
-                    normed_TD = (
-                        ops.rms_norm(stream.residual_TD, norm)
-                        if x is None
-                        else ops.add_rms_norm(x, stream.residual_TD, norm)
-                    )
-                    q_TNH = ops.rope_store_kv(ops.linear(normed_TD, qkv), rope, batch, kv, shape)
-                    o_TNH = ops.paged_attention(q_TNH, batch, kv, case.scale)
-                    stream.pending_TD = ops.linear(o_TNH.flatten(1), out)
+                table.attention_layer(stream, norm, qkv, out, rope, batch, kv, shape, True)
                 results.append([stream.pending_TD, stream.residual_TD, *(cache.nan_to_num() for cache in kv)])
             assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
         gate_up, down = packed(ops, normal(2 * ffn, dim, seed=6) / 9, dtype), packed(ops, normal(dim, ffn) / 9, dtype)
         gate_up.bias = normal(2 * ffn, seed=7)
-        ours, theirs = Stream(residual_TD.clone(), x_TD), residual_TD.clone()
-        ops.feed_forward_layer(ours, norm, gate_up, down, True)
-        single_TD = ops.linear(ops.silu_mul(ops.linear(ops.add_rms_norm(x_TD, theirs, norm), gate_up)), down)
-        assert same_bits(ours.pending_TD, single_TD) and same_bits(ours.residual_TD, theirs)
+        whole, single = (Stream(residual_TD.clone(), x_TD) for _ in range(2))
+        ops.feed_forward_layer(whole, norm, gate_up, down, True)
+        SingleOps(ops).feed_forward_layer(single, norm, gate_up, down, True)
+        assert same_bits(whole.pending_TD, single.pending_TD) and same_bits(whole.residual_TD, single.residual_TD)
 
 
 def test_a_non_finite_row_spoils_no_other() -> None:

@@ -20,11 +20,12 @@ from megatron_infer.ops import (
     Ops,
     PackedLinear,
     Rope,
+    SingleOps,
     Stream,
-    reference,
 )
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.ops.fp8 import FP8, quantize_rows
+from megatron_infer.ops.reference import ReferenceOps
 from megatron_infer.ops.selfcheck_inputs import CheckShape
 from tests.gpu.gpu_cases import CUDA, WEIGHTS, needs_gpu
 from tests.support.ops_cases import Paged, attention_float64, bounds_of, normal, paged_case
@@ -151,7 +152,7 @@ def test_rope_store_kv(ops: Ops, dtype: torch.dtype, lengths) -> None:
     case = paged_case(lengths, num_heads=8, head_dim=32, dtype=dtype)
     qkv_TC = normal(case.q_TNH.shape[0], 12 * 32).to(dtype)
     moved, rope, heads = on_gpu(case, dtype), Rope(*rope_tables(config, 4096)), Heads(8, 2, case.scale)
-    expected = reference.rope_store_kv(qkv_TC.float(), rope, case.batch, case.kv, heads)
+    expected = ReferenceOps().rope_store_kv(qkv_TC.float(), rope, case.batch, case.kv, heads)
     moved_rope = Rope(*(table.to(CUDA) for table in rope))
     q_TNH = ops.rope_store_kv(qkv_TC.to(CUDA), moved_rope, moved.batch, moved.kv, heads)
     assert close(q_TNH, expected, BOUNDS[dtype])
@@ -168,7 +169,7 @@ LAYER_LENGTHS = [[(1, 300)], [(1, 17), (3, 300)], [(7, 60)], [(40, 40), (1, 90)]
 @pytest.mark.parametrize("lengths", LAYER_LENGTHS, ids=str)
 def test_halves_of_a_layer_give_what_their_ops_give(weights, has_pending: bool, completes_sum: bool, lengths) -> None:
     ops = select_ops(CUDA, num_threads=1, force="triton")
-    assert ops.attention_layer is not None and ops.feed_forward_layer is not None
+    single = SingleOps(ops)
     dtype, hidden, ffn = torch.bfloat16, 256, 416
     stored = dtype if weights == "plain" else weights
     shapes = ((12 * 32, hidden), (hidden, 8 * 32), (2 * ffn, hidden), (hidden, ffn))
@@ -182,15 +183,9 @@ def test_halves_of_a_layer_give_what_their_ops_give(weights, has_pending: bool, 
     pending_TD = pending_TD if has_pending else None
     norm = NormWeight(normal(hidden, seed=12).to(CUDA), 1e-5)
 
-    def normed(stream: Stream) -> torch.Tensor:
-        if has_pending:
-            return ops.add_rms_norm(stream.take_pending(), stream.residual_TD, norm)
-        return ops.rms_norm(stream.residual_TD, norm)
-
     expected, actual = (Stream(residual_TD.clone(), pending_TD) for _ in range(2))
     single_kv, fused_kv = kv.clone(), kv.clone()
-    q_TNH = ops.rope_store_kv(ops.linear(normed(expected), qkv), rope, batch, single_kv, heads)
-    expected.pending_TD = ops.linear(ops.paged_attention(q_TNH, batch, single_kv, heads.scale).flatten(1), out)
+    single.attention_layer(expected, norm, qkv, out, rope, batch, single_kv, heads, completes_sum)
     ops.attention_layer(actual, norm, qkv, out, rope, batch, fused_kv, heads, completes_sum)
     assert completes_sum or actual.pending_TD is not None
     assert close(actual.settle(), expected.settle(), BOUNDS[stored])
@@ -198,7 +193,7 @@ def test_halves_of_a_layer_give_what_their_ops_give(weights, has_pending: bool, 
         assert close(a.nan_to_num(), b.nan_to_num(), BOUNDS[stored])
 
     expected, actual = (Stream(residual_TD.clone(), pending_TD) for _ in range(2))
-    expected.pending_TD = ops.linear(ops.silu_mul(ops.linear(normed(expected), gate_up)), down)
+    single.feed_forward_layer(expected, norm, gate_up, down, completes_sum)
     ops.feed_forward_layer(actual, norm, gate_up, down, completes_sum)
     assert completes_sum or actual.pending_TD is not None
     assert close(actual.settle(), expected.settle(), BOUNDS[stored])

@@ -13,6 +13,7 @@ from megatron_infer.ops import (
     GROUP,
     INT4,
     NUM_CHUNKS,
+    OP_NAMES,
     QUANTIZED,
     Heads,
     LayerKV,
@@ -21,7 +22,7 @@ from megatron_infer.ops import (
     Rope,
     chunk_bounds,
 )
-from megatron_infer.ops.dispatch import OP_NAMES, select_ops
+from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, attention_float64, bounds_of, normal, packed, paged_case, same_bits
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_infer.model.formats import quantize
-from megatron_infer.ops import GROUP, QUANTIZED, BatchView, LayerKV, PackedLinear, chunk_bounds
+from megatron_infer.ops import GROUP, QUANTIZED, BatchView, LayerKV, Ops, PackedLinear, chunk_bounds
 from megatron_infer.ops.selfcheck_inputs import last_queries
 
 CPU = torch.device("cpu")
@@ -36,6 +37,11 @@ def packed(ops, weight_NK: Tensor, dtype: torch.dtype = torch.float32, bounds: t
     else:
         ops.pack_rows(weight, 0, weight_NK)
     return weight
+
+
+def changed(made: type[Ops], **functions: Callable) -> Ops:
+    """Ops of a class, but for functions in place of some of its methods."""
+    return type("Changed", (made,), {name: staticmethod(function) for name, function in functions.items()})()
 
 
 @dataclass

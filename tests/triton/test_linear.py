@@ -25,6 +25,7 @@ from megatron_infer.ops.fp8 import FP8, quantize_rows  # isort: skip
 
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, same_bits  # isort: skip
 
+REFERENCE = reference.ReferenceOps()
 OPS = SimpleNamespace(
     allocate_linear=layers.allocate_linear, pack_rows=layers.pack_rows, pack_quantized=layers.pack_quantized
 )
@@ -119,7 +120,7 @@ def test_quantized_differs_from_the_reference_by_its_rounding_of_activations(
     dtype: torch.dtype, bound: float, tokens: int
 ) -> None:
     x_TK, weight_NK = normal(tokens, 150), normal(16, 150, seed=1)
-    expected = reference.linear(x_TK, packed(reference, weight_NK, dtype))
+    expected = REFERENCE.linear(x_TK, packed(REFERENCE, weight_NK, dtype))
     assert error(layers.linear(x_TK, packed(OPS, weight_NK, dtype)), expected.double()) <= bound
 
 
@@ -217,7 +218,7 @@ def test_one_launch_fills_the_cache(
     operand_TK = x_TK.double() if norm_K is None else normed(x_TK, norm_K, eps)
     qkv_TC = (operand_TK @ stored(weight_NK, dtype).T + weight.bias.double()).float()
     exact = [torch.full((4, kv_heads, 4, head_dim), 7.0) for _ in range(2)]
-    exact_TNH = reference.rope_store_kv(
+    exact_TNH = REFERENCE.rope_store_kv(
         qkv_TC, Rope(*indices[:2]), tokens_at(positions_T, slots_T), LayerKV(*exact), Heads(heads, kv_heads, 1.0)
     )
     assert q_TNH.dtype == x_dtype

@@ -1,4 +1,4 @@
-"""The Triton kernels as one op table: the halves of a layer are its single ops, and it is enough for a whole model."""
+"""The Triton kernels as ops: the halves of a layer are its single ops, and it is enough for a whole model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from torch import Tensor
 from tests.triton.interpreter import interpreter  # first: what follows imports triton
 
 from megatron_infer.sampling_params import SamplingParams  # isort: skip
-from megatron_infer.ops import Heads, NormWeight, Ops, Rope, Stream, triton_ops  # isort: skip
-from megatron_infer.ops.dispatch import LAYER_OPS, OP_NAMES, select_ops  # isort: skip
+from megatron_infer.ops import Heads, NormWeight, Ops, Rope, SingleOps, Stream  # isort: skip
+from megatron_infer.ops.dispatch import select_ops  # isort: skip
 from megatron_infer.ops.fp8 import FP8  # isort: skip
+from megatron_infer.ops.triton_ops import DeterministicTritonOps, TritonOps  # isort: skip
 from megatron_infer.tensor_parallel.group import TPGroup  # isort: skip
 
 from tests.support.ops_cases import CPU, Paged, normal, packed, paged_case  # isort: skip
 from tests.support.tiny_models import Output, generate, make_engine, make_runner, random_tensors, tiny_config  # isort: skip
 
 
-def table(deterministic: bool = False) -> Ops:
-    return Ops(**triton_ops.table(2, CPU, deterministic=deterministic))
+def triton(deterministic: bool = False) -> Ops:
+    return (DeterministicTritonOps if deterministic else TritonOps)(2, CPU)
 
 
 @pytest.fixture
@@ -38,18 +39,19 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-def test_the_table_is_whole_and_deterministic_layers_are_made_of_single_ops() -> None:
-    fast, exact = (triton_ops.table(2, CPU, deterministic=deterministic) for deterministic in (False, True))
-    assert set(fast) == {*OP_NAMES, *LAYER_OPS} and set(exact) == set(OP_NAMES)
-    assert fast["linear"] is not exact["linear"] and fast["silu_mul"] is exact["silu_mul"]
-    assert exact["paged_attention"].keywords["deterministic"] and not fast["paged_attention"].keywords["deterministic"]
+def test_deterministic_layers_are_made_of_single_ops() -> None:
+    for name in ("attention_layer", "feed_forward_layer"):
+        assert getattr(DeterministicTritonOps, name) is getattr(Ops, name)
+        assert getattr(TritonOps, name) is not getattr(Ops, name)
+    assert TritonOps.linear is not DeterministicTritonOps.linear
+    assert DeterministicTritonOps.is_deterministic and not TritonOps.is_deterministic
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_gather_rows_keeps_the_tables_dtype(ids_dtype: torch.dtype) -> None:
     table_VD = normal(40, 33).bfloat16()
     ids_T = torch.tensor([39, 0, 7, 7], dtype=ids_dtype)
-    assert torch.equal(triton_ops.gather_rows(table_VD, ids_T), table_VD[ids_T.long()])
+    assert torch.equal(triton().gather_rows(table_VD, ids_T), table_VD[ids_T.long()])
 
 
 D, F, N, G, H = 24, 20, 4, 2, 16
@@ -76,35 +78,14 @@ class Halves:
         self.heads = Heads(N, G, self.case.scale)
         self.stream, self.kv = Stream(self.residual_TD.clone()), self.case.kv.clone()
 
-    def normed(self) -> Tensor:
-        pending_TD = self.stream.take_pending()
-        if pending_TD is None:
-            return self.ops.rms_norm(self.stream.residual_TD, self.norm)
-        return self.ops.add_rms_norm(pending_TD, self.stream.residual_TD, self.norm)
+    def attention(self, ops: Ops, completes_sum: bool) -> None:
+        ops.attention_layer(
+            self.stream, self.norm, self.weights["qkv"], self.weights["out"], self.rope, self.case.batch, self.kv,
+            self.heads, completes_sum,
+        )  # fmt: skip
 
-    def attention(self, *completes_sum: bool) -> None:
-        """By the layer op where completes_sum is given, else by single ops."""
-        ops, weights, batch = self.ops, self.weights, self.case.batch
-        if completes_sum:
-            assert ops.attention_layer is not None
-            ops.attention_layer(
-                self.stream, self.norm, weights["qkv"], weights["out"], self.rope, batch, self.kv, self.heads,
-                *completes_sum,
-            )  # fmt: skip
-            return
-        q_TNH = ops.rope_store_kv(ops.linear(self.normed(), weights["qkv"]), self.rope, batch, self.kv, self.heads)
-        o_TNH = ops.paged_attention(q_TNH, batch, self.kv, self.heads.scale)
-        self.stream.pending_TD = ops.linear(o_TNH.flatten(1), weights["out"])
-
-    def feed_forward(self, *completes_sum: bool) -> None:
-        """As attention."""
-        ops, weights = self.ops, self.weights
-        if completes_sum:
-            assert ops.feed_forward_layer is not None
-            ops.feed_forward_layer(self.stream, self.norm, weights["gate_up"], weights["down"], *completes_sum)
-            return
-        hidden_TF = ops.silu_mul(ops.linear(self.normed(), weights["gate_up"]))
-        self.stream.pending_TD = ops.linear(hidden_TF, weights["down"])
+    def feed_forward(self, ops: Ops, completes_sum: bool) -> None:
+        ops.feed_forward_layer(self.stream, self.norm, self.weights["gate_up"], self.weights["down"], completes_sum)
 
 
 def close(actual: Tensor, expected: Tensor) -> bool:
@@ -138,13 +119,13 @@ def test_half_a_layer_is_its_ops_in_few_launches(
     case = paged_case(lengths, num_heads=N, num_kv_heads=G, head_dim=H)
     residual_TD = normal(case.q_TNH.shape[0], D, seed=20)
     pending_TD = normal(*residual_TD.shape, seed=21) if has_pending else None
-    mine = Halves(table(), case, residual_TD)
+    mine = Halves(triton(), case, residual_TD)
     theirs = Halves(select_ops(CPU, num_threads=1, force="reference"), case, residual_TD)
     for name, kernels in (("attention", attention), ("feed_forward", feed_forward)):
         mine.stream.pending_TD = theirs.stream.pending_TD = pending_TD
         launched.clear()
-        getattr(mine, name)(completes_sum)
-        getattr(theirs, name)()
+        getattr(mine, name)(mine.ops, completes_sum)
+        getattr(theirs, name)(theirs.ops, completes_sum)
         assert len(launched) == len(kernels)
         assert all(part in kernel for part, kernel in zip(kernels, launched, strict=True)), launched
         if completes_sum and len(residual_TD) <= 16:
@@ -159,10 +140,10 @@ def test_half_a_layer_is_its_ops_in_few_launches(
 
 def test_halves_beside_fp8_weights_take_torchs_product_from_five_tokens_on() -> None:
     case = paged_case([(5, 9)], num_heads=N, num_kv_heads=G, head_dim=H)
-    fused, single = (Halves(table(), case, normal(5, D, seed=20), FP8) for _ in range(2))
+    fused, single = (Halves(triton(), case, normal(5, D, seed=20), FP8) for _ in range(2))
     for name in ("attention", "feed_forward"):
-        getattr(fused, name)(True)
-        getattr(single, name)()
+        getattr(fused, name)(fused.ops, True)
+        getattr(single, name)(SingleOps(single.ops), True)
         assert torch.equal(fused.stream.take_pending(), single.stream.take_pending())
         assert torch.equal(fused.stream.residual_TD, single.stream.residual_TD)
 
@@ -181,7 +162,7 @@ def test_a_whole_model_generates_the_same_tokens(deterministic: bool) -> None:
     prompts = [[5, 9, 2, 7, 1, 3], [4] * 21]
     sampling = SamplingParams(max_new_tokens=2, logprobs=0)
     outputs = []
-    for ops in (table(deterministic), select_ops(CPU, num_threads=1, force="reference")):
+    for ops in (triton(deterministic), select_ops(CPU, num_threads=1, force="reference")):
         engine = make_engine(make_runner(config, tensors, TPGroup.single(CPU), ops=ops))
         outputs.append(generate(engine, prompts, sampling))
         engine.close()
@@ -199,7 +180,7 @@ def test_deterministic_bits_depend_on_the_prompt_alone() -> None:
     sampling = SamplingParams(max_new_tokens=1, logprobs=0, ignore_eos=True)
 
     def answers(deterministic: bool, together: bool, chunk: int) -> list[Output]:
-        ops = table(deterministic)
+        ops = triton(deterministic)
         runner = make_runner(config, tensors, TPGroup.single(CPU), ops=ops, dtype=torch.bfloat16)
         engine = make_engine(runner, max_num_batched_tokens=chunk)
         if together:
