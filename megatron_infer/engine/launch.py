@@ -22,10 +22,11 @@ from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.graphs import CudaRecorder, graph_keys
 from megatron_infer.engine.memory import TORCH_DTYPES, gib, num_kv_blocks
+from megatron_infer.engine.resolve import check_fp8
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.topology import local_ranks, under_torchrun, usable_cores, use_device
 from megatron_infer.model.checkpoint import Checkpoint
-from megatron_infer.model.formats import check_fp8, stored_dtypes, weight_formats
+from megatron_infer.model.formats import stored_dtypes, weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.model.formats import TensorSource, WeightFormat
+from megatron_infer.model.formats import Slice, TensorSource, WeightFormat
 from megatron_infer.model.layers import (
     ColumnParallelLinear,
     RowParallelLinear,
-    Rows,
     VocabParallelEmbedding,
     VocabParallelHead,
 )
@@ -53,9 +52,9 @@ class Attention:
             "attention.qkv",
             config.hidden_size,
             [
-                Rows(f"{name}.wq", query.start * dim, query.stop * dim),
-                Rows(f"{name}.wk", kv.start * dim, kv.stop * dim),
-                Rows(f"{name}.wv", kv.start * dim, kv.stop * dim),
+                Slice(f"{name}.wq", rows=(query.start * dim, query.stop * dim)),
+                Slice(f"{name}.wk", rows=(kv.start * dim, kv.stop * dim)),
+                Slice(f"{name}.wv", rows=(kv.start * dim, kv.stop * dim)),
             ],
             bias=config.attention_bias,
             fmt=fmt,
@@ -98,7 +97,7 @@ class FeedForward:
         self.gate_up = ColumnParallelLinear(
             "feed_forward.gate_up",
             config.hidden_size,
-            [Rows(f"{name}.w1", *self.down.cols), Rows(f"{name}.w3", *self.down.cols)],
+            [Slice(f"{name}.w1", rows=self.down.part.cols), Slice(f"{name}.w3", rows=self.down.part.cols)],
             bias=config.mlp_bias,
             fmt=fmt,
         )

@@ -14,8 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.launch import resolve
+from megatron_infer.engine.resolve import check_fp8
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.model.formats import bytes_per_weight, check_fp8, stored_dtypes
+from megatron_infer.model.formats import bytes_per_weight, stored_dtypes
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import chunk_bounds
