@@ -6,7 +6,7 @@ layer is in memory, with its Hessians and the calibration text's residual stream
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,7 +17,7 @@ from checkpoints_convert.texts import WINDOW_TOKENS, Text, windows
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import group_scales, pack_int4, round_to_steps
 from megatron_infer.model.weights import expected_tensors, stored_dtype
-from megatron_infer.ops import INT4, PackedLinear
+from megatron_infer.ops import INT4, Ops, PackedLinear, SingleOps, Stream
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.quantization import Quantization
 from megatron_infer.tokenizer import load_tokenizer
@@ -89,6 +89,18 @@ def inverse_factor(hessian_KK: Tensor) -> Tensor:
     return upper_KK
 
 
+class _WatchedOps(SingleOps):
+    """Shows the name and the inputs of every linear layer."""
+
+    def __init__(self, ops: Ops, watch: Callable[[str, Tensor], None]) -> None:
+        super().__init__(ops)
+        self._watch = watch
+
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+        self._watch(packed.name, x_TK)
+        return self.ops.linear(x_TK, packed)
+
+
 class CalibratedReader:
     """Reads a checkpoint as if its linear layers had been stored quantised, each rounded for its inputs.
 
@@ -102,10 +114,8 @@ class CalibratedReader:
         self._sequences = windows(texts, load_tokenizer(checkpoint.model_dir), _NUM_WINDOWS)
         self._hessians: dict[str, Tensor] = {}
         ops = select_ops(CPU, num_threads=torch.get_num_threads())
-        self._linear = ops.linear
-        # Op by op, so that the inputs of every linear layer pass by.
-        watched = replace(ops, linear=self._watched_linear, attention_layer=None, feed_forward_layer=None)
         dtype = float_dtype(checkpoint)
+        watched = _WatchedOps(ops, self._watch)
         self._plain = LayerwiseNetwork(checkpoint, checkpoint.config, dtype, watched, WINDOW_TOKENS)
         self._quantized = LayerwiseNetwork(self, self._config, dtype, ops, WINDOW_TOKENS)
         self._start()
@@ -135,7 +145,7 @@ class CalibratedReader:
         if self._layer == self._config.num_hidden_layers:
             norm = self._plain.norm()
             for residual_TD in self._residuals:
-                self._watch("head", norm(None, residual_TD))
+                self._watch("head", norm(Stream(residual_TD)))
             self._round("output")
             return
         block = self._plain.block(self._layer)
@@ -163,10 +173,6 @@ class CalibratedReader:
                 self._tensors[weight] = pack_int4(values_NK) if dtype == INT4 else values_NK
                 self._tensors[f"{module}.scales"] = scales_NG
         self._hessians.clear()
-
-    def _watched_linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
-        self._watch(packed.name, x_TK)
-        return self._linear(x_TK, packed)
 
     def _watch(self, label: str, x_TK: Tensor) -> None:
         if label not in self._hessians:

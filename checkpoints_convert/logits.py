@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from checkpoints_convert.network import CPU, OneSequence, load_network, one_sequence_cache
+from checkpoints_convert.network import CPU, load_network, one_sequence, one_sequence_cache
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops.dispatch import select_ops
@@ -59,7 +59,7 @@ def _greedy(checkpoint: Checkpoint, dtype: torch.dtype, num_threads: int) -> tup
     logits = []
     start = 0
     while len(new) < _NEW_TOKENS:
-        hidden_TD = model.forward(OneSequence.at(ids, start, kv.num_blocks), kv)
+        hidden_TD = model.forward(one_sequence(ids, start, kv.num_blocks), kv)
         logits.append(model.logits(hidden_TD)[:, : config.vocab_size])
         start += len(ids)
         ids = [int(logits[-1][-1].argmax())]

@@ -5,8 +5,6 @@ Lays out sequences itself, each in a KV cache of its own; knows nothing of the e
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -17,38 +15,25 @@ from megatron_infer.model.layers import VocabParallelEmbedding, VocabParallelHea
 from megatron_infer.model.rope import rope_tables
 from megatron_infer.model.transformer import Block, Norm, Transformer
 from megatron_infer.model_config import ModelConfig
-from megatron_infer.ops import Ops
+from megatron_infer.ops import BatchView, Ops, Rope, Stream
 from megatron_infer.tensor_parallel.group import TPGroup
 
 CPU = torch.device("cpu")
 _BLOCK_SIZE = 16
 
 
-@dataclass(frozen=True)
-class OneSequence:
-    """The index tensors of a forward pass over one sequence (model.transformer.BatchView)."""
-
-    token_ids_T: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
-    query_start_S1: Tensor
-    context_lens_S: Tensor
-    block_tables_SB: Tensor
-    max_query_len: int
-
-    @classmethod
-    def at(cls, ids: list[int], start: int, num_blocks: int) -> OneSequence:
-        """`ids` as positions `start` and up; position i lies in slot i."""
-        positions = torch.arange(start, start + len(ids))
-        return cls(
-            torch.tensor(ids),
-            positions.int(),
-            positions,
-            torch.tensor([0, len(ids)], dtype=torch.int32),
-            torch.tensor([start + len(ids)], dtype=torch.int32),
-            torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
-            len(ids),
-        )
+def one_sequence(ids: list[int], start: int, num_blocks: int) -> BatchView:
+    """`ids` as the positions `start` and up of one sequence; position i lies in slot i."""
+    positions = torch.arange(start, start + len(ids))
+    return BatchView(
+        token_ids_T=torch.tensor(ids),
+        positions_T=positions.int(),
+        slots_T=positions,
+        query_start_S1=torch.tensor([0, len(ids)], dtype=torch.int32),
+        context_lens_S=torch.tensor([start + len(ids)], dtype=torch.int32),
+        block_tables_SB=torch.arange(num_blocks, dtype=torch.int32).unsqueeze(0),
+        max_query_len=len(ids),
+    )
 
 
 def float_dtype(checkpoint: Checkpoint) -> torch.dtype:
@@ -86,7 +71,7 @@ class LayerwiseNetwork:
         self._source, self._dtype, self._ops = source, dtype, ops
         self._tp = TPGroup.single(CPU)
         self._fmt, self._head_fmt = _formats(config, dtype, ops)
-        self._rope = rope_tables(config, num_positions)
+        self._rope = Rope(*rope_tables(config, num_positions))
         self._kv = one_sequence_cache(config, 1, num_positions)
 
     def embed(self, sequences: list[list[int]]) -> list[Tensor]:
@@ -106,11 +91,9 @@ class LayerwiseNetwork:
 
     def run(self, block: Block, residual_TD: Tensor) -> Tensor:
         """The residual stream behind `block`; the one given stays as it is."""
-        residual_TD = residual_TD.clone()
-        batch = OneSequence.at([0] * residual_TD.shape[0], 0, self._kv.num_blocks)
-        x_TD = block.attention(None, residual_TD, block.attention_norm, self._rope, batch, self._kv.layers[0])
-        x_TD = block.feed_forward(x_TD, residual_TD, block.ffn_norm)
-        return residual_TD if x_TD is None else residual_TD.add_(x_TD)
+        stream = Stream(residual_TD.clone())
+        block(stream, self._rope, one_sequence([0] * len(residual_TD), 0, self._kv.num_blocks), self._kv.layers[0])
+        return stream.settle()
 
     def norm(self) -> Norm:
         """The norm in front of the head."""

@@ -18,6 +18,7 @@ from checkpoints_convert.texts import WINDOW_TOKENS, Hole, holes, read_texts, wi
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import dequantize, row_blocks, unpack_int4
 from megatron_infer.model.weights import expected_tensors, stored_dtype
+from megatron_infer.ops import Stream
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.tokenizer import load_tokenizer
 
@@ -141,7 +142,7 @@ def _run_head(
 ) -> None:
     norms, heads = [net.norm() for net in nets], [net.head() for net in nets]
     for i, pair in enumerate(zip(*streams, strict=True)):
-        hidden = [norm(None, residual_TD) for norm, residual_TD in zip(norms, pair, strict=True)]
+        hidden = [norm(Stream(residual_TD)) for norm, residual_TD in zip(norms, pair, strict=True)]
         if i >= len(plain):
             hole = cut[i - len(plain)]
             for which, head in enumerate(heads):

@@ -9,17 +9,29 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeVar, cast
+from dataclasses import dataclass, field
+from typing import Literal, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import Ops, PackedLinear
+from megatron_infer.ops import (
+    OP_NAMES,
+    BatchView,
+    Heads,
+    LayerKV,
+    NormWeight,
+    Ops,
+    PackedLinear,
+    Rope,
+    SingleOps,
+    Stream,
+)
 from megatron_infer.tensor_parallel.backend import Backend
 
 Phase = Literal["prefill", "decode"]
-Call = TypeVar("Call", bound=Callable[..., Any])
+P = ParamSpec("P")
+R = TypeVar("R")
 ATTENTION = "attention"
 COLLECTIVES = ("all_reduce", "all_gather", "broadcast")
 _LOADING = ("allocate_linear", "pack_rows", "pack_quantized")
@@ -85,40 +97,42 @@ class Profile:
         finally:
             self.is_active = False
 
-    def timed(self, device: torch.device, work_of: Callable[..., Work], call: Call) -> Call:
+    def timed(self, device: torch.device, work_of: Callable[P, Work], call: Callable[P, R]) -> Callable[P, R]:
         """`call`, recorded under what `work_of` makes of its arguments."""
         wait = torch.cuda.synchronize if device.type == "cuda" else None
 
-        def run(*args: Any) -> Any:
+        def run(*args: P.args, **options: P.kwargs) -> R:
             if not self.is_active:
-                return call(*args)
+                return call(*args, **options)
             if wait is not None:
                 wait(device)
             began = time.perf_counter()
-            result = call(*args)
+            result = call(*args, **options)
             if wait is not None:
                 wait(device)
             ended = time.perf_counter()
-            self._calls.append((work_of(*args), ended - began))
+            self._calls.append((work_of(*args, **options), ended - began))
             self._recording_seconds += time.perf_counter() - ended
             return result
 
-        return cast(Call, run)
+        return run
 
     def timed_ops(self, ops: Ops, device: torch.device) -> Ops:
-        """The same op table with every op of a step recorded; linear layers go by the name of their weight."""
+        """The same ops with every one of a step recorded; linear layers go by the name of their weight."""
         works: dict[str, Callable[..., Work]] = {
             "linear": _linear_work,
             "paged_attention": self._attention_work,
             "attention_layer": self._attention_layer_work,
             "feed_forward_layer": _feed_forward_layer_work,
         }
-        if self._op_by_op:
-            ops = replace(ops, attention_layer=None, feed_forward_layer=None)
-        names = [s.name for s in fields(ops) if s.name not in _LOADING and callable(getattr(ops, s.name))]
-        return replace(
-            ops, **{name: self.timed(device, works.get(name, named(name)), getattr(ops, name)) for name in names}
-        )
+        names = [name for name in OP_NAMES if name not in _LOADING]
+        if not self._op_by_op:
+            names += ["attention_layer", "feed_forward_layer"]
+        timed = SingleOps(ops)
+        for name in names:
+            # In place of the methods, so that a half of a layer that is made of single ops calls the timed ones.
+            setattr(timed, name, self.timed(device, works.get(name, named(name)), getattr(ops, name)))
+        return timed
 
     def timed_backend(self, backend: Backend, device: torch.device) -> Backend:
         """The same backend with its collectives recorded; what peers keep this rank waiting counts."""
@@ -150,23 +164,13 @@ class Profile:
         self._recording_seconds = 0.0
         self._step_began = time.perf_counter()
 
-    def _attention_work(
-        self,
-        q_TNH: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        *_: Any,
-    ) -> Work:
+    def _attention_work(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Work:
         """Every sequence's keys and values read once; two products (q k, p v) with each position a query row sees."""
-        num_heads = q_TNH.shape[1]
-        return self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
+        return self._attention_of(q_TNH.shape[1], batch, kv.k)
 
-    def _attention_of(self, num_heads: int, k_cache: Tensor, query_start_S1: Tensor, context_lens_S: Tensor) -> Work:
+    def _attention_of(self, num_heads: int, batch: BatchView, k_cache: Tensor) -> Work:
         head_dim = k_cache.shape[3]
-        starts, contexts = query_start_S1.tolist(), context_lens_S.tolist()
+        starts, contexts = batch.query_start_S1.tolist(), batch.context_lens_S.tolist()
         self._has_prefill |= starts[-1] > len(contexts)
         position_bytes = 2 * k_cache.shape[1] * head_dim * k_cache.element_size()
         seen = 0
@@ -176,19 +180,12 @@ class Profile:
         return Work(ATTENTION, sum(contexts) * position_bytes, 4 * num_heads * head_dim * seen)
 
     def _attention_layer_work(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        qkv: PackedLinear,
-        out: PackedLinear,
-        *others: Any,
-    ) -> Work:
+        self, stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView,
+        kv: LayerKV, heads: Heads, completes_sum: bool,
+    ) -> Work:  # fmt: skip
         """Of the bytes only the weights', so that they can be told from attention's."""
-        _, _, _, _, k_cache, _, _, query_start_S1, context_lens_S, _, num_heads, *_ = others
-        attention = self._attention_of(num_heads, k_cache, query_start_S1, context_lens_S)
-        linears = [_linear_work(residual_TD, packed) for packed in (qkv, out)]
+        attention = self._attention_of(heads.num, batch, kv.k)
+        linears = [_linear_work(stream.residual_TD, packed) for packed in (qkv, out)]
         flops = sum(work.flops for work in (attention, *linears))
         return Work("attention_layer", sum(work.num_bytes for work in linears), flops)
 
@@ -196,19 +193,13 @@ class Profile:
 def named(name: str) -> Callable[..., Work]:
     """Recorded as `name`, whatever the arguments."""
     work = Work(name)
-    return lambda *_: work
+    return lambda *_, **options: work
 
 
 def _feed_forward_layer_work(
-    x_TD: Tensor | None,
-    residual_TD: Tensor,
-    norm_D: Tensor,
-    eps: float,
-    gate_up: PackedLinear,
-    down: PackedLinear,
-    is_whole: bool,
+    stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
 ) -> Work:
-    first, second = _linear_work(residual_TD, gate_up), _linear_work(residual_TD, down)
+    first, second = (_linear_work(stream.residual_TD, packed) for packed in (gate_up, down))
     return Work("feed_forward_layer", first.num_bytes + second.num_bytes, first.flops + second.flops)
 
 

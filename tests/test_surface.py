@@ -37,7 +37,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("model.manifest", "model.pieces", "model.tensor_files", "model.tensor_writers", "model.output_dir"),
     ("model.layers", "model.checkpoint", "model.export"),
     ("model.transformer",),
-    ("engine.batch", "engine.sampler", "engine.topology"),
+    ("engine.batch", "engine.sampler", "engine.topology", "engine.resolve"),
     ("engine.graphs", "engine.memory"),
     ("engine.runner", "engine.interrupts"),
     ("engine.worker", "engine.resolve"),

@@ -15,7 +15,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
+from megatron_infer.ops import (
+    GROUP,
+    INT4,
+    QUANTIZED,
+    BatchView,
+    Heads,
+    LayerKV,
+    NormWeight,
+    Ops,
+    PackedLinear,
+    Rope,
+    Stream,
+)
 
 LIBRARY = Path(__file__).with_name("libmegatron_infer_cpu.so")
 _ABI = 3
@@ -152,7 +164,8 @@ class _Arena:
 
 def _layer_linear(packed: PackedLinear) -> int:
     """Address of the weight as an argument of a whole layer, made anew when it or its bias has moved."""
-    layout, weight, bias = packed.layout, packed.data.data_ptr(), packed.bias
+    layout: Layout = packed.layout
+    weight, bias = packed.data.data_ptr(), packed.bias
     known = layout.argument
     bias_address = None if bias is None else bias.data_ptr()
     if known is None or known.weight != weight or known.bias_N != bias_address:
@@ -161,7 +174,7 @@ def _layer_linear(packed: PackedLinear) -> int:
     return layout.argument_address
 
 
-class CpuKernels:
+class CpuKernels(Ops):
     """The ops of megatron_infer.ops on one thread pool.
 
     Args:
@@ -266,18 +279,18 @@ class CpuKernels:
             _check(1)
         return y_TN
 
-    def rms_norm(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
         """See megatron_infer.ops."""
-        num_tokens, dim = x_TD.shape
+        (num_tokens, dim), (weight_D, eps) = x_TD.shape, norm
         assert x_TD.dtype is torch.float32 is weight_D.dtype and x_TD.is_contiguous() and weight_D.shape[0] == dim
         y_TD = _fp32(num_tokens, dim)
         y, x, weight = y_TD.data_ptr(), x_TD.data_ptr(), weight_D.data_ptr()
         self._rms_norm(self._pool, y, x, None, weight, num_tokens, dim, eps)
         return y_TD
 
-    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
         """See megatron_infer.ops."""
-        num_tokens, dim = x_TD.shape
+        (num_tokens, dim), (weight_D, eps) = x_TD.shape, norm
         assert x_TD.dtype is torch.float32 is weight_D.dtype and weight_D.shape[0] == dim
         assert residual_TD.shape == x_TD.shape and x_TD.is_contiguous() and residual_TD.is_contiguous()
         y_TD = _fp32(num_tokens, dim)
@@ -299,67 +312,48 @@ class CpuKernels:
             known = self._attention_shapes[key] = (ctypes.addressof(shape), shape)
         return known[0]
 
-    def rope_store_kv(
-        self,
-        qkv_TC: Tensor,
-        cos_PH: Tensor,
-        sin_PH: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> Tensor:
+    def rope_store_kv(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
         """See megatron_infer.ops."""
-        num_tokens, head_dim = qkv_TC.shape[0], k_cache.shape[3]
-        assert qkv_TC.shape[1] == (num_heads + 2 * num_kv_heads) * head_dim and qkv_TC.is_contiguous()
-        assert positions_T.dtype is torch.int32 and slots_T.dtype is torch.int64 and k_cache.is_contiguous()
-        assert qkv_TC.dtype is torch.float32 is cos_PH.dtype and cos_PH.is_contiguous() and sin_PH.is_contiguous()
-        shape = self._attention_shape(num_heads, k_cache, 0)
-        q_TNH = _fp32(num_tokens, num_heads, head_dim)
+        num_tokens, head_dim = qkv_TC.shape[0], kv.k.shape[3]
+        assert qkv_TC.shape[1] == (heads.num + 2 * heads.num_kv) * head_dim and qkv_TC.is_contiguous()
+        assert batch.positions_T.dtype is torch.int32 and batch.slots_T.dtype is torch.int64 and kv.k.is_contiguous()
+        assert qkv_TC.dtype is torch.float32 is rope.cos_PH.dtype
+        assert rope.cos_PH.is_contiguous() and rope.sin_PH.is_contiguous()
+        shape = self._attention_shape(heads.num, kv.k, 0)
+        q_TNH = _fp32(num_tokens, heads.num, head_dim)
         self._rope(
             self._pool,
             q_TNH.data_ptr(),
             qkv_TC.data_ptr(),
-            cos_PH.data_ptr(),
-            sin_PH.data_ptr(),
-            positions_T.data_ptr(),
-            slots_T.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
+            rope.cos_PH.data_ptr(),
+            rope.sin_PH.data_ptr(),
+            batch.positions_T.data_ptr(),
+            batch.slots_T.data_ptr(),
+            kv.k.data_ptr(),
+            kv.v.data_ptr(),
             num_tokens,
             shape,
         )
         return q_TNH
 
-    def paged_attention(
-        self,
-        q_TNH: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        max_query_len: int,
-        scale: float,
-    ) -> Tensor:
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
         """See megatron_infer.ops; the lengths themselves are read, not their maximum."""
-        num_sequences, max_blocks = block_tables_SB.shape
-        shape = self._attention_shape(q_TNH.shape[1], k_cache, max_blocks)
-        assert q_TNH.dtype is torch.float32 and q_TNH.is_contiguous() and k_cache.is_contiguous()
-        assert block_tables_SB.dtype is query_start_S1.dtype is context_lens_S.dtype is torch.int32
-        assert block_tables_SB.is_contiguous() and v_cache.is_contiguous()
+        tables_SB = batch.block_tables_SB
+        num_sequences, max_blocks = tables_SB.shape
+        shape = self._attention_shape(q_TNH.shape[1], kv.k, max_blocks)
+        assert q_TNH.dtype is torch.float32 and q_TNH.is_contiguous() and kv.k.is_contiguous()
+        assert tables_SB.dtype is batch.query_start_S1.dtype is batch.context_lens_S.dtype is torch.int32
+        assert tables_SB.is_contiguous() and kv.v.is_contiguous()
         o_TNH = _fp32(*q_TNH.shape)
         status = self._attention(
             self._pool,
             o_TNH.data_ptr(),
             q_TNH.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            block_tables_SB.data_ptr(),
-            query_start_S1.data_ptr(),
-            context_lens_S.data_ptr(),
+            kv.k.data_ptr(),
+            kv.v.data_ptr(),
+            tables_SB.data_ptr(),
+            batch.query_start_S1.data_ptr(),
+            batch.context_lens_S.data_ptr(),
             num_sequences,
             shape,
             scale,
@@ -368,86 +362,62 @@ class CpuKernels:
         return o_TNH
 
     def attention_layer(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        qkv: PackedLinear,
-        out: PackedLinear,
-        cos_PH: Tensor,
-        sin_PH: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        max_query_len: int,
-        num_heads: int,
-        num_kv_heads: int,
-        scale: float,
-        is_whole: bool,
-    ) -> Tensor:
+        self, stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView,
+        kv: LayerKV, heads: Heads, completes_sum: bool,
+    ) -> None:  # fmt: skip
         """See megatron_infer.ops; the next half's norm adds the product to the residual, at no cost."""
+        residual_TD, x_TD = stream.residual_TD, stream.pending_TD
         num_tokens, dim = residual_TD.shape
-        num_sequences, max_blocks = block_tables_SB.shape
-        head_dim = k_cache.shape[3]
+        num_sequences, max_blocks = batch.block_tables_SB.shape
+        head_dim = kv.k.shape[3]
         assert residual_TD.dtype is torch.float32 and residual_TD.is_contiguous() and dim == qkv.in_dim
         assert x_TD is None or (
             x_TD.dtype is torch.float32 and x_TD.is_contiguous() and x_TD.shape == residual_TD.shape
         )
-        assert qkv.out_dim == (num_heads + 2 * num_kv_heads) * head_dim and out.in_dim == num_heads * head_dim
+        assert qkv.out_dim == (heads.num + 2 * heads.num_kv) * head_dim and out.in_dim == heads.num * head_dim
         y_TD = _fp32(num_tokens, out.out_dim)
         status = self._attention_layer(
             self._pool,
             y_TD.data_ptr(),
             None if x_TD is None else x_TD.data_ptr(),
             residual_TD.data_ptr(),
-            norm_D.data_ptr(),
-            eps,
+            norm.weight_D.data_ptr(),
+            norm.eps,
             _layer_linear(qkv),
             _layer_linear(out),
-            cos_PH.data_ptr(),
-            sin_PH.data_ptr(),
-            positions_T.data_ptr(),
-            slots_T.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            block_tables_SB.data_ptr(),
-            query_start_S1.data_ptr(),
-            context_lens_S.data_ptr(),
+            rope.cos_PH.data_ptr(),
+            rope.sin_PH.data_ptr(),
+            batch.positions_T.data_ptr(),
+            batch.slots_T.data_ptr(),
+            kv.k.data_ptr(),
+            kv.v.data_ptr(),
+            batch.block_tables_SB.data_ptr(),
+            batch.query_start_S1.data_ptr(),
+            batch.context_lens_S.data_ptr(),
             num_tokens,
             num_sequences,
-            self._attention_shape(num_heads, k_cache, max_blocks),
-            scale,
+            self._attention_shape(heads.num, kv.k, max_blocks),
+            heads.scale,
         )
         _check(status)
-        return y_TD
+        stream.pending_TD = y_TD
 
     def feed_forward_layer(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        gate_up: PackedLinear,
-        down: PackedLinear,
-        is_whole: bool,
-    ) -> Tensor:
-        """See megatron_infer.ops; the first half layer always leaves an x."""
+        self, stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
+    ) -> None:
+        """See megatron_infer.ops; attention always leaves something pending."""
+        residual_TD, x_TD = stream.residual_TD, stream.pending_TD
         assert x_TD is not None
         num_tokens, dim = x_TD.shape
         assert x_TD.dtype is torch.float32 is residual_TD.dtype and residual_TD.shape == x_TD.shape
         assert x_TD.is_contiguous() and residual_TD.is_contiguous() and dim == gate_up.in_dim
         assert gate_up.out_dim == 2 * down.in_dim
         y_TD = _fp32(num_tokens, down.out_dim)
-        y, x, residual = y_TD.data_ptr(), x_TD.data_ptr(), residual_TD.data_ptr()
+        y, x, residual, weight = y_TD.data_ptr(), x_TD.data_ptr(), residual_TD.data_ptr(), norm.weight_D.data_ptr()
         first, second = _layer_linear(gate_up), _layer_linear(down)
-        status = self._feed_forward_layer(self._pool, y, x, residual, norm_D.data_ptr(), eps, first, second, num_tokens)
+        status = self._feed_forward_layer(self._pool, y, x, residual, weight, norm.eps, first, second, num_tokens)
         _check(status)
-        return y_TD
+        stream.pending_TD = y_TD
 
     def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
         """See megatron_infer.ops."""

@@ -22,11 +22,11 @@ def _argmax_part_kernel(logits_ptr, values_ptr, indices_ptr, WIDTH: tl.constexpr
     x = tl.load(logits_ptr + row * WIDTH + columns, mask=inside, other=float("-inf")).to(tl.float32)
     # False for NaN as well.
     is_finite = tl.abs(x) < float("inf")
-    spoilt = tl.max((inside & (is_finite == 0)).to(tl.int32), axis=0)
+    non_finite = tl.max((inside & (is_finite == 0)).to(tl.int32), axis=0)
     largest = tl.max(tl.where(is_finite, x, float("-inf")), axis=0)
     index = tl.min(tl.where(x == largest, columns, WIDTH), axis=0)
     place = row * tl.num_programs(1) + part
-    tl.store(values_ptr + place, tl.where(spoilt != 0, float("nan"), largest))
+    tl.store(values_ptr + place, tl.where(non_finite != 0, float("nan"), largest))
     tl.store(indices_ptr + place, index)
 
 
@@ -39,13 +39,13 @@ def _argmax_whole_kernel(
     inside = parts < PARTS
     values = tl.load(part_values_ptr + row * PARTS + parts, mask=inside, other=float("-inf"))
     indices = tl.load(part_indices_ptr + row * PARTS + parts, mask=inside, other=0)
-    is_spoilt = values != values
-    spoilt = tl.max(is_spoilt.to(tl.int32), axis=0) != 0
-    largest = tl.max(tl.where(is_spoilt, float("-inf"), values), axis=0)
+    is_nan = values != values
+    non_finite = tl.max(is_nan.to(tl.int32), axis=0) != 0
+    largest = tl.max(tl.where(is_nan, float("-inf"), values), axis=0)
     # Parts are in ascending order, and so are their indices.
     index = tl.min(tl.where(inside & (values == largest), indices, 2147483647), axis=0)
-    tl.store(values_ptr + row, tl.where(spoilt, float("nan"), largest))
-    tl.store(indices_ptr + row, tl.where(spoilt, 0, index).to(tl.int64))
+    tl.store(values_ptr + row, tl.where(non_finite, float("nan"), largest))
+    tl.store(indices_ptr + row, tl.where(non_finite, 0, index).to(tl.int64))
 
 
 def argmax(logits_SV: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,8 @@ Owns storage only; which block belongs to whom is the block pool's business.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+
+from megatron_infer.ops import LayerKV
 
 
 class KVCache:
@@ -31,9 +32,7 @@ class KVCache:
         self.blocks = torch.empty(shape, dtype=dtype, device=device)
         self.num_blocks, self.block_size = num_blocks, block_size
         self.padding_block = num_blocks
-        self.layers: list[tuple[Tensor, Tensor]] = [
-            (self.blocks[0, layer], self.blocks[1, layer]) for layer in range(num_layers)
-        ]
+        self.layers = [LayerKV(self.blocks[0, layer], self.blocks[1, layer]) for layer in range(num_layers)]
 
     @staticmethod
     def block_bytes(num_layers: int, kv_heads: int, block_size: int, head_dim: int, dtype: torch.dtype) -> int:

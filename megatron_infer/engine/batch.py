@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_infer.engine.step import Step
+from megatron_infer.ops import BatchView
 
 _ZERO = np.zeros(1, dtype=np.int64)
 DRAW_FIELDS = 5
@@ -20,29 +21,13 @@ Buffer = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step's tokens, packed. T tokens of S sequences, B blocks in the longest block table.
+class Batch(BatchView):
+    """One step's tokens, packed, and which of them are sampled."""
 
-    Sequence s has the query rows query_start_S1[s] .. query_start_S1[s + 1], which are its last positions.
-    """
-
-    token_ids_T: Tensor
-    """int64; -1 - j stands for the j-th sample of the step before"""
-    positions_T: Tensor
-    """int32"""
-    slots_T: Tensor
-    """int64: block * block_size + offset, where each token's key and value are written"""
-    query_start_S1: Tensor
-    """int32"""
-    context_lens_S: Tensor
-    """int32: positions of each sequence, this step's included"""
-    block_tables_SB: Tensor
-    """int32"""
     sample_rows: Tensor
     """int64: rows of T whose logits are wanted"""
     draws_S5: Tensor
     """float64: how each of those rows is drawn, where the device draws; else no rows"""
-    max_query_len: int
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,18 @@
-"""How the weights of a linear layer are stored and multiplied.
+"""How the weights of a linear layer are stored, and rounded where they are.
 
-A format knows its storage, where the K dimension may be cut, and its matmul. Layers hold a format and never ask which.
+A format knows its storage and where the K dimension may be cut. Layers hold a format and never ask which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_infer.config import EngineConfig
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import GROUP, INT4, QUANTIZED, Ops, PackedLinear, chunk_bounds, fp8
 
@@ -28,143 +29,92 @@ class TensorSource(Protocol):
     def read(self, name: str, rows: Range | None = None, cols: Range | None = None) -> Tensor: ...
 
 
-class WeightFormat(Protocol):
-    """Storage and arithmetic of a weight matrix [out_dim, in_dim]."""
+@dataclass(frozen=True)
+class Slice:
+    """Rows and columns [start, stop) of the linear layer `name`; None: all of them."""
 
-    def chunk_bounds(self, in_dim: int) -> tuple[int, ...]:
-        """The 9 bounds of the 8 K-chunks of the numerics contract; a tensor-parallel cut falls on one of them."""
-        ...
+    name: str
+    rows: Range | None = None
+    cols: Range | None = None
 
-    def allocate(self, out_dim: int, bounds: tuple[int, ...]) -> PackedLinear:
-        """Empty storage for the K range and chunks that `bounds` (starting at 0) describe."""
-        ...
 
-    def load_rows(
-        self,
-        packed: PackedLinear,
-        row_start: int,
-        source: TensorSource,
-        name: str,
-        rows: Range | None = None,
-        cols: Range | None = None,
-    ) -> None:
-        """Read rows and columns of the linear layer `name`, and store them from row `row_start` on."""
-        ...
-
-    def matmul(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
-        """y_TN = x_TK @ W^T (+ bias), accumulated as the numerics contract says."""
-        ...
+Encode = Callable[[TensorSource, Slice], Iterator[tuple[int, Tensor, Tensor | None]]]
+"""A slice as it is stored, block by block: (first row within it, values, scales), scales of int8 and int4 only."""
 
 
 @dataclass(frozen=True)
-class PlainFormat:
-    """bf16 or fp32 weights as they are, packed once into the layout the kernels read."""
+class WeightFormat:
+    """How the weights of a linear layer are stored. They are multiplied by `ops`, which packs them.
+
+    Attributes:
+        dtype: of the weights as stored.
+        unit: K is cut at multiples of it, so that a group that shares a scale is whole on one rank.
+        encode: makes of a checkpoint's tensor what is packed.
+    """
 
     ops: Ops
     dtype: torch.dtype
     device: torch.device
+    unit: int
+    encode: Encode
 
     def chunk_bounds(self, in_dim: int) -> tuple[int, ...]:
-        return chunk_bounds(in_dim)
+        """The 9 bounds of the 8 K-chunks of the numerics contract; a tensor-parallel cut falls on one of them."""
+        return chunk_bounds(in_dim, self.unit)
 
-    def allocate(self, out_dim: int, bounds: tuple[int, ...]) -> PackedLinear:
-        return self.ops.allocate_linear(out_dim, bounds[-1], bounds, self.dtype, self.device)
+    def allocate(self, label: str, out_dim: int, bounds: tuple[int, ...]) -> PackedLinear:
+        """Empty storage, called `label` in profiles, for the K range and chunks that `bounds` (from 0) describe."""
+        packed = self.ops.allocate_linear(out_dim, bounds[-1], bounds, self.dtype, self.device)
+        packed.name = label
+        return packed
 
-    def load_rows(
-        self,
-        packed: PackedLinear,
-        row_start: int,
-        source: TensorSource,
-        name: str,
-        rows: Range | None = None,
-        cols: Range | None = None,
-    ) -> None:
-        self.ops.pack_rows(packed, row_start, source.read(f"{name}.weight", rows, cols))
-
-    def matmul(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
-        return self.ops.linear(x_TK, packed)
+    def load(self, packed: PackedLinear, row_start: int, source: TensorSource, part: Slice) -> None:
+        """Read `part` and store it from row `row_start` on."""
+        for row, values_NK, scales_NG in self.encode(source, part):
+            if scales_NG is None:
+                self.ops.pack_rows(packed, row_start + row, values_NK)
+            else:
+                self.ops.pack_quantized(packed, row_start + row, values_NK, scales_NG)
 
 
-@dataclass(frozen=True)
-class Fp8Format(PlainFormat):
-    """float8_e4m3fn weights with an fp32 scale per row of this rank's slice, rounded by the op table.
-
-    K is cut at multiples of what torch's fp8 product takes. Tensor-parallel degrees round differently.
-    """
-
-    def chunk_bounds(self, in_dim: int) -> tuple[int, ...]:
-        return chunk_bounds(in_dim, fp8.UNIT)
-
-    def load_rows(
-        self,
-        packed: PackedLinear,
-        row_start: int,
-        source: TensorSource,
-        name: str,
-        rows: Range | None = None,
-        cols: Range | None = None,
-    ) -> None:
-        weight_NK = source.read(f"{name}.weight", rows, cols)
-        for start, stop in row_blocks(weight_NK.shape[0], weight_NK.shape[1]):
-            self.ops.pack_rows(packed, row_start + start, weight_NK[start:stop])
+def _plain(source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor, None]]:
+    """As it is."""
+    yield 0, source.read(f"{part.name}.weight", part.rows, part.cols), None
 
 
-@dataclass(frozen=True)
-class RoundingFormat(PlainFormat):
-    """int8 or int4 weights with a scale per output row and GROUP of k, rounded to nearest while loading.
-
-    K is cut at multiples of GROUP, so that every tensor-parallel degree rounds the same groups to the same numbers.
-    """
-
-    def chunk_bounds(self, in_dim: int) -> tuple[int, ...]:
-        return chunk_bounds(in_dim, GROUP)
-
-    def load_rows(
-        self,
-        packed: PackedLinear,
-        row_start: int,
-        source: TensorSource,
-        name: str,
-        rows: Range | None = None,
-        cols: Range | None = None,
-    ) -> None:
-        weight_NK = source.read(f"{name}.weight", rows, cols)
-        for block in row_blocks(weight_NK.shape[0], weight_NK.shape[1]):
-            values_NK, scales_NG = quantize(weight_NK[slice(*block)], self.dtype)
-            self.ops.pack_quantized(packed, row_start + block[0], values_NK, scales_NG)
+def _in_blocks(source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor, None]]:
+    """As it is, in small blocks: the ops round fp8 themselves, with a scale per row of this rank's slice."""
+    weight_NK = source.read(f"{part.name}.weight", part.rows, part.cols)
+    for start, stop in row_blocks(*weight_NK.shape):
+        yield start, weight_NK[start:stop], None
 
 
-@dataclass(frozen=True)
-class QuantizedFormat(RoundingFormat):
-    """The same from a checkpoint that was quantised: integers and scales as they are stored.
+def _rounded(dtype: torch.dtype, source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Rounded to nearest, with a scale per row and GROUP of k."""
+    for start, weight_NK, _ in _in_blocks(source, part):
+        yield start, *quantize(weight_NK, dtype)
 
-    group_size: k that share a stored scale, a multiple of GROUP.
-    """
 
-    group_size: int
-
-    def load_rows(
-        self,
-        packed: PackedLinear,
-        row_start: int,
-        source: TensorSource,
-        name: str,
-        rows: Range | None = None,
-        cols: Range | None = None,
-    ) -> None:
-        values_NK, scales_NG = read_quantized(source, name, self.dtype, self.group_size, rows, cols)
-        low, high = _LIMITS[self.dtype]
-        for block in row_blocks(values_NK.shape[0], packed.in_dim):
-            block_NK, block_NG = values_NK[slice(*block)], scales_NG[slice(*block)]
-            if not bool(block_NG.isfinite().all()):
-                raise ValueError(f"tensor '{name}.scales' holds NaN or infinity; quantize or copy the checkpoint again")
-            if self.dtype == INT4:
-                block_NK = unpack_int4(block_NK)
-            elif block_NK.numel() and int(block_NK.min()) < low:
-                raise ValueError(
-                    f"tensor '{name}.weight' has values outside [{low}, {high}]; quantize or copy the checkpoint again"
-                )
-            self.ops.pack_quantized(packed, row_start + block[0], block_NK, block_NG)
+def _stored(
+    dtype: torch.dtype, group_size: int, source: TensorSource, part: Slice
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """Integers and scales as a quantised checkpoint has them; group_size: k that share one, a multiple of GROUP."""
+    values_NK, scales_NG = read_quantized(source, part, dtype, group_size)
+    low, high = _LIMITS[dtype]
+    in_dim = values_NK.shape[1] * (2 if dtype == INT4 else 1)
+    for start, stop in row_blocks(values_NK.shape[0], in_dim):
+        block_NK, block_NG = values_NK[start:stop], scales_NG[start:stop]
+        if not bool(block_NG.isfinite().all()):
+            raise ValueError(
+                f"tensor '{part.name}.scales' holds NaN or infinity; quantize or copy the checkpoint again"
+            )
+        if dtype == INT4:
+            block_NK = unpack_int4(block_NK)
+        elif block_NK.numel() and int(block_NK.min()) < low:
+            raise ValueError(
+                f"tensor '{part.name}.weight' has values outside [{low}, {high}]; quantize or copy the checkpoint again"
+            )
+        yield start, block_NK, block_NG
 
 
 def weight_formats(
@@ -181,10 +131,11 @@ def weight_formats(
 
     def make(weights: torch.dtype, is_stored: bool) -> WeightFormat:
         if weights not in QUANTIZED:
-            return Fp8Format(ops, weights, device) if weights == fp8.FP8 else PlainFormat(ops, weights, device)
+            unit, encode = (fp8.UNIT, _in_blocks) if weights == fp8.FP8 else (1, _plain)
+            return WeightFormat(ops, weights, device, unit, encode)
         if stored is None or not is_stored:
-            return RoundingFormat(ops, weights, device)
-        return QuantizedFormat(ops, weights, device, stored.group_size)
+            return WeightFormat(ops, weights, device, GROUP, partial(_rounded, weights))
+        return WeightFormat(ops, weights, device, GROUP, partial(_stored, weights, stored.group_size))
 
     linear_dtype, head_dtype = stored_dtypes(dtype, quantization)
     # A tied head is the embedding table, which is never stored quantised.
@@ -202,39 +153,6 @@ def stored_dtypes(dtype: torch.dtype, quantization: str) -> tuple[torch.dtype, t
         "int4": (INT4, torch.int8),
         "fp8": (fp8.FP8, dtype),
     }[quantization]
-
-
-def check_fp8(model: ModelConfig, config: EngineConfig, tp: int, capability: tuple[int, int] | None) -> None:
-    """Refuse fp8 weights where they cannot be multiplied, before any is read.
-
-    Args:
-        tp: the tensor-parallel degree. capability: of the GPU; None on the CPU.
-    Raises:
-        ValueError: with what to use instead.
-    """
-    needs = f"quantization 'fp8' needs a GPU of compute capability {'.'.join(map(str, fp8.CAPABILITY))} or more"
-    if capability is None:
-        raise ValueError(f"{needs}; on the CPU use quantization='int8', which works everywhere")
-    if capability < fp8.CAPABILITY:
-        raise ValueError(f"{needs}, this one has {'.'.join(map(str, capability))}; use quantization='int8'")
-    if config.deterministic:
-        raise ValueError(
-            "quantization 'fp8' rounds and sums in the order of torch's kernels, which deterministic=True rules out; "
-            "use quantization='int8', or leave deterministic off"
-        )
-    query, kv = (len(heads(0, tp)) * model.head_dim for heads in (model.query_heads_on, model.kv_heads_on))
-    sizes = {
-        "hidden_size": model.hidden_size,
-        "intermediate_size": model.intermediate_size,
-        f"query columns on each of {tp} ranks": query,
-        f"key columns on each of {tp} ranks": 2 * kv,
-    }
-    odd = [f"{what} {size}" for what, size in sizes.items() if size % fp8.UNIT]
-    if odd:
-        raise ValueError(
-            f"quantization 'fp8' needs linear layers of multiples of {fp8.UNIT}, but this model has "
-            f"{' and '.join(odd)}; use quantization='int8'"
-        )
 
 
 def bytes_per_weight(dtype: torch.dtype) -> float:
@@ -291,25 +209,19 @@ def dequantize(values_NK: Tensor, scales_NG: Tensor, group_size: int) -> Tensor:
     return values_NK.float() * scales_NG.float().repeat_interleave(group_size, dim=1)[:, : values_NK.shape[1]]
 
 
-def read_quantized(
-    source: TensorSource, name: str, dtype: torch.dtype, group_size: int, rows: Range | None, cols: Range | None
-) -> tuple[Tensor, Tensor]:
-    """Integers as stored (int4: two to a byte) and scales, one per GROUP of k, of a slice of the linear layer `name`.
-
-    `cols` starts at a multiple of GROUP.
-    """
-    repeats = group_size // GROUP
-    if cols is None:
-        values_NK = source.read(f"{name}.weight", rows)
-        in_dim = values_NK.shape[1] * (2 if dtype == INT4 else 1)
-        scales_NG = source.read(f"{name}.scales", rows).repeat_interleave(repeats, dim=1)
-        return values_NK, scales_NG[:, : -(-in_dim // GROUP)]
-    start, stop = cols
+def read_quantized(source: TensorSource, part: Slice, dtype: torch.dtype, group_size: int) -> tuple[Tensor, Tensor]:
+    """Integers as stored (int4: two to a byte) and scales, one per GROUP of k. Columns begin at a multiple of GROUP."""
+    repeats, per_byte = group_size // GROUP, 2 if dtype == INT4 else 1
+    weight, scales = f"{part.name}.weight", f"{part.name}.scales"
+    if part.cols is None:
+        values_NK = source.read(weight, part.rows)
+        scales_NG = source.read(scales, part.rows).repeat_interleave(repeats, dim=1)
+        return values_NK, scales_NG[:, : -(-values_NK.shape[1] * per_byte // GROUP)]
+    start, stop = part.cols
     assert start % GROUP == 0
-    per_byte = 2 if dtype == INT4 else 1
-    values_NK = source.read(f"{name}.weight", rows, (start // per_byte, stop // per_byte))
+    values_NK = source.read(weight, part.rows, (start // per_byte, stop // per_byte))
     first, last = start // group_size, -(-stop // group_size)
-    scales_NG = source.read(f"{name}.scales", rows, (first, last)).repeat_interleave(repeats, dim=1)
+    scales_NG = source.read(scales, part.rows, (first, last)).repeat_interleave(repeats, dim=1)
     skipped = start // GROUP - first * repeats
     return values_NK, scales_NG[:, skipped : skipped + -(-(stop - start) // GROUP)]
 

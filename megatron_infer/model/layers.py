@@ -7,23 +7,14 @@ kernels, or how ranks talk.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from megatron_infer.model.formats import TensorSource, WeightFormat
-from megatron_infer.ops import NUM_CHUNKS, Ops
+from megatron_infer.model.formats import Slice, TensorSource, WeightFormat
+from megatron_infer.ops import NUM_CHUNKS, Ops, Stream
 from megatron_infer.tensor_parallel.group import TPGroup
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Output features [start, stop) of the linear layer `name`."""
-
-    name: str
-    start: int
-    stop: int
 
 
 class ColumnParallelLinear:
@@ -33,27 +24,28 @@ class ColumnParallelLinear:
     name of that matrix in profiles.
     """
 
-    def __init__(self, label: str, in_dim: int, parts: Sequence[Rows], *, bias: bool, fmt: WeightFormat) -> None:
-        self.parts = tuple(parts)
-        self.has_bias = bias
-        self.fmt = fmt
-        self.packed = fmt.allocate(sum(p.stop - p.start for p in parts), fmt.chunk_bounds(in_dim))
-        self.packed.name = label
+    def __init__(self, label: str, in_dim: int, parts: Sequence[Slice], *, bias: bool, fmt: WeightFormat) -> None:
+        self.parts, self.has_bias, self.fmt, self.ops = tuple(parts), bias, fmt, fmt.ops
+        self.packed = fmt.allocate(label, sum(map(_num_rows, parts)), fmt.chunk_bounds(in_dim))
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's rows."""
         biases, offset = [], 0
         for part in self.parts:
-            rows = (part.start, part.stop)
-            self.fmt.load_rows(self.packed, offset, source, part.name, rows=rows)
-            offset += part.stop - part.start
+            self.fmt.load(self.packed, offset, source, part)
+            offset += _num_rows(part)
             if self.has_bias:
-                biases.append(source.read(f"{part.name}.bias", rows=rows).float())
+                biases.append(source.read(f"{part.name}.bias", rows=part.rows).float())
         if biases:
             self.packed = replace(self.packed, bias=torch.cat(biases).to(self.packed.data.device))
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return self.fmt.matmul(x_TK, self.packed)
+        return self.ops.linear(x_TK, self.packed)
+
+
+def _num_rows(part: Slice) -> int:
+    assert part.rows is not None
+    return part.rows[1] - part.rows[0]
 
 
 class RowParallelLinear:
@@ -61,6 +53,8 @@ class RowParallelLinear:
 
     Rank r owns whole K-chunks, hence a subtree of the sum, and the all-reduce adds the subtrees in the tree's order:
     the result has the same bits at every tensor-parallel degree.
+
+    completes_sum: this rank's product is the result, neither other ranks' nor a bias are to be added to it.
     """
 
     def __init__(
@@ -69,36 +63,29 @@ class RowParallelLinear:
         bounds = fmt.chunk_bounds(in_dim)
         per_rank = NUM_CHUNKS // tp.size
         own = bounds[tp.rank * per_rank : (tp.rank + 1) * per_rank + 1]
-        self.name, self.cols = name, (own[0], own[-1])
+        self.part = Slice(name, cols=(own[0], own[-1]))
         self.has_bias, self.tp, self.fmt = bias, tp, fmt
+        self.completes_sum = tp.size == 1 and not bias
         self.bias_N: Tensor | None = None
-        self.packed = fmt.allocate(out_dim, tuple(b - own[0] for b in own))
-        self.packed.name = label
+        self.packed = fmt.allocate(label, out_dim, tuple(b - own[0] for b in own))
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's columns; the bias is whole on every rank and added once, after the reduction."""
-        self.fmt.load_rows(self.packed, 0, source, self.name, cols=self.cols)
+        self.fmt.load(self.packed, 0, source, self.part)
         if self.has_bias:
-            self.bias_N = source.read(f"{self.name}.bias").float().to(self.packed.data.device)
+            self.bias_N = source.read(f"{self.part.name}.bias").float().to(self.packed.data.device)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether this rank's product is the result: neither other ranks' sums nor a bias are to be added."""
-        return self.tp.size == 1 and not self.has_bias
-
-    def __call__(self, x_TK: Tensor, residual_TN: Tensor) -> Tensor | None:
-        """What is to be added to the residual; None: it has been."""
-        return self.reduce(self.fmt.matmul(x_TK, self.packed), residual_TN)
-
-    def reduce(self, partial_TN: Tensor | None, residual_TN: Tensor) -> Tensor | None:
-        """Add this rank's partial sums (None: they were whole and are in the residual) to the other ranks', and the
-        bias to that; as `__call__`."""
-        if partial_TN is None:
-            return None
-        if not self.has_bias and self.tp.add_all_reduce(partial_TN, residual_TN):
-            return None
+    def reduce(self, stream: Stream) -> None:
+        """Turn this rank's product, pending on the stream, into the result: the sum over all ranks, and the bias."""
+        if self.completes_sum:
+            return
+        partial_TN = stream.pending_TD
+        assert partial_TN is not None, "only a product that completes the sum may be added to the residual"
+        if not self.has_bias and self.tp.add_all_reduce(partial_TN, stream.residual_TD):
+            stream.pending_TD = None
+            return
         y_TN = self.tp.all_reduce(partial_TN)
-        return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
+        stream.pending_TD = y_TN if self.bias_N is None else y_TN.add_(self.bias_N)
 
 
 def vocab_range(vocab_size: int, rank: int, size: int) -> tuple[int, int]:
@@ -138,7 +125,7 @@ class VocabParallelHead:
         self.vocab_size, self.tp = vocab_size, tp
         self.start, self.stop = vocab_range(vocab_size, tp.rank, tp.size)
         self.width = -(-vocab_size // tp.size)
-        self.linear = ColumnParallelLinear("head", dim, [Rows(name, self.start, self.stop)], bias=False, fmt=fmt)
+        self.linear = ColumnParallelLinear("head", dim, [Slice(name, (self.start, self.stop))], bias=False, fmt=fmt)
 
     def load(self, source: TensorSource) -> None:
         """Read and pack this rank's rows."""

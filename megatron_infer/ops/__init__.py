@@ -1,4 +1,4 @@
-"""The op table: what a model may ask of the hardware, as one frozen record of callables.
+"""What a model may ask of the hardware: the abstract class of all ops, and the records that they take.
 
 Owns the signatures, the K-chunk rule and the packed weight's description. Knows no implementation: ops.dispatch
 chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activation is fp32 and contiguous.
@@ -6,8 +6,9 @@ chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activ
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,175 +56,222 @@ class PackedLinear:
         assert list(self.chunk_bounds) == sorted(self.chunk_bounds)
 
 
-class AllocateLinear(Protocol):
-    def __call__(
+@dataclass(frozen=True)
+class BatchView:
+    """Where a step's tokens stand: T packed tokens of S sequences, B blocks in the longest block table.
+
+    Sequence s has the query rows query_start_S1[s] .. query_start_S1[s + 1], which are its last positions.
+    """
+
+    token_ids_T: Tensor
+    """int64; -1 - j stands for the j-th sample of the step before"""
+    positions_T: Tensor
+    """int32"""
+    slots_T: Tensor
+    """int64: block * block_size + offset, where each token's key and value are written"""
+    query_start_S1: Tensor
+    """int32"""
+    context_lens_S: Tensor
+    """int32: positions of each sequence, this step's included"""
+    block_tables_SB: Tensor
+    """int32"""
+    max_query_len: int
+    """Most query rows of a sequence, which the host would have to wait for."""
+
+
+class LayerKV(NamedTuple):
+    """One layer's paged cache, keys and values: each [num_blocks, G, block_size, H]."""
+
+    k: Tensor
+    v: Tensor
+
+    def clone(self) -> LayerKV:
+        """A copy of both."""
+        return LayerKV(self.k.clone(), self.v.clone())
+
+
+class Rope(NamedTuple):
+    """Rotary tables, fp32 [positions, head_dim / 2]."""
+
+    cos_PH: Tensor
+    sin_PH: Tensor
+
+
+class Heads(NamedTuple):
+    """A rank's query heads and KV heads, and what their scores are multiplied by."""
+
+    num: int
+    num_kv: int
+    scale: float
+
+
+class NormWeight(NamedTuple):
+    """An RMSNorm: its weight in fp32, and what is added to the mean square."""
+
+    weight_D: Tensor
+    eps: float
+
+
+@dataclass(eq=False, slots=True)
+class Stream:
+    """The residual stream, and what half a layer left to be added to it; None: nothing is.
+
+    Whoever reads the stream next adds it, in the same pass over memory; it stays the residual's shape.
+    """
+
+    residual_TD: Tensor
+    pending_TD: Tensor | None = None
+
+    def take_pending(self) -> Tensor | None:
+        """What is to be added, by the caller."""
+        pending_TD, self.pending_TD = self.pending_TD, None
+        return pending_TD
+
+    def settle(self) -> Tensor:
+        """The residual, to which everything has been added."""
+        pending_TD = self.take_pending()
+        return self.residual_TD if pending_TD is None else self.residual_TD.add_(pending_TD)
+
+
+class Ops(ABC):
+    """One implementation of every op, chosen once at load; the abstract methods are the single ops.
+
+    The halves of a decoder layer are made of them here; a subclass that can launch one at once overrides it.
+
+    Attributes:
+        report: a line per single op, how it was chosen.
+        is_recordable: a step of equally long queries can be a CUDA graph and is worth it: nothing in it waits for the
+            host, and it reads no more of the KV cache than the lengths on the device say, however wide the tables.
+    """
+
+    report: tuple[str, ...] = ()
+    is_recordable = False
+
+    @abstractmethod
+    def allocate_linear(
         self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> PackedLinear:
         """Storage for a weight, its contents undefined until every row has been packed."""
-        ...
 
-
-class PackRows(Protocol):
-    def __call__(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+    @abstractmethod
+    def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
         """Store rows row_start .. row_start + N of any floating dtype."""
-        ...
 
-
-class PackQuantized(Protocol):
-    def __call__(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+    @abstractmethod
+    def pack_quantized(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
         """Store rows of an int8 or int4 weight: int8 values, within [-127, 127] or [-8, 7], and bf16 scales."""
-        ...
 
-
-class Linear(Protocol):
-    def __call__(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+    @abstractmethod
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
         """y_TN: fp32 sums over ascending k inside each chunk, the chunks added in a binary tree, the bias last.
 
         An int8 or int4 weight sums group by group, dot * (weight scale * row scale): the row's group is rounded to 12
         bits (int8) or 8 (int4) of its largest magnitude, so that dot, a sum of integers, is exact.
         """
-        ...
 
+    @abstractmethod
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight."""
 
-class RmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor: ...
-
-
-class AddRmsNorm(Protocol):
-    def __call__(self, x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    @abstractmethod
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
         """Adds x to the residual in place and returns the norm of the sum."""
-        ...
 
-
-class RopeStoreKV(Protocol):
-    def __call__(
-        self,
-        qkv_TC: Tensor,
-        cos_PH: Tensor,
-        sin_PH: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        num_heads: int,
-        num_kv_heads: int,
-    ) -> Tensor:
+    @abstractmethod
+    def rope_store_kv(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
         """Rotate q and k (half-split), write k and v into the paged cache, return q_TNH.
 
-        qkv_TC has the columns [q heads | k heads | v heads]; cos and sin are fp32 [positions, head_dim / 2]; positions
-        are int32; slots are int64, block * block_size + offset; caches are [num_blocks, G, block_size, H].
+        qkv_TC has the columns [q heads | k heads | v heads].
         """
-        ...
 
+    @abstractmethod
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+        """Causal grouped-query attention, o_TNH. Head n reads KV head n // (N / G)."""
 
-class PagedAttention(Protocol):
-    def __call__(
-        self,
-        q_TNH: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        max_query_len: int,
-        scale: float,
-    ) -> Tensor:
-        """Causal grouped-query attention, o_TNH.
-
-        Sequence s has the query rows query_start[s] .. query_start[s + 1], its last positions; context_lens[s] counts
-        all positions, these included. Index tensors are int32; max_query_len, the most query rows of a sequence, spares
-        the host from reading them. Head n reads KV head n // (N / G).
-        """
-        ...
-
-
-class SiluMul(Protocol):
-    def __call__(self, gate_up_T2F: Tensor) -> Tensor:
+    @abstractmethod
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
         """silu(gate) * up of the columns [gate | up]."""
-        ...
 
-
-class Argmax(Protocol):
-    def __call__(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+    @abstractmethod
+    def argmax(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
         """(values_S fp32, indices_S int64): first index of the largest value; value NaN for a row with NaN or Inf."""
-        ...
 
-
-class GatherRows(Protocol):
-    def __call__(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+    @abstractmethod
+    def gather_rows(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
         """Rows of an embedding table, on the CPU as fp32."""
-        ...
 
+    def normed(self, stream: Stream, norm: NormWeight) -> Tensor:
+        """The norm of the stream, to which what is pending is added first."""
+        pending_TD = stream.take_pending()
+        if pending_TD is None:
+            return self.rms_norm(stream.residual_TD, norm)
+        return self.add_rms_norm(pending_TD, stream.residual_TD, norm)
 
-class AttentionLayer(Protocol):
-    def __call__(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        qkv: PackedLinear,
-        out: PackedLinear,
-        cos_PH: Tensor,
-        sin_PH: Tensor,
-        positions_T: Tensor,
-        slots_T: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        block_tables_SB: Tensor,
-        query_start_S1: Tensor,
-        context_lens_S: Tensor,
-        max_query_len: int,
-        num_heads: int,
-        num_kv_heads: int,
-        scale: float,
-        is_whole: bool,
-    ) -> Tensor | None:
-        """The first half of a decoder layer up to where ranks add their sums: add_rms_norm (rms_norm of the residual
-        where x is None), linear, rope_store_kv, paged_attention, linear; on the CPU to the bit what those ops give.
+    def attention_layer(
+        self, stream: Stream, norm: NormWeight, qkv: PackedLinear, out: PackedLinear, rope: Rope, batch: BatchView,
+        kv: LayerKV, heads: Heads, completes_sum: bool,
+    ) -> None:  # fmt: skip
+        """The first half of a decoder layer, up to where ranks add their products: the last one is left pending.
 
-        is_whole: the last product is the whole sum, neither other ranks' nor a bias missing. Then the op may add it to
-        the residual itself, and returns None.
+        An override gives the same, on the CPU to the bit. Where the product completes the sum (neither other ranks'
+        nor a bias are to be added), it may add it to the residual itself instead.
         """
-        ...
+        q_TNH = self.rope_store_kv(self.linear(self.normed(stream, norm), qkv), rope, batch, kv, heads)
+        stream.pending_TD = self.linear(self.paged_attention(q_TNH, batch, kv, heads.scale).flatten(1), out)
+
+    def feed_forward_layer(
+        self, stream: Stream, norm: NormWeight, gate_up: PackedLinear, down: PackedLinear, completes_sum: bool
+    ) -> None:
+        """The second half, likewise."""
+        hidden_TF = self.silu_mul(self.linear(self.normed(stream, norm), gate_up))
+        stream.pending_TD = self.linear(hidden_TF, down)
 
 
-class FeedForwardLayer(Protocol):
-    def __call__(
-        self,
-        x_TD: Tensor | None,
-        residual_TD: Tensor,
-        norm_D: Tensor,
-        eps: float,
-        gate_up: PackedLinear,
-        down: PackedLinear,
-        is_whole: bool,
-    ) -> Tensor | None:
-        """The second half, alike: add_rms_norm or rms_norm, linear, silu_mul, linear."""
-        ...
+class SingleOps(Ops):
+    """The single ops of another implementation, and halves of a layer made of them, whatever that one overrides.
 
-
-@dataclass(frozen=True)
-class Ops:
-    """One callable per op, chosen once, and the report of how they were chosen.
-
-    A table may also have the halves of a decoder layer as single launches; None: they are made of the ops above.
-    is_recordable: a step of equally long queries can be a CUDA graph and is worth it: nothing in it waits for the host,
-    and it reads no more of the KV cache than the lengths on the device say, however wide the block tables.
+    For whoever wants to see each op, or to replace some.
     """
 
-    allocate_linear: AllocateLinear
-    pack_rows: PackRows
-    pack_quantized: PackQuantized
-    linear: Linear
-    rms_norm: RmsNorm
-    add_rms_norm: AddRmsNorm
-    rope_store_kv: RopeStoreKV
-    paged_attention: PagedAttention
-    silu_mul: SiluMul
-    argmax: Argmax
-    gather_rows: GatherRows
-    attention_layer: AttentionLayer | None = None
-    feed_forward_layer: FeedForwardLayer | None = None
-    is_recordable: bool = False
-    report: tuple[str, ...] = ()
+    def __init__(self, ops: Ops) -> None:
+        self.ops = ops
+        self.report, self.is_recordable = ops.report, ops.is_recordable
+
+    def allocate_linear(
+        self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> PackedLinear:
+        return self.ops.allocate_linear(out_dim, in_dim, chunk_bounds, dtype, device)
+
+    def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+        self.ops.pack_rows(packed, row_start, weight_NK)
+
+    def pack_quantized(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+        self.ops.pack_quantized(packed, row_start, values_NK, scales_NG)
+
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+        return self.ops.linear(x_TK, packed)
+
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
+        return self.ops.rms_norm(x_TD, norm)
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
+        return self.ops.add_rms_norm(x_TD, residual_TD, norm)
+
+    def rope_store_kv(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
+        return self.ops.rope_store_kv(qkv_TC, rope, batch, kv, heads)
+
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+        return self.ops.paged_attention(q_TNH, batch, kv, scale)
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        return self.ops.silu_mul(gate_up_T2F)
+
+    def argmax(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+        return self.ops.argmax(logits_SV)
+
+    def gather_rows(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+        return self.ops.gather_rows(table_VD, ids_T)
+
+
+OP_NAMES = tuple(name for name in vars(Ops) if name in Ops.__abstractmethods__)
+"""The single ops, in the order of their declaration."""

@@ -8,58 +8,39 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 
 from megatron_infer.kernels.cpu import native
-from megatron_infer.ops import Ops, optional, reference, vendor
+from megatron_infer.ops import OP_NAMES, Ops
+from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
+from megatron_infer.ops.reference import ReferenceOps
 from megatron_infer.ops.selfcheck import find_fault
 from megatron_infer.ops.selfcheck_inputs import CheckShape as CheckShape
+from megatron_infer.ops.vendor import VendorOps
 
-OP_NAMES = (
-    "allocate_linear",
-    "pack_rows",
-    "pack_quantized",
-    "linear",
-    "rms_norm",
-    "add_rms_norm",
-    "rope_store_kv",
-    "paged_attention",
-    "silu_mul",
-    "argmax",
-    "gather_rows",
-)
-
-LAYER_OPS = ("attention_layer", "feed_forward_layer")
-"""Single launches for several ops, where a candidate has them."""
-
-OpTable = dict[str, Any]
-"""Callables by the names of Ops's fields."""
+_REPLACED = {"flash-attn": ("paged_attention",), "apex": ("rms_norm", "add_rms_norm")}
+"""Ops of torch's own that a package replaces."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A set of implementations: either the ops it offers, or the reason why it cannot be used."""
+    """An implementation: either its ops, or the reason why it cannot be used."""
 
     name: str
     detail: str = ""
-    ops: OpTable | None = None
+    ops: Ops | None = None
     refusal: str = ""
 
-    def proven(self, base: OpTable, device: torch.device, shape: CheckShape | None, deterministic: bool) -> Candidate:
-        """This candidate, or its refusal for a fault that shows when its ops, the others from `base`, are run."""
+    def proven(self, device: torch.device, shape: CheckShape | None, deterministic: bool) -> Candidate:
+        """This candidate, or its refusal for a fault that shows when its ops are run."""
         if self.ops is None or shape is None:
             return self
-        checked, trusted = Ops(**{**base, **self.ops}, report=()), Ops(**_VENDOR, report=())
-        fault = find_fault(checked, trusted, device, shape, names=tuple(self.ops), deterministic=deterministic)
+        names = _REPLACED.get(self.name)
+        fault = find_fault(self.ops, VendorOps(), device, shape, names=names, deterministic=deterministic)
         return self if fault is None else Candidate(self.name, refusal=fault)
-
-
-_VENDOR: OpTable = {name: getattr(vendor, name) for name in OP_NAMES}
 
 
 def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
@@ -69,9 +50,8 @@ def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
         kernels = native.CpuKernels(num_threads, isa)
     except native.Unavailable as error:
         return Candidate("native", refusal=str(error))
-    names = (*OP_NAMES, *LAYER_OPS)
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
-    return Candidate("native", f"{kernels.isa}, {threads}", {name: getattr(kernels, name) for name in names})
+    return Candidate("native", f"{kernels.isa}, {threads}", kernels)
 
 
 def _triton(device: torch.device, deterministic: bool) -> Candidate:
@@ -91,7 +71,8 @@ def _triton(device: torch.device, deterministic: bool) -> Candidate:
 
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     detail = f"sm_{capability[0]}{capability[1]}, {num_sms} SMs{', deterministic' if deterministic else ''}"
-    return Candidate("triton", detail, triton_ops.table(num_sms, device, deterministic=deterministic))
+    made = triton_ops.DeterministicTritonOps if deterministic else triton_ops.TritonOps
+    return Candidate("triton", detail, made(num_sms, device))
 
 
 def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidate:
@@ -99,14 +80,14 @@ def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidat
         return Candidate("vendor", refusal="its bits depend on the batch; on the CPU they never may")
     if not forced and deterministic:
         return Candidate("vendor", refusal="its bits depend on the batch, and deterministic is set")
-    return Candidate("vendor", "torch", _VENDOR)
+    return Candidate("vendor", "torch", VendorOps())
 
 
 def _reference() -> Candidate:
-    return Candidate("reference", "plain torch, slow", {name: getattr(reference, name) for name in OP_NAMES})
+    return Candidate("reference", "plain torch, slow", ReferenceOps())
 
 
-def _flash_attention(device: torch.device, shape: CheckShape) -> Candidate:
+def _flash_attention(ops: Ops, device: torch.device, shape: CheckShape) -> Candidate:
     capability = torch.cuda.get_device_capability(device)
     if find_spec("flash_attn_interface") is None:
         if find_spec("flash_attn") is None:
@@ -129,11 +110,10 @@ def _flash_attention(device: torch.device, shape: CheckShape) -> Candidate:
         call = import_module("flash_attn_interface").flash_attn_with_kvcache
     except (ImportError, AttributeError, OSError) as error:
         return Candidate("flash-attn", refusal=f"cannot be loaded: {error}")
-    op = partial(optional.paged_attention, flash_attn_with_kvcache=call)
-    return Candidate("flash-attn", "version 3", {"paged_attention": op})
+    return Candidate("flash-attn", "version 3", FlashAttentionOps(ops, call))
 
 
-def _apex() -> Candidate:
+def _apex(ops: Ops) -> Candidate:
     if find_spec("fused_layer_norm_cuda") is None:
         why = "built without its CUDA extensions" if find_spec("apex") is not None else "not installed"
         return Candidate("apex", refusal=why)
@@ -141,42 +121,39 @@ def _apex() -> Candidate:
         call = import_module("fused_layer_norm_cuda").rms_forward_affine_mixed_dtypes
     except (ImportError, AttributeError, OSError) as error:
         return Candidate("apex", refusal=f"cannot be loaded: {error}")
-    norms: OpTable = {name: partial(getattr(optional, name), rms_forward=call) for name in ("rms_norm", "add_rms_norm")}
-    return Candidate("apex", "fused RMSNorm", norms)
+    return Candidate("apex", "fused RMSNorm", ApexOps(ops, call))
 
 
-_OPTIONAL_OPS = {"flash-attn": ("paged_attention",), "apex": ("rms_norm", "add_rms_norm")}
-
-
-def _optional(device: torch.device, shape: CheckShape, chosen: str, deterministic: bool) -> list[Candidate]:
-    """Packages that may replace single ops of the chosen table."""
-    if chosen == "vendor" and not deterministic:
-        offers = (_flash_attention(device, shape), _apex())
-        return [offer.proven(_VENDOR, device, shape, deterministic) for offer in offers]
+def _replacing(chosen: Candidate, device: torch.device, shape: CheckShape, deterministic: bool) -> list[Candidate]:
+    """Packages that may replace single ops of the chosen ones, each on top of those before it."""
     if deterministic:
         reason = "its bits depend on the batch, and deterministic is set"
-    else:
-        reason = f"it replaces ops of vendor, not of {chosen}, whose layers call no other package"
-    return [Candidate(name, refusal=reason) for name in _OPTIONAL_OPS]
+        return [Candidate(name, refusal=reason) for name in _REPLACED]
+    if chosen.name != "vendor":
+        reason = f"it replaces ops of vendor, not of {chosen.name}, whose layers call no other package"
+        return [Candidate(name, refusal=reason) for name in _REPLACED]
+    assert chosen.ops is not None
+    apex = _apex(chosen.ops).proven(device, shape, deterministic)
+    return [apex, _flash_attention(apex.ops or chosen.ops, device, shape).proven(device, shape, deterministic)]
 
 
 def _assembled(chosen: Candidate, refused: list[Candidate], replacing: list[Candidate]) -> Ops:
-    """The chosen table with the ops that others replace, and a line for each op."""
-    assert chosen.ops is not None
+    """The chosen ops with what others replace of them, and a line for each op."""
     because = "".join(f"; {other.name} refused: {other.refusal}" for other in refused)
-    ops, report = dict(chosen.ops), []
+    report = []
     for op in OP_NAMES:
         line = f"{chosen.name} ({chosen.detail}){because}"
         for other in replacing:
-            if op not in _OPTIONAL_OPS[other.name]:
+            if op not in _REPLACED[other.name]:
                 continue
             if other.ops is None:
                 line += f"; {other.name} refused: {other.refusal}"
             else:
-                ops[op], line = other.ops[op], f"{other.name} ({other.detail}){because}"
+                line = f"{other.name} ({other.detail}){because}"
         report.append(f"{op}: {line}")
-    is_recordable = chosen.name == "triton" or any(other.ops and "paged_attention" in other.ops for other in replacing)
-    return Ops(**ops, is_recordable=is_recordable, report=tuple(report))
+    *_, ops = (candidate.ops for candidate in (chosen, *replacing) if candidate.ops is not None)
+    ops.report = tuple(report)
+    return ops
 
 
 def select_ops(
@@ -207,7 +184,7 @@ def select_ops(
     shape = shape if device.type == "cuda" else None
     make: dict[str, Callable[[], Candidate]] = {
         "native": lambda: _native(device, num_threads, isa),
-        "triton": lambda: _triton(device, deterministic).proven({}, device, shape, deterministic),
+        "triton": lambda: _triton(device, deterministic).proven(device, shape, deterministic),
         "vendor": lambda: _vendor(device, deterministic, force is not None),
         "reference": _reference,
     }
@@ -217,7 +194,7 @@ def select_ops(
     for name in [force] if force else list(make):
         candidate = make[name]()
         if candidate.ops is not None:
-            replacing = _optional(device, shape, name, deterministic) if shape is not None else []
+            replacing = _replacing(candidate, device, shape, deterministic) if shape is not None else []
             return _assembled(candidate, refused, replacing)
         if name == "native" and device.type == "cpu" and isa != "auto":
             raise ValueError(f"cpu_isa {isa!r} cannot be used: {candidate.refusal}. Leave it at auto.")

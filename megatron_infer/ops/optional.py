@@ -11,51 +11,52 @@ from typing import Any
 
 from torch import Tensor
 
+from megatron_infer.ops import BatchView, LayerKV, NormWeight, Ops, SingleOps
+
 Function = Callable[..., Any]
 
 
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables_SB: Tensor,
-    query_start_S1: Tensor,
-    context_lens_S: Tensor,
-    max_query_len: int,
-    scale: float,
-    *,
-    flash_attn_with_kvcache: Function,
-) -> Tensor:
-    """Of FlashAttention 3's `flash_attn_interface` (hopper/flash_attn_interface.py), which takes pages of any size.
+class FlashAttentionOps(SingleOps):
+    """FlashAttention 3's `flash_attn_interface` (hopper/flash_attn_interface.py), which takes pages of any size."""
 
-    bf16 or fp16, the cache in the dtype of q. Its pages are [block, position, head, dim], of any strides but for the
-    last dim: ours are a view. It reads no key and no table entry behind a context.
-    """
-    o_TNH: Tensor = flash_attn_with_kvcache(
-        q_TNH,
-        k_cache.transpose(1, 2),
-        v_cache.transpose(1, 2),
-        cache_seqlens=context_lens_S,
-        page_table=block_tables_SB,
-        cu_seqlens_q=query_start_S1,
-        max_seqlen_q=max_query_len,
-        softmax_scale=scale,
-        causal=True,
-    )
-    return o_TNH
+    def __init__(self, ops: Ops, flash_attn_with_kvcache: Function) -> None:
+        super().__init__(ops)
+        self._attend, self.is_recordable = flash_attn_with_kvcache, True
+
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+        """bf16 or fp16, the cache in the dtype of q.
+
+        Its pages are [block, position, head, dim], of any strides but for the last dim: ours are a view. It reads no
+        key and no table entry behind a context.
+        """
+        o_TNH: Tensor = self._attend(
+            q_TNH,
+            kv.k.transpose(1, 2),
+            kv.v.transpose(1, 2),
+            cache_seqlens=batch.context_lens_S,
+            page_table=batch.block_tables_SB,
+            cu_seqlens_q=batch.query_start_S1,
+            max_seqlen_q=batch.max_query_len,
+            softmax_scale=scale,
+            causal=True,
+        )
+        return o_TNH
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, *, rms_forward: Function) -> Tensor:
-    """Of apex' extension `fused_layer_norm_cuda` (csrc/layer_norm_cuda.cpp): `rms_forward_affine_mixed_dtypes`.
+class ApexOps(SingleOps):
+    """Apex' extension `fused_layer_norm_cuda` (csrc/layer_norm_cuda.cpp): `rms_forward_affine_mixed_dtypes`."""
 
-    Its result has the weight's dtype, fp32, as in ops.vendor before the rounding to the dtype of x.
-    """
-    y_TD, _ = rms_forward(x_TD, [x_TD.shape[1]], weight_D, eps)
-    rounded_TD: Tensor = y_TD.to(x_TD.dtype)
-    return rounded_TD
+    def __init__(self, ops: Ops, rms_forward: Function) -> None:
+        super().__init__(ops)
+        self._rms_forward = rms_forward
 
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
+        """Its result has the weight's dtype, fp32, as in ops.vendor before the rounding to the dtype of x."""
+        y_TD, _ = self._rms_forward(x_TD, [x_TD.shape[1]], norm.weight_D, norm.eps)
+        rounded_TD: Tensor = y_TD.to(x_TD.dtype)
+        return rounded_TD
 
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float, *, rms_forward: Function) -> Tensor:
-    """Adds x to the residual in place and returns the norm of the sum."""
-    residual_TD += x_TD
-    return rms_norm(residual_TD, weight_D, eps, rms_forward=rms_forward)
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
+        """Adds x to the residual in place and returns the norm of the sum."""
+        residual_TD += x_TD
+        return self.rms_norm(residual_TD, norm)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
+from megatron_infer.ops import GROUP, INT4, QUANTIZED, BatchView, Heads, LayerKV, NormWeight, Ops, PackedLinear, Rope
 
 KV_SPLIT = 256
 _LANES = 16
@@ -18,30 +18,92 @@ _LIMITS = {torch.int8: 2047.0, INT4: 127.0}
 """Largest magnitude of a quantised activation beside weights of that type."""
 
 
-def allocate_linear(
-    out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> PackedLinear:
-    """The transposed matrix, [in_dim, out_dim], int4 as int8; the scales of a quantised one, fp32 [groups, out_dim]."""
-    if dtype.itemsize == 1 and dtype.is_floating_point:
-        raise ValueError("the reference ops hold no fp8 weights; use quantization='int8'")
-    is_quantized = dtype in QUANTIZED
-    data = torch.empty(in_dim, out_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
-    scales_GN = None
-    if is_quantized:
-        scales_GN = torch.empty(-(-in_dim // GROUP), out_dim, dtype=torch.float32, device=device)
-    return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales_GN)
+class ReferenceOps(Ops):
+    """The definitions."""
 
+    def allocate_linear(
+        self, out_dim: int, in_dim: int, chunk_bounds: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> PackedLinear:
+        """The transposed matrix, [in_dim, out_dim], int4 as int8; scales of a quantised one, fp32 [groups, out_dim]."""
+        if dtype.itemsize == 1 and dtype.is_floating_point:
+            raise ValueError("the reference ops hold no fp8 weights; use quantization='int8'")
+        is_quantized = dtype in QUANTIZED
+        data = torch.empty(in_dim, out_dim, dtype=torch.int8 if is_quantized else dtype, device=device)
+        scales_GN = None
+        if is_quantized:
+            scales_GN = torch.empty(-(-in_dim // GROUP), out_dim, dtype=torch.float32, device=device)
+        return PackedLinear(data, out_dim, in_dim, dtype, chunk_bounds, layout=scales_GN)
 
-def pack_rows(packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
-    """Store rows row_start .. row_start + N."""
-    packed.data[:, row_start : row_start + weight_NK.shape[0]] = weight_NK.T
+    def pack_rows(self, packed: PackedLinear, row_start: int, weight_NK: Tensor) -> None:
+        """Store rows row_start .. row_start + N."""
+        packed.data[:, row_start : row_start + weight_NK.shape[0]] = weight_NK.T
 
+    def pack_quantized(self, packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
+        """Store rows row_start .. row_start + N of a quantised weight."""
+        rows = slice(row_start, row_start + values_NK.shape[0])
+        packed.data[:, rows] = values_NK.T
+        packed.layout[:, rows] = scales_NG.T
 
-def pack_quantized(packed: PackedLinear, row_start: int, values_NK: Tensor, scales_NG: Tensor) -> None:
-    """Store rows row_start .. row_start + N of a quantised weight."""
-    rows = slice(row_start, row_start + values_NK.shape[0])
-    packed.data[:, rows] = values_NK.T
-    packed.layout[:, rows] = scales_NG.T
+    def linear(self, x_TK: Tensor, packed: PackedLinear) -> Tensor:
+        """The sums of the chunks, added in a binary tree; the bias last."""
+        sums_of = _quantized_sums if packed.dtype in QUANTIZED else _plain_sums
+        y_TN = _tree(sums_of(x_TK.float(), packed))
+        return y_TN if packed.bias is None else y_TN + packed.bias
+
+    def rms_norm(self, x_TD: Tensor, norm: NormWeight) -> Tensor:
+        """x / sqrt(mean(x^2) + eps) * weight."""
+        x_TD = x_TD.float()
+        mean_T1 = _sum_lanes(x_TD * x_TD, 4 * _LANES) / x_TD.shape[1]
+        return x_TD * (1.0 / torch.sqrt(mean_T1 + norm.eps)) * norm.weight_D
+
+    def add_rms_norm(self, x_TD: Tensor, residual_TD: Tensor, norm: NormWeight) -> Tensor:
+        """Adds x to the residual in place and returns the norm of the sum."""
+        residual_TD += x_TD
+        return self.rms_norm(residual_TD, norm)
+
+    def rope_store_kv(self, qkv_TC: Tensor, rope: Rope, batch: BatchView, kv: LayerKV, heads: Heads) -> Tensor:
+        """Rotate q and k, write k and v into their slots."""
+        block_size, head_dim = kv.k.shape[2:]
+        heads_TNH = qkv_TC.float().reshape(qkv_TC.shape[0], -1, head_dim)
+        q_TNH, k_TGH, v_TGH = heads_TNH.split([heads.num, heads.num_kv, heads.num_kv], dim=1)
+        cos_T1H, sin_T1H = (table_PH[batch.positions_T.long(), None] for table_PH in rope)
+        blocks_T, offsets_T = batch.slots_T // block_size, batch.slots_T % block_size
+        kv.k[blocks_T, :, offsets_T] = _rotate(k_TGH, cos_T1H, sin_T1H).to(kv.k.dtype)
+        kv.v[blocks_T, :, offsets_T] = v_TGH.to(kv.v.dtype)
+        return _rotate(q_TNH, cos_T1H, sin_T1H)
+
+    def paged_attention(self, q_TNH: Tensor, batch: BatchView, kv: LayerKV, scale: float) -> Tensor:
+        """Sequence by sequence: gather its pages, then attend."""
+        block_size, group = kv.k.shape[2], q_TNH.shape[1] // kv.k.shape[1]
+        starts = batch.query_start_S1.tolist()
+        o_TNH = torch.empty_like(q_TNH, dtype=torch.float32)
+        for s, num_positions in enumerate(batch.context_lens_S.tolist()):
+            table = batch.block_tables_SB[s, : -(-num_positions // block_size)].long()
+            pages = [cache[table].transpose(1, 2).flatten(0, 1)[:num_positions] for cache in kv]
+            k_PNH, v_PNH = (page.float().repeat_interleave(group, dim=1) for page in pages)
+            rows = slice(starts[s], starts[s + 1])
+            o_TNH[rows] = _attend(q_TNH[rows].float(), k_PNH, v_PNH, scale)
+        return o_TNH
+
+    def silu_mul(self, gate_up_T2F: Tensor) -> Tensor:
+        """gate / (1 + e^-gate) * up."""
+        gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=1)
+        return gate_TF / (1.0 + _exp(-gate_TF)) * up_TF
+
+    def argmax(self, logits_SV: Tensor) -> tuple[Tensor, Tensor]:
+        """The largest value and its lowest index; value NaN and index 0 for a row with NaN or Inf."""
+        num_rows, width = logits_SV.shape
+        if width == 0:
+            return logits_SV.new_full((num_rows,), float("-inf")), logits_SV.new_zeros(num_rows, dtype=torch.int64)
+        non_finite_S = ~torch.isfinite(logits_SV).all(dim=1)
+        values_S = logits_SV.float().amax(dim=1).masked_fill(non_finite_S, float("nan"))
+        columns_V = torch.arange(width, device=logits_SV.device)
+        indices_S = torch.where(logits_SV == values_S[:, None], columns_V, width).amin(dim=1)
+        return values_S, indices_S.masked_fill(non_finite_S, 0)
+
+    def gather_rows(self, table_VD: Tensor, ids_T: Tensor) -> Tensor:
+        """Rows of the table as fp32."""
+        return table_VD[ids_T.long()].float()
 
 
 def _tree(parts: list[Tensor]) -> Tensor:
@@ -49,13 +111,6 @@ def _tree(parts: list[Tensor]) -> Tensor:
     while len(parts) > 1:
         parts = [a + b for a, b in zip(parts[::2], parts[1::2], strict=True)]
     return parts[0]
-
-
-def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
-    """The sums of the chunks, added in a binary tree; the bias last."""
-    sums_of = _quantized_sums if packed.dtype in QUANTIZED else _plain_sums
-    y_TN = _tree(sums_of(x_TK.float(), packed))
-    return y_TN if packed.bias is None else y_TN + packed.bias
 
 
 def _plain_sums(x_TK: Tensor, packed: PackedLinear) -> list[Tensor]:
@@ -111,44 +166,9 @@ def _sum_lanes(x: Tensor, lanes: int) -> Tensor:
     return total
 
 
-def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight."""
-    x_TD = x_TD.float()
-    mean_T1 = _sum_lanes(x_TD * x_TD, 4 * _LANES) / x_TD.shape[1]
-    return x_TD * (1.0 / torch.sqrt(mean_T1 + eps)) * weight_D
-
-
-def add_rms_norm(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Adds x to the residual in place and returns the norm of the sum."""
-    residual_TD += x_TD
-    return rms_norm(residual_TD, weight_D, eps)
-
-
 def _rotate(x_TNH: Tensor, cos_T1H: Tensor, sin_T1H: Tensor) -> Tensor:
     low, high = x_TNH.chunk(2, dim=-1)
     return torch.cat([low * cos_T1H - high * sin_T1H, high * cos_T1H + low * sin_T1H], dim=-1)
-
-
-def rope_store_kv(
-    qkv_TC: Tensor,
-    cos_PH: Tensor,
-    sin_PH: Tensor,
-    positions_T: Tensor,
-    slots_T: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    num_heads: int,
-    num_kv_heads: int,
-) -> Tensor:
-    """Rotate q and k, write k and v into their slots."""
-    block_size, head_dim = k_cache.shape[2:]
-    heads_TNH = qkv_TC.float().reshape(qkv_TC.shape[0], -1, head_dim)
-    q_TNH, k_TGH, v_TGH = heads_TNH.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
-    cos_T1H, sin_T1H = cos_PH[positions_T.long(), None], sin_PH[positions_T.long(), None]
-    blocks_T, offsets_T = slots_T // block_size, slots_T % block_size
-    k_cache[blocks_T, :, offsets_T] = _rotate(k_TGH, cos_T1H, sin_T1H).to(k_cache.dtype)
-    v_cache[blocks_T, :, offsets_T] = v_TGH.to(v_cache.dtype)
-    return _rotate(q_TNH, cos_T1H, sin_T1H)
 
 
 def _exp(x: Tensor) -> Tensor:
@@ -197,49 +217,3 @@ def _attend(q_QNH: Tensor, k_PNH: Tensor, v_PNH: Tensor, scale: float) -> Tensor
             split_max = top
         max_QN[seen], sum_QN[seen], o_QNH[seen] = split_max, split_sum, split_o
     return o_QNH / sum_QN[..., None]
-
-
-def paged_attention(
-    q_TNH: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    block_tables_SB: Tensor,
-    query_start_S1: Tensor,
-    context_lens_S: Tensor,
-    max_query_len: int,
-    scale: float,
-) -> Tensor:
-    """Sequence by sequence: gather its pages, then attend."""
-    block_size, group = k_cache.shape[2], q_TNH.shape[1] // k_cache.shape[1]
-    starts = query_start_S1.tolist()
-    o_TNH = torch.empty_like(q_TNH, dtype=torch.float32)
-    for s, num_positions in enumerate(context_lens_S.tolist()):
-        table = block_tables_SB[s, : -(-num_positions // block_size)].long()
-        pages = [cache[table].transpose(1, 2).flatten(0, 1)[:num_positions] for cache in (k_cache, v_cache)]
-        k_PNH, v_PNH = (page.float().repeat_interleave(group, dim=1) for page in pages)
-        rows = slice(starts[s], starts[s + 1])
-        o_TNH[rows] = _attend(q_TNH[rows].float(), k_PNH, v_PNH, scale)
-    return o_TNH
-
-
-def silu_mul(gate_up_T2F: Tensor) -> Tensor:
-    """gate / (1 + e^-gate) * up."""
-    gate_TF, up_TF = gate_up_T2F.float().chunk(2, dim=1)
-    return gate_TF / (1.0 + _exp(-gate_TF)) * up_TF
-
-
-def argmax(logits_SV: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest value and its lowest index; value NaN and index 0 for a row with NaN or Inf."""
-    num_rows, width = logits_SV.shape
-    if width == 0:
-        return logits_SV.new_full((num_rows,), float("-inf")), logits_SV.new_zeros(num_rows, dtype=torch.int64)
-    spoilt_S = ~torch.isfinite(logits_SV).all(dim=1)
-    values_S = logits_SV.float().amax(dim=1).masked_fill(spoilt_S, float("nan"))
-    columns_V = torch.arange(width, device=logits_SV.device)
-    indices_S = torch.where(logits_SV == values_S[:, None], columns_V, width).amin(dim=1)
-    return values_S, indices_S.masked_fill(spoilt_S, 0)
-
-
-def gather_rows(table_VD: Tensor, ids_T: Tensor) -> Tensor:
-    """Rows of the table as fp32."""
-    return table_VD[ids_T.long()].float()

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import INT4, Ops, PackedLinear
+from megatron_infer.ops import INT4, NormWeight, Ops, PackedLinear, SingleOps, Stream
 from megatron_infer.ops.fp8 import FP8
-from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape, Lengths
+from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape, Lengths, last_queries
 
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 130)
 """Kernels differ for 1, 2, 3, 4, up to 16 and more tokens."""
@@ -39,7 +39,6 @@ BOUNDS = {
 }
 """Largest difference in a row, relative to its largest value. Types of quantised weights also stand for what kernels
 round of the activations: 12 bits are kept beside int8, 8 beside int4, 4 beside fp8, or all."""
-_EPS = 1e-5
 
 
 class _Comparison(NamedTuple):
@@ -59,13 +58,13 @@ def find_fault(
     device: torch.device,
     shape: CheckShape,
     *,
-    names: tuple[str, ...],
+    names: tuple[str, ...] | None = None,
     deterministic: bool = False,
 ) -> str | None:
-    """The first op among `names` that fails or differs from the trusted one by more than BOUNDS; None: there is none.
+    """The first op among `names`, or of all, that fails or differs from the trusted one by more than BOUNDS, if any.
 
-    The halves of a layer are compared with the candidate's own ops. The cost, beside compiling kernels: the weights of
-    one layer and of the head, twice, and a few hundred launches.
+    Halves of a layer that are launches of their own are compared with the candidate's single ops. The cost, beside
+    compiling kernels: the weights of one layer and of the head, twice, and a few hundred launches.
 
     Args:
         deterministic: also that no row's bits depend on the rows beside it, of its own sequence or others.
@@ -78,9 +77,10 @@ def find_fault(
     return fault
 
 
-def _first_fault(check: _Check, device: torch.device, names: tuple[str, ...]) -> str | None:
-    for name, compare in check.by_op().items():
-        if name not in names:
+def _first_fault(check: _Check, device: torch.device, names: tuple[str, ...] | None) -> str | None:
+    for compare in check.all():
+        name = compare.__name__
+        if names is not None and name not in names:
             continue
         try:
             for what, actual, expected, bound, whose in compare():
@@ -127,22 +127,23 @@ class _Check:
         self.inputs = CheckInputs(device, shape, self.inner)
         self.bound = BOUNDS[shape.dtype]
 
-    def by_op(self) -> dict[str, Callable[[], _Comparisons]]:
+    def all(self) -> list[Callable[[], _Comparisons]]:
         """What to compare, the layers last: they are made of the rest."""
-        checks: dict[str, Callable[[], _Comparisons]] = {
-            "linear": self.linear,
-            "rms_norm": self.rms_norm,
-            "add_rms_norm": self.add_rms_norm,
-            "rope_store_kv": self.rope_store_kv,
-            "paged_attention": self.paged_attention,
-            "silu_mul": self.silu_mul,
-            "argmax": self.argmax,
-            "gather_rows": self.gather_rows,
-        }
-        if self.candidate.attention_layer is not None:
-            checks["attention_layer"] = self.attention_layer
-        if self.candidate.feed_forward_layer is not None:
-            checks["feed_forward_layer"] = self.feed_forward_layer
+        checks = [
+            self.linear,
+            self.rms_norm,
+            self.add_rms_norm,
+            self.rope_store_kv,
+            self.paged_attention,
+            self.silu_mul,
+            self.argmax,
+            self.gather_rows,
+        ]
+        made = type(self.candidate)
+        if made.attention_layer is not Ops.attention_layer:
+            checks.append(self.attention_layer)
+        if made.feed_forward_layer is not Ops.feed_forward_layer:
+            checks.append(self.feed_forward_layer)
         return checks
 
     def rows_alone(
@@ -165,55 +166,56 @@ class _Check:
                 yield from self.rows_alone(what, y_TN, self.candidate.linear, x_TK, mine)
 
     def rms_norm(self) -> _Comparisons:
-        weight_D = self.inputs.norm_weight()
+        norm = self.inputs.norm_weight()
         for num_tokens in TOKENS:
             what = f"{num_tokens} tokens"
             x_TD = self.inputs.normal(num_tokens, self.shape.hidden_size, dtype=self.shape.dtype)
-            y_TD = self.candidate.rms_norm(x_TD, weight_D, _EPS)
-            yield _Comparison(what, y_TD, self.trusted.rms_norm(x_TD.float(), weight_D, _EPS), self.bound)
-            yield from self.rows_alone(what, y_TD, self.candidate.rms_norm, x_TD, weight_D, _EPS)
+            y_TD = self.candidate.rms_norm(x_TD, norm)
+            yield _Comparison(what, y_TD, self.trusted.rms_norm(x_TD.float(), norm), self.bound)
+            yield from self.rows_alone(what, y_TD, self.candidate.rms_norm, x_TD, norm)
 
     def add_rms_norm(self) -> _Comparisons:
-        weight_D = self.inputs.norm_weight()
+        norm = self.inputs.norm_weight()
         for num_tokens in TOKENS:
             x_TD = self.inputs.normal(num_tokens, self.shape.hidden_size, dtype=self.inner)
             mine = self.inputs.normal(num_tokens, self.shape.hidden_size, dtype=self.shape.dtype)
             theirs = mine.clone()
-            actual = self.candidate.add_rms_norm(x_TD, mine, weight_D, _EPS)
-            expected = self.trusted.add_rms_norm(x_TD, theirs, weight_D, _EPS)
+            actual = self.candidate.add_rms_norm(x_TD, mine, norm)
+            expected = self.trusted.add_rms_norm(x_TD, theirs, norm)
             yield _Comparison(f"{num_tokens} tokens", actual, expected, self.bound)
             yield _Comparison(f"{num_tokens} tokens (residual)", mine, theirs, self.bound)
 
     def rope_store_kv(self) -> _Comparisons:
-        shape = self.shape
-        heads = (shape.num_heads, shape.num_kv_heads)
+        shape, heads = self.shape, self.inputs.heads
         bound = max(self.bound, BOUNDS[shape.kv_dtype])
         for num_tokens in TOKENS:
-            qkv_TC = self.inputs.normal(num_tokens, (heads[0] + 2 * heads[1]) * shape.head_dim, dtype=self.inner)
+            qkv_TC = self.inputs.normal(num_tokens, (heads.num + 2 * heads.num_kv) * shape.head_dim, dtype=self.inner)
             num_blocks, what = 3 + num_tokens // shape.block_size, f"{num_tokens} tokens"
-            rotary = self.inputs.rotary(num_tokens, num_blocks)
+            batch, rope = self.inputs.scattered(num_tokens, num_blocks), self.inputs.rope(200)
             # What is written already must be left alone.
-            k_mine, v_mine = self.inputs.cache(num_blocks), self.inputs.cache(num_blocks)
-            k_theirs, v_theirs = k_mine.clone(), v_mine.clone()
-            actual = self.candidate.rope_store_kv(qkv_TC, *rotary, k_mine, v_mine, *heads)
-            expected = self.trusted.rope_store_kv(qkv_TC, *rotary, k_theirs, v_theirs, *heads)
+            mine = self.inputs.cache(num_blocks)
+            theirs = mine.clone()
+            actual = self.candidate.rope_store_kv(qkv_TC, rope, batch, mine, heads)
+            expected = self.trusted.rope_store_kv(qkv_TC, rope, batch, theirs, heads)
             yield _Comparison(what, actual, expected, bound)
-            yield _Comparison(f"{what} (keys)", k_mine, k_theirs, bound)
-            yield _Comparison(f"{what} (values)", v_mine, v_theirs, bound)
+            yield _Comparison(f"{what} (keys)", mine.k, theirs.k, bound)
+            yield _Comparison(f"{what} (values)", mine.v, theirs.v, bound)
 
     def paged_attention(self) -> _Comparisons:
+        attend, scale = self.candidate.paged_attention, self.inputs.heads.scale
         for lengths in BATCHES:
-            batch, what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
-            actual = self.candidate.paged_attention(*batch)
-            expected = self.trusted.paged_attention(*batch._replace(q_TNH=batch.q_TNH.float()))
+            (q_TNH, batch, kv), what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
+            actual = attend(q_TNH, batch, kv, scale)
+            expected = self.trusted.paged_attention(q_TNH.float(), batch, kv, scale)
             yield _Comparison(what, actual, expected, self.bound)
             if self.deterministic:
-                attend, count = self.candidate.paged_attention, len(lengths)
-                alone = [attend(*batch.last_queries(s, batch.max_query_len)) for s in range(count)]
-                yield _Comparison(what, actual, torch.cat(alone), 0.0, "its sequences alone")
-                last = [attend(*batch.last_queries(s, 1)) for s in range(count)]
-                ends = actual[batch.query_start_S1[1:].long() - 1]
-                yield _Comparison(what, ends, torch.cat(last), 0.0, "its last queries alone")
+                for most, those, whose in (
+                    (batch.max_query_len, actual, "its sequences alone"),
+                    (1, actual[batch.query_start_S1[1:].long() - 1], "its last queries alone"),
+                ):
+                    parts = [last_queries(q_TNH, batch, s, most) for s in range(len(lengths))]
+                    alone = torch.cat([attend(*part, kv, scale) for part in parts])
+                    yield _Comparison(what, those, alone, 0.0, whose)
 
     def silu_mul(self) -> _Comparisons:
         width = 2 * self.inputs.linears()["down"][1][-1]
@@ -224,13 +226,13 @@ class _Check:
             yield from self.rows_alone(what, y_TF, self.candidate.silu_mul, x_T2F)
 
     def argmax(self) -> _Comparisons:
-        """Ties, and rows spoilt by NaN or infinity."""
+        """Ties, and rows with NaN or infinity."""
         vocab = self.shape.vocab_size
         logits_SV = self.inputs.normal(7, vocab, dtype=self.inner)
         logits_SV[1, vocab // 3], logits_SV[2, vocab - 1], logits_SV[3, 0] = float("nan"), float("inf"), float("-inf")
         logits_SV[4], logits_SV[5, vocab // 2 :] = -5.0, 9.0
         (values, indices), (expected, first) = self.candidate.argmax(logits_SV), self.trusted.argmax(logits_SV)
-        yield _Comparison("spoilt rows", values.isnan(), expected.isnan(), 0.0)
+        yield _Comparison("non-finite rows", values.isnan(), expected.isnan(), 0.0)
         good = ~expected.isnan()
         yield _Comparison("values", values[good], expected[good], 0.0)
         yield _Comparison("indices", indices[good], first[good], 0.0)
@@ -242,75 +244,46 @@ class _Check:
             actual, expected = self.candidate.gather_rows(table_VD, ids_T), self.trusted.gather_rows(table_VD, ids_T)
             yield _Comparison(f"{num_tokens} tokens", actual, expected, 0.0)
 
-    def half_layer(
-        self,
-        what: str,
-        num_tokens: int,
-        single: Callable[[Tensor | None, Tensor], Tensor],
-        fused: Callable[[Tensor | None, Tensor, bool], Tensor | None],
-    ) -> _Comparisons:
+    def half_layer(self, what: str, num_tokens: int, run: Callable[[Ops, Stream, bool], None]) -> _Comparisons:
         """The residual after half a layer of single ops or one, with and without something to add to it first."""
         hidden, bound = self.shape.hidden_size, 2 * max(self.bound, BOUNDS[self.shape.linear_dtype])
-        for has_x, is_whole in product((False, True), repeat=2):
-            x_TD = self.inputs.normal(num_tokens, hidden, dtype=self.inner) if has_x else None
-            mine = self.inputs.normal(num_tokens, hidden, dtype=self.shape.dtype)
-            theirs = mine.clone()
-            theirs += single(x_TD, theirs)
-            y_TD = fused(x_TD, mine, is_whole)
-            assert is_whole or y_TD is not None, "a product that is not the whole sum was added to the residual"
-            if y_TD is not None:
-                mine += y_TD
-            yield _Comparison(what, mine, theirs, bound, "its single ops'")
-
-    def norm(self, x_TD: Tensor | None, residual_TD: Tensor, norm_D: Tensor) -> Tensor:
-        if x_TD is None:
-            return self.candidate.rms_norm(residual_TD, norm_D, _EPS)
-        return self.candidate.add_rms_norm(x_TD, residual_TD, norm_D, _EPS)
+        for has_pending, completes_sum in product((False, True), repeat=2):
+            pending_TD = self.inputs.normal(num_tokens, hidden, dtype=self.inner) if has_pending else None
+            residual_TD = self.inputs.normal(num_tokens, hidden, dtype=self.shape.dtype)
+            mine, theirs = Stream(residual_TD, pending_TD), Stream(residual_TD.clone(), pending_TD)
+            run(SingleOps(self.candidate), theirs, completes_sum)
+            run(self.candidate, mine, completes_sum)
+            assert completes_sum or mine.pending_TD is not None, "partial sums were added to the residual"
+            yield _Comparison(what, mine.settle(), theirs.settle(), bound, "its single ops'")
 
     def attention_layer(self) -> _Comparisons:
-        norm_D = self.inputs.norm_weight()
+        norm = self.inputs.norm_weight()
         (qkv,), (out,) = (self.inputs.packed(name, self.candidate) for name in ("qkv", "out"))
         for lengths in BATCHES:
-            yield from self.attention_half(lengths, norm_D, qkv, out)
+            yield from self.attention_half(lengths, norm, qkv, out)
 
-    def attention_half(self, lengths: Lengths, norm_D: Tensor, qkv: PackedLinear, out: PackedLinear) -> _Comparisons:
+    def attention_half(self, lengths: Lengths, norm: NormWeight, qkv: PackedLinear, out: PackedLinear) -> _Comparisons:
         """One batch of attention_layer, and the cache that it leaves behind."""
-        ops, layer = self.candidate, self.candidate.attention_layer
-        assert layer is not None
-        heads = (self.shape.num_heads, self.shape.num_kv_heads)
-        mine, what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
-        theirs = mine._replace(k_cache=mine.k_cache.clone(), v_cache=mine.v_cache.clone())
-        rotary = self.inputs.rotary_of(mine, lengths)
+        (_, batch, mine), what = self.inputs.paged(lengths), f"queries and contexts {lengths}"
+        theirs, rope = mine.clone(), self.inputs.rope(max(context for _, context in lengths))
 
-        def single(x_TD: Tensor | None, residual_TD: Tensor) -> Tensor:
-            qkv_TC = ops.linear(self.norm(x_TD, residual_TD, norm_D), qkv)
-            q_TNH = ops.rope_store_kv(qkv_TC, *rotary, theirs.k_cache, theirs.v_cache, *heads)
-            return ops.linear(ops.paged_attention(*theirs._replace(q_TNH=q_TNH)).flatten(1), out)
+        def run(ops: Ops, stream: Stream, completes_sum: bool) -> None:
+            kv = mine if ops is self.candidate else theirs
+            ops.attention_layer(stream, norm, qkv, out, rope, batch, kv, self.inputs.heads, completes_sum)
 
-        def fused(x_TD: Tensor | None, residual_TD: Tensor, is_whole: bool) -> Tensor | None:
-            _, k_cache, v_cache, tables_SB, starts_S1, contexts_S, longest, scale = mine
-            return layer(
-                x_TD, residual_TD, norm_D, _EPS, qkv, out, *rotary, k_cache, v_cache, tables_SB, starts_S1, contexts_S,
-                longest, *heads, scale, is_whole,
-            )  # fmt: skip
-
-        yield from self.half_layer(what, len(rotary.slots_T), single, fused)
+        yield from self.half_layer(what, len(batch.slots_T), run)
         bound = max(self.bound, BOUNDS[self.shape.linear_dtype], BOUNDS[self.shape.kv_dtype])
-        for name in ("k_cache", "v_cache"):
+        for name, actual, expected in zip(("keys", "values"), mine, theirs, strict=True):
             # What nobody owns is NaN, and must be afterwards.
-            actual, expected = (getattr(batch, name).nan_to_num(1e3) for batch in (mine, theirs))
+            actual, expected = actual.nan_to_num(1e3), expected.nan_to_num(1e3)
             yield _Comparison(f"{what} ({name})", actual, expected, bound, "its single ops'")
 
     def feed_forward_layer(self) -> _Comparisons:
-        ops, layer, norm_D = self.candidate, self.candidate.feed_forward_layer, self.inputs.norm_weight()
-        assert layer is not None
-        (gate_up,), (down,) = (self.inputs.packed(name, ops) for name in ("gate_up", "down"))
+        norm = self.inputs.norm_weight()
+        (gate_up,), (down,) = (self.inputs.packed(name, self.candidate) for name in ("gate_up", "down"))
 
-        def single(x_TD: Tensor | None, residual_TD: Tensor) -> Tensor:
-            return ops.linear(ops.silu_mul(ops.linear(self.norm(x_TD, residual_TD, norm_D), gate_up)), down)
-
-        def fused(x_TD: Tensor | None, residual_TD: Tensor, is_whole: bool) -> Tensor | None:
-            return layer(x_TD, residual_TD, norm_D, _EPS, gate_up, down, is_whole)
+        def run(ops: Ops, stream: Stream, completes_sum: bool) -> None:
+            ops.feed_forward_layer(stream, norm, gate_up, down, completes_sum)
 
         for num_tokens in TOKENS:
-            yield from self.half_layer(f"{num_tokens} tokens", num_tokens, single, fused)
+            yield from self.half_layer(f"{num_tokens} tokens", num_tokens, run)

@@ -6,12 +6,23 @@ Draws from a generator of its own, so that nobody else's random numbers change. 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import GROUP, NUM_CHUNKS, QUANTIZED, Ops, PackedLinear, chunk_bounds
+from megatron_infer.ops import (
+    GROUP,
+    NUM_CHUNKS,
+    QUANTIZED,
+    BatchView,
+    Heads,
+    LayerKV,
+    NormWeight,
+    Ops,
+    PackedLinear,
+    Rope,
+    chunk_bounds,
+)
 from megatron_infer.ops.fp8 import FP8, UNIT
 
 Lengths = list[tuple[int, int]]
@@ -43,38 +54,27 @@ class CheckShape:
     head_dtype: torch.dtype
 
 
-class PagedBatch(NamedTuple):
-    """The arguments of paged_attention."""
-
-    q_TNH: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables_SB: Tensor
-    query_start_S1: Tensor
-    context_lens_S: Tensor
-    max_query_len: int
-    scale: float
-
-    def last_queries(self, s: int, most: int) -> PagedBatch:
-        """Sequence s alone, as if only its last queries, at most `most`, were computed now."""
-        start, stop = self.query_start_S1[s : s + 2].tolist()
-        start = max(start, stop - most)
-        return self._replace(
-            q_TNH=self.q_TNH[start:stop],
-            block_tables_SB=self.block_tables_SB[s : s + 1],
-            query_start_S1=(self.query_start_S1[s : s + 2] - start).clamp(min=0),
-            context_lens_S=self.context_lens_S[s : s + 1],
-            max_query_len=stop - start,
-        )
+def tokens_at(positions_T: Tensor, slots_T: Tensor) -> BatchView:
+    """Tokens of one sequence at any positions and slots, for ops that read nothing else."""
+    count = torch.tensor([0, len(slots_T)], dtype=torch.int32, device=slots_T.device)
+    nothing_SB = torch.zeros(1, 0, dtype=torch.int32, device=slots_T.device)
+    return BatchView(torch.zeros_like(slots_T), positions_T, slots_T, count, count[1:], nothing_SB, len(slots_T))
 
 
-class Rotary(NamedTuple):
-    """The rotation and the places of rope_store_kv."""
-
-    cos_PH: Tensor
-    sin_PH: Tensor
-    positions_T: Tensor
-    slots_T: Tensor
+def last_queries(q_TNH: Tensor, batch: BatchView, s: int, most: int) -> tuple[Tensor, BatchView]:
+    """Sequence s alone, as if only its last queries, at most `most`, were computed now."""
+    start, stop = batch.query_start_S1[s : s + 2].tolist()
+    start = max(start, stop - most)
+    alone = BatchView(
+        token_ids_T=batch.token_ids_T[start:stop],
+        positions_T=batch.positions_T[start:stop],
+        slots_T=batch.slots_T[start:stop],
+        query_start_S1=(batch.query_start_S1[s : s + 2] - start).clamp(min=0),
+        context_lens_S=batch.context_lens_S[s : s + 1],
+        block_tables_SB=batch.block_tables_SB[s : s + 1],
+        max_query_len=stop - start,
+    )
+    return q_TNH[start:stop], alone
 
 
 class CheckInputs:
@@ -85,6 +85,7 @@ class CheckInputs:
 
     def __init__(self, device: torch.device, shape: CheckShape, inner: torch.dtype) -> None:
         self.device, self.shape, self.inner = device, shape, inner
+        self.heads = Heads(shape.num_heads, shape.num_kv_heads, shape.head_dim**-0.5)
         self.generator = torch.Generator(device).manual_seed(0)
 
     def normal(self, *size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -98,8 +99,8 @@ class CheckInputs:
         """0 .. count in random order, int64."""
         return torch.randperm(count, generator=self.generator, device=self.device)
 
-    def norm_weight(self) -> Tensor:
-        return 1 + 0.1 * self.normal(self.shape.hidden_size)
+    def norm_weight(self) -> NormWeight:
+        return NormWeight(1 + 0.1 * self.normal(self.shape.hidden_size), 1e-5)
 
     def linears(self) -> dict[str, tuple[int, tuple[int, ...], torch.dtype]]:
         """Rows, bounds of K and dtype of a layer's linear layers on the first rank, and of the head."""
@@ -142,51 +143,49 @@ class CheckInputs:
                 weight.bias = bias
         return weights
 
-    def cache(self, num_blocks: int) -> Tensor:
-        """Keys or values, written everywhere."""
+    def cache(self, num_blocks: int) -> LayerKV:
+        """Keys and values, written everywhere."""
         shape = self.shape
-        return self.normal(num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim, dtype=shape.kv_dtype)
+        size = (num_blocks, shape.num_kv_heads, shape.block_size, shape.head_dim)
+        return LayerKV(self.normal(*size, dtype=shape.kv_dtype), self.normal(*size, dtype=shape.kv_dtype))
 
-    def paged(self, lengths: Lengths) -> PagedBatch:
-        """A batch whose sequences are scattered over the blocks. What no sequence owns, and pads the tables, is NaN."""
+    def paged(self, lengths: Lengths) -> tuple[Tensor, BatchView, LayerKV]:
+        """q_TNH and a batch of sequences scattered over the blocks. What none of them owns, and pads the tables, is
+        NaN."""
         shape, device = self.shape, self.device
         blocks = [-(-context // shape.block_size) for _, context in lengths]
         order = self.shuffled(sum(blocks) + 1).to(torch.int32)
         tables_SB = order[-1].repeat(len(lengths), max(blocks))
-        k_cache, v_cache = (self.cache(sum(blocks) + 1) for _ in range(2))
-        is_owned = torch.zeros(k_cache.shape[0], shape.block_size, dtype=torch.bool, device=device)
-        taken = 0
-        for row, ((_, context), count) in enumerate(zip(lengths, blocks, strict=True)):
+        kv = self.cache(sum(blocks) + 1)
+        is_owned = torch.zeros(sum(blocks) + 1, shape.block_size, dtype=torch.bool, device=device)
+        taken, positions, slots = 0, [], []
+        for row, ((query, context), count) in enumerate(zip(lengths, blocks, strict=True)):
             tables_SB[row, :count] = order[taken : taken + count]
             taken += count
-            positions = torch.arange(context, device=device)
-            is_owned[tables_SB[row, positions // shape.block_size].long(), positions % shape.block_size] = True
-        for cache in (k_cache, v_cache):
+            own = torch.arange(context, device=device)
+            own_slots = tables_SB[row, own // shape.block_size].long() * shape.block_size + own % shape.block_size
+            is_owned.view(-1)[own_slots] = True
+            positions.append(own[context - query :])
+            slots.append(own_slots[context - query :])
+        for cache in kv:
             cache.masked_fill_(~is_owned[:, None, :, None], float("nan"))
         queries = [query for query, _ in lengths]
-        starts = torch.tensor([0, *queries]).cumsum(0).to(device, torch.int32)
-        contexts = torch.tensor([context for _, context in lengths], dtype=torch.int32, device=device)
-        q_TNH = 2 * self.normal(sum(queries), shape.num_heads, shape.head_dim, dtype=self.inner)
-        return PagedBatch(q_TNH, k_cache, v_cache, tables_SB, starts, contexts, max(queries), shape.head_dim**-0.5)
+        batch = BatchView(
+            token_ids_T=torch.zeros(sum(queries), dtype=torch.int64, device=device),
+            positions_T=torch.cat(positions).to(torch.int32),
+            slots_T=torch.cat(slots),
+            query_start_S1=torch.tensor([0, *queries]).cumsum(0).to(device, torch.int32),
+            context_lens_S=torch.tensor([context for _, context in lengths], dtype=torch.int32, device=device),
+            block_tables_SB=tables_SB,
+            max_query_len=max(queries),
+        )
+        return 2 * self.normal(sum(queries), shape.num_heads, shape.head_dim, dtype=self.inner), batch, kv
 
-    def angles(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        """cos_PH and sin_PH."""
+    def rope(self, num_positions: int) -> Rope:
         angles_PH = 3 * self.normal(num_positions, self.shape.head_dim // 2)
-        return angles_PH.cos(), angles_PH.sin()
+        return Rope(angles_PH.cos(), angles_PH.sin())
 
-    def rotary(self, num_tokens: int, num_blocks: int) -> Rotary:
-        """Tokens at any positions and slots."""
+    def scattered(self, num_tokens: int, num_blocks: int) -> BatchView:
+        """Tokens at any of 200 positions and in any slots."""
         positions_T = self.integers(200, num_tokens).to(torch.int32)
-        slots_T = self.shuffled(num_blocks * self.shape.block_size)[:num_tokens].contiguous()
-        return Rotary(*self.angles(200), positions_T, slots_T)
-
-    def rotary_of(self, batch: PagedBatch, lengths: Lengths) -> Rotary:
-        """The query tokens of a batch where they belong."""
-        block_size = self.shape.block_size
-        positions, slots = [], []
-        for row, (query, context) in enumerate(lengths):
-            own = torch.arange(context - query, context, device=self.device)
-            positions.append(own)
-            slots.append(batch.block_tables_SB[row, own // block_size].long() * block_size + own % block_size)
-        longest = max(context for _, context in lengths)
-        return Rotary(*self.angles(longest), torch.cat(positions).to(torch.int32), torch.cat(slots))
+        return tokens_at(positions_T, self.shuffled(num_blocks * self.shape.block_size)[:num_tokens].contiguous())

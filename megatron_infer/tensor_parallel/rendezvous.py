@@ -24,7 +24,9 @@ log = logging.getLogger("megatron_infer")
 
 UNKNOWN_RANK = -1
 _PATIENCE_SECONDS = 4.0
-"""So long nothing is said about a rank that has not come."""
+"""So long nothing is said about a launcher's ranks that have not come."""
+_LATE_SECONDS = 20.0
+"""So long nothing is said about a rank that has not joined its group; it may still be starting."""
 
 
 class RankFailure(RuntimeError):
@@ -176,7 +178,7 @@ class Rendezvous:
             waited_seconds = time.monotonic() - began
             if waited_seconds > self.timeout_seconds:
                 raise RankFailure(rank, f"it did not join the group within {self.timeout_seconds:g} s")
-            if waited_seconds > _PATIENCE_SECONDS and not is_late:
+            if waited_seconds > _LATE_SECONDS and not is_late:
                 is_late = True
                 log.warning("rank %d waits for rank %d to join the group of %d", self.rank, rank, self.size)
             time.sleep(pause)

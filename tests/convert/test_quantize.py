@@ -124,7 +124,7 @@ def test_slices_expand_large_groups_to_those_of_the_kernels(group: int, dtype: t
     expanded = scales.repeat_interleave(group // 32, dim=1)[:, :13]
     for cols in (None, (0, 416), (0, 32), (32, 160), (96, 96), (224, 416)):
         start, stop = cols or (0, 416)
-        got, got_scales = formats.read_quantized(stored, "x", dtype, group, (1, 5), cols)
+        got, got_scales = formats.read_quantized(stored, formats.Slice("x", (1, 5), cols), dtype, group)
         got = formats.unpack_int4(got) if dtype == INT4 else got
         assert torch.equal(got, values[1:5, start:stop])
         assert torch.equal(got_scales, expanded[1:5, start // 32 : -(-stop // 32)])

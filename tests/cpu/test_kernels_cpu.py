@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 from megatron_infer.kernels.cpu import native
-from megatron_infer.ops import QUANTIZED, chunk_bounds
+from megatron_infer.ops import QUANTIZED, Heads, LayerKV, NormWeight, Rope, SingleOps, Stream, chunk_bounds
+from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, paged_case, same_bits
 
 pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
@@ -149,9 +151,9 @@ def test_another_order_of_addition_is_noticed() -> None:
     assert not same_bits(x_TK @ weight_NK.T, right)
     case = paged_case([(1, 600)])
     whole = ops.paged_attention(*case.arguments())
-    case.block_tables_SB = case.block_tables_SB.flip(1).contiguous()
-    case.k_cache, case.v_cache = (cache.nan_to_num() for cache in (case.k_cache, case.v_cache))
-    case.block_tables_SB = case.block_tables_SB.clamp(max=case.k_cache.shape[0] - 1)
+    case.kv = LayerKV(*(cache.nan_to_num() for cache in case.kv))
+    flipped_SB = case.batch.block_tables_SB.flip(1).contiguous().clamp(max=case.kv.k.shape[0] - 1)
+    case.batch = replace(case.batch, block_tables_SB=flipped_SB)
     assert not same_bits(ops.paged_attention(*case.arguments()), whole)
 
 
@@ -193,10 +195,12 @@ def test_half_a_layer_in_one_launch_is_the_single_ops(dtype: torch.dtype, length
     heads, kv_heads, head_dim, dim, ffn = 4, 2, 24, 80, 96
     case = paged_case(lengths, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
     tokens = case.q_TNH.shape[0]
-    x_TD, residual_TD, norm_D = normal(tokens, dim), normal(tokens, dim, seed=1), normal(dim, seed=2)
+    x_TD, residual_TD = normal(tokens, dim), normal(tokens, dim, seed=1)
+    norm = NormWeight(normal(dim, seed=2), 1e-5)
     angle = normal(800, head_dim // 2, seed=3)
-    positions_T = torch.arange(tokens, dtype=torch.int32)
-    slots_T = torch.randperm(case.k_cache.shape[0] * case.k_cache.shape[2])[:tokens]
+    rope, shape = Rope(angle.cos(), angle.sin()), Heads(heads, kv_heads, case.scale)
+    slots_T = torch.randperm(case.kv.k.shape[0] * case.kv.k.shape[2])[:tokens]
+    batch = replace(case.batch, positions_T=torch.arange(tokens, dtype=torch.int32), slots_T=slots_T)
     for ops in settings():
         qkv, out = (
             packed(ops, normal(rows, cols, seed=4) / 9, dtype)
@@ -205,62 +209,51 @@ def test_half_a_layer_in_one_launch_is_the_single_ops(dtype: torch.dtype, length
         qkv.bias = normal(qkv.out_dim, seed=5)
         for x in (x_TD, None):
             results = []
-            for whole in (False, True):
-                residual, caches = residual_TD.clone(), (case.k_cache.clone(), case.v_cache.clone())
-                rope = (angle.cos(), angle.sin(), positions_T, slots_T, *caches)
-                tables = case.arguments()[3:7]
-                if whole:
-                    y_TD = ops.attention_layer(
-                        x, residual, norm_D, 1e-5, qkv, out, *rope, *tables, heads, kv_heads, case.scale, True
-                    )
-                else:
-                    given = (x, residual) if x is not None else (residual,)
-                    norm = ops.rms_norm if x is None else ops.add_rms_norm
-                    q_TNH = ops.rope_store_kv(ops.linear(norm(*given, norm_D, 1e-5), qkv), *rope, heads, kv_heads)
-                    o_TNH = ops.paged_attention(q_TNH, *caches, *tables, case.scale)
-                    y_TD = ops.linear(o_TNH.flatten(1), out)
-                results.append([y_TD, residual, *(cache.nan_to_num() for cache in caches)])
+            for table in (ops, SingleOps(ops)):
+                stream, kv = Stream(residual_TD.clone(), x), case.kv.clone()
+                table.attention_layer(stream, norm, qkv, out, rope, batch, kv, shape, True)
+                results.append([stream.pending_TD, stream.residual_TD, *(cache.nan_to_num() for cache in kv)])
             assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
         gate_up, down = packed(ops, normal(2 * ffn, dim, seed=6) / 9, dtype), packed(ops, normal(dim, ffn) / 9, dtype)
         gate_up.bias = normal(2 * ffn, seed=7)
-        ours, theirs = residual_TD.clone(), residual_TD.clone()
-        whole_TD = ops.feed_forward_layer(x_TD, ours, norm_D, 1e-5, gate_up, down, True)
-        single_TD = ops.linear(ops.silu_mul(ops.linear(ops.add_rms_norm(x_TD, theirs, norm_D, 1e-5), gate_up)), down)
-        assert same_bits(whole_TD, single_TD) and same_bits(ours, theirs)
+        whole, single = (Stream(residual_TD.clone(), x_TD) for _ in range(2))
+        ops.feed_forward_layer(whole, norm, gate_up, down, True)
+        SingleOps(ops).feed_forward_layer(single, norm, gate_up, down, True)
+        assert same_bits(whole.pending_TD, single.pending_TD) and same_bits(whole.residual_TD, single.residual_TD)
 
 
-def test_a_spoilt_row_spoils_no_other() -> None:
+def test_a_non_finite_row_spoils_no_other() -> None:
     ops = kernels("auto", 2)
     x_TK = normal(20, 64)
     clean = ops.linear(x_TK, weight := packed(ops, normal(48, 64, seed=1)))
     x_TK[7, 3] = float("inf")
     x_TK[7, 4] = float("nan")
-    spoilt = ops.linear(x_TK, weight)
-    assert spoilt[7].isnan().all()
-    assert same_bits(spoilt[:7], clean[:7]) and same_bits(spoilt[8:], clean[8:])
+    non_finite = ops.linear(x_TK, weight)
+    assert non_finite[7].isnan().all()
+    assert same_bits(non_finite[:7], clean[:7]) and same_bits(non_finite[8:], clean[8:])
     case = paged_case([(5, 300), (9, 9)])
     clean = ops.paged_attention(*case.arguments())
     case.q_TNH[3, 1, 0] = float("nan")
-    spoilt = ops.paged_attention(*case.arguments())
-    assert spoilt[3, 1].isnan().all()
-    spoilt[3, 1] = clean[3, 1]
-    assert same_bits(spoilt, clean)
+    non_finite = ops.paged_attention(*case.arguments())
+    assert non_finite[3, 1].isnan().all()
+    non_finite[3, 1] = clean[3, 1]
+    assert same_bits(non_finite, clean)
 
 
 @pytest.mark.parametrize("dim", [16, 100, 333])
 def test_row_by_row_ops_do_not_depend_on_batch_threads_or_variant(dim: int) -> None:
-    x_TD, weight_D = 10 * normal(200, dim), normal(dim, seed=1)
+    x_TD, norm = 10 * normal(200, dim), NormWeight(normal(dim, seed=1), 1e-5)
     logits_SV = normal(200, dim).round(decimals=1)
     logits_SV[3, dim - 1] = float("nan")
-    expected = [kernels().rms_norm(x_TD, weight_D, 1e-5), kernels().silu_mul(torch.cat([x_TD, x_TD], 1))]
+    expected = [kernels().rms_norm(x_TD, norm), kernels().silu_mul(torch.cat([x_TD, x_TD], 1))]
     values_S, indices_S = kernels().argmax(logits_SV)
     for ops in settings():
-        actual = [ops.rms_norm(x_TD, weight_D, 1e-5), ops.silu_mul(torch.cat([x_TD, x_TD], 1))]
+        actual = [ops.rms_norm(x_TD, norm), ops.silu_mul(torch.cat([x_TD, x_TD], 1))]
         assert all(same_bits(a, b) for a, b in zip(actual, expected, strict=True))
-        assert same_bits(ops.rms_norm(x_TD[77:78], weight_D, 1e-5), expected[0][77:78])
+        assert same_bits(ops.rms_norm(x_TD[77:78], norm), expected[0][77:78])
         assert same_bits(ops.silu_mul(torch.cat([x_TD[77:78], x_TD[77:78]], 1)), expected[1][77:78])
         residual_TD = x_TD / 4
-        assert same_bits(ops.add_rms_norm(0.75 * x_TD, residual_TD, weight_D, 1e-5)[:1], expected[0][:1]) == same_bits(
+        assert same_bits(ops.add_rms_norm(0.75 * x_TD, residual_TD, norm)[:1], expected[0][:1]) == same_bits(
             residual_TD[:1], x_TD[:1]
         )
         again_values, again_indices = ops.argmax(logits_SV)
@@ -273,13 +266,11 @@ def test_rope_bits_and_cache_do_not_depend_on_threads_or_variant(dtype: torch.dt
     qkv_TC, angle = normal(tokens, 12 * head_dim), normal(100, head_dim // 2, seed=1)
     positions_T = torch.arange(tokens, dtype=torch.int32)
     slots_T = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:tokens]
-    results = []
+    rope, batch, results = Rope(angle.cos(), angle.sin()), tokens_at(positions_T, slots_T), []
     for ops in settings():
-        caches = [torch.zeros(6, kv_heads, 16, head_dim, dtype=dtype) for _ in range(2)]
-        q_TNH = ops.rope_store_kv(
-            qkv_TC, angle.cos(), angle.sin(), positions_T, slots_T, caches[0], caches[1], heads, kv_heads
-        )
-        results.append([q_TNH, caches[0].float(), caches[1].float()])
+        kv = LayerKV(*(torch.zeros(6, kv_heads, 16, head_dim, dtype=dtype) for _ in range(2)))
+        q_TNH = ops.rope_store_kv(qkv_TC, rope, batch, kv, Heads(heads, kv_heads, 1.0))
+        results.append([q_TNH, kv.k.float(), kv.v.float()])
     for other in results[1:]:
         assert all(same_bits(a, b) for a, b in zip(other, results[0], strict=True))
 
@@ -295,6 +286,7 @@ def test_exp_is_accurate_to_a_few_units_in_the_last_place() -> None:
 GUARD_SCRIPT = """
 import ctypes, mmap, sys, torch
 from megatron_infer.kernels.cpu import native
+from megatron_infer.ops import BatchView, LayerKV, NormWeight
 from tests.support.ops_cases import QUANTIZED, normal, packed, paged_case, quantize
 libc, held = ctypes.CDLL(None, use_errno=True), []
 
@@ -327,8 +319,10 @@ for variant in {variants!r}:
             case = paged_case([(3, 21), (1, 1), (9, 280)], head_dim=head_dim, block_size=block_size, dtype=dtype)
             expected = ops.paged_attention(*case.arguments())
             assert expected.isfinite().all()
-            arguments = [guarded(a) if isinstance(a, torch.Tensor) else a for a in case.arguments()]
-            assert torch.equal(ops.paged_attention(*arguments), expected)
+            fields = vars(case.batch).items()
+            batch = BatchView(**{{name: guarded(a) if isinstance(a, torch.Tensor) else a for name, a in fields}})
+            kv = LayerKV(guarded(case.kv.k), guarded(case.kv.v))
+            assert torch.equal(ops.paged_attention(guarded(case.q_TNH), batch, kv, case.scale), expected)
         table, ids = guarded(normal(5, 19).to(dtype)), guarded(torch.tensor([4, 0]))
         assert torch.equal(ops.gather_rows(table, ids), table[ids].float())
     for dtype, tokens in ((d, t) for d in QUANTIZED for t in (1, 13, 60)):
@@ -339,8 +333,9 @@ for variant in {variants!r}:
         ops.pack_quantized(weight, 0, guarded(values), guarded(scales))
         weight.data = guarded(weight.data)
         assert torch.equal(ops.linear(guarded(x), weight), expected)
-    x, weight = normal(3, 37), normal(37)
-    assert torch.equal(ops.rms_norm(guarded(x), guarded(weight), 1e-5), ops.rms_norm(x, weight, 1e-5))
+    x, norm = normal(3, 37), NormWeight(normal(37), 1e-5)
+    guarded_norm = NormWeight(guarded(norm.weight_D), 1e-5)
+    assert torch.equal(ops.rms_norm(guarded(x), guarded_norm), ops.rms_norm(x, norm))
     assert torch.equal(ops.silu_mul(guarded(normal(3, 38))), ops.silu_mul(normal(3, 38)))
     assert torch.equal(ops.argmax(guarded(x))[1], x.argmax(dim=1))
 print("unharmed")

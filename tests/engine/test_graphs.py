@@ -213,14 +213,14 @@ def test_ranks_agree_on_samples_that_rank_0_has_not_seen_yet(config, tensors, pr
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED, LOGPROBS], ids=["greedy", "seeded", "logprobs"])
-def test_a_spoilt_row_fails_alone(config, prompts, sampling) -> None:
+def test_a_non_finite_row_fails_alone(config, prompts, sampling) -> None:
     """Token 3's embedding is not finite; the others' answers are those of sound weights."""
-    sound, spoilt = random_tensors(config, seed=3), random_tensors(config, seed=3)
-    spoilt["tok_embeddings.weight"][3] = float("nan")
+    sound, non_finite = random_tensors(config, seed=3), random_tensors(config, seed=3)
+    non_finite["tok_embeddings.weight"][3] = float("nan")
     clean = [[p for p in prompt if p != 3] or [5] for prompt in prompts]
     expected = generate(one_at_a_time(config, sound), clean, sampling)
     assert not any(token == 3 for output in expected for token, _ in output[:-1])
-    engine = engine_of(config, spoilt, FakeRecorder())
+    engine = engine_of(config, non_finite, FakeRecorder())
     for i, prompt in enumerate([*clean, [4, 3, 5]]):
         engine.add(Request(i, prompt, sampling, 512, frozenset(), seed=7))
     tokens: dict[int, list[int]] = {}

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_infer.model.formats import quantize
 from megatron_infer.model.rope import rope_tables
-from megatron_infer.ops import GROUP, INT4, QUANTIZED, Ops, PackedLinear, reference
+from megatron_infer.ops import (
+    GROUP,
+    INT4,
+    QUANTIZED,
+    BatchView,
+    Heads,
+    LayerKV,
+    NormWeight,
+    Ops,
+    PackedLinear,
+    Rope,
+    SingleOps,
+    Stream,
+)
 from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.ops.fp8 import FP8, quantize_rows
+from megatron_infer.ops.reference import ReferenceOps
 from megatron_infer.ops.selfcheck_inputs import CheckShape
 from tests.gpu.gpu_cases import CUDA, WEIGHTS, needs_gpu
 from tests.support.ops_cases import Paged, attention_float64, bounds_of, normal, paged_case
@@ -74,9 +88,11 @@ def test_linear(ops: Ops, dtype: torch.dtype, weights, tokens: int, out_dim: int
 
 
 def on_gpu(case: Paged, dtype: torch.dtype) -> Paged:
-    moved = {spec.name: getattr(case, spec.name) for spec in fields(Paged)}
-    moved = {name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in moved.items()}
-    return Paged(**{**moved, "q_TNH": moved["q_TNH"].to(dtype)})
+    moved = {
+        name: value.to(CUDA) if isinstance(value, torch.Tensor) else value for name, value in vars(case.batch).items()
+    }
+    kv = LayerKV(case.kv.k.to(CUDA), case.kv.v.to(CUDA))
+    return Paged(case.q_TNH.to(CUDA, dtype), BatchView(**moved), kv, case.scale)
 
 
 LENGTHS = [[(1, 1)], [(1, 300), (1, 17), (1, 4096)], [(5, 900), (1, 33), (16, 16)], [(128, 128), (1, 77), (40, 700)]]
@@ -97,8 +113,9 @@ def test_paged_attention(ops: Ops, dtype: torch.dtype, lengths, heads: int, kv_h
 def test_paged_attention_with_tables_as_wide_as_a_graph_holds_them(ops: Ops, lengths) -> None:
     case = paged_case(lengths, num_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
     case.q_TNH = case.q_TNH.bfloat16().float()
-    padded = torch.nn.functional.pad(case.block_tables_SB, (0, 1024 - case.block_tables_SB.shape[1]))
-    moved = on_gpu(replace(case, block_tables_SB=padded), torch.bfloat16)
+    tables_SB = case.batch.block_tables_SB
+    padded_SB = torch.nn.functional.pad(tables_SB, (0, 1024 - tables_SB.shape[1]))
+    moved = on_gpu(replace(case, batch=replace(case.batch, block_tables_SB=padded_SB)), torch.bfloat16)
     assert close(ops.paged_attention(*moved.arguments()), attention_float64(case), BOUNDS[torch.bfloat16])
 
 
@@ -107,10 +124,10 @@ def test_rows(ops: Ops, dtype: torch.dtype) -> None:
     """Norms, SwiGLU, arg-max and rows of the embedding."""
     x_TD, residual_TD, weight_D = normal(7, 4096).to(dtype), normal(7, 4096, seed=1).to(dtype), normal(4096, seed=2)
     total = (x_TD.float() + residual_TD.float()).to(dtype).double()
-    residual = residual_TD.to(CUDA)
+    residual, norm = residual_TD.to(CUDA), NormWeight(weight_D.to(CUDA), 1e-5)
     for base, normed in (
-        (residual_TD.double(), ops.rms_norm(residual, weight_D.to(CUDA), 1e-5)),
-        (total, ops.add_rms_norm(x_TD.to(CUDA), residual, weight_D.to(CUDA), 1e-5)),
+        (residual_TD.double(), ops.rms_norm(residual, norm)),
+        (total, ops.add_rms_norm(x_TD.to(CUDA), residual, norm)),
     ):
         expected = base * torch.rsqrt(base.square().mean(dim=1, keepdim=True) + 1e-5) * weight_D.double()
         assert close(normed, expected, BOUNDS[dtype])
@@ -128,30 +145,18 @@ def test_rows(ops: Ops, dtype: torch.dtype) -> None:
     assert torch.equal(ops.gather_rows(x_TD.to(CUDA), ids_T).cpu(), x_TD[ids_T.cpu()])
 
 
-def slots_of(case: Paged) -> tuple[torch.Tensor, torch.Tensor]:
-    """(positions_T int32, slots_T int64) of the query rows."""
-    block_size = case.k_cache.shape[2]
-    positions, slots = [], []
-    for s, context in enumerate(case.context_lens_S.tolist()):
-        rows = case.rows(s)
-        for position in range(context - (rows.stop - rows.start), context):
-            positions.append(position)
-            slots.append(int(case.block_tables_SB[s, position // block_size]) * block_size + position % block_size)
-    return torch.tensor(positions, dtype=torch.int32), torch.tensor(slots)
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("lengths", LENGTHS[1:3], ids=str)
 def test_rope_store_kv(ops: Ops, dtype: torch.dtype, lengths) -> None:
     config = tiny_config(max_position_embeddings=4096)
     case = paged_case(lengths, num_heads=8, head_dim=32, dtype=dtype)
     qkv_TC = normal(case.q_TNH.shape[0], 12 * 32).to(dtype)
-    caches = [cache.to(CUDA) for cache in (case.k_cache, case.v_cache)]
-    arguments = (*rope_tables(config, 4096), *slots_of(case))
-    expected = reference.rope_store_kv(qkv_TC.float(), *arguments, case.k_cache, case.v_cache, 8, 2)
-    moved = (tensor.to(CUDA) for tensor in arguments)
-    assert close(ops.rope_store_kv(qkv_TC.to(CUDA), *moved, *caches, 8, 2), expected, BOUNDS[dtype])
-    for actual, wanted in zip(caches, (case.k_cache, case.v_cache), strict=True):
+    moved, rope, heads = on_gpu(case, dtype), Rope(*rope_tables(config, 4096)), Heads(8, 2, case.scale)
+    expected = ReferenceOps().rope_store_kv(qkv_TC.float(), rope, case.batch, case.kv, heads)
+    moved_rope = Rope(*(table.to(CUDA) for table in rope))
+    q_TNH = ops.rope_store_kv(qkv_TC.to(CUDA), moved_rope, moved.batch, moved.kv, heads)
+    assert close(q_TNH, expected, BOUNDS[dtype])
+    for actual, wanted in zip(moved.kv, case.kv, strict=True):
         assert torch.equal(actual.isnan().cpu(), wanted.isnan())
         assert close(actual.nan_to_num(), wanted.nan_to_num(), BOUNDS[dtype])
 
@@ -160,11 +165,11 @@ LAYER_LENGTHS = [[(1, 300)], [(1, 17), (3, 300)], [(7, 60)], [(40, 40), (1, 90)]
 
 
 @pytest.mark.parametrize("weights", WEIGHTS, ids=str)
-@pytest.mark.parametrize(("has_x", "is_whole"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize(("has_pending", "completes_sum"), [(False, True), (True, True), (True, False)])
 @pytest.mark.parametrize("lengths", LAYER_LENGTHS, ids=str)
-def test_halves_of_a_layer_give_what_their_ops_give(weights, has_x: bool, is_whole: bool, lengths) -> None:
+def test_halves_of_a_layer_give_what_their_ops_give(weights, has_pending: bool, completes_sum: bool, lengths) -> None:
     ops = select_ops(CUDA, num_threads=1, force="triton")
-    assert ops.attention_layer is not None and ops.feed_forward_layer is not None
+    single = SingleOps(ops)
     dtype, hidden, ffn = torch.bfloat16, 256, 416
     stored = dtype if weights == "plain" else weights
     shapes = ((12 * 32, hidden), (hidden, 8 * 32), (2 * ffn, hidden), (hidden, ffn))
@@ -172,36 +177,26 @@ def test_halves_of_a_layer_give_what_their_ops_give(weights, has_x: bool, is_who
         packed_weight(ops, normal(*shape, seed=i) * shape[1] ** -0.5, stored)[0] for i, shape in enumerate(shapes)
     )
     case = paged_case(lengths, num_heads=8, head_dim=32, dtype=dtype)
-    positions_T, slots_T = slots_of(case)
-    moved = on_gpu(case, dtype)
-    rope = [table.to(CUDA) for table in rope_tables(tiny_config(), 512)]
-    places = (*rope, positions_T.to(CUDA), slots_T.to(CUDA))
-    tables = (moved.block_tables_SB, moved.query_start_S1, moved.context_lens_S, moved.max_query_len)
-    x_TD, residual_TD = (normal(len(slots_T), hidden, seed=seed).to(CUDA, dtype) for seed in (10, 11))
-    x_TD = x_TD if has_x else None
-    norm_D = normal(hidden, seed=12).to(CUDA)
+    batch, kv = (moved := on_gpu(case, dtype)).batch, moved.kv
+    rope, heads = Rope(*(table.to(CUDA) for table in rope_tables(tiny_config(), 512))), Heads(8, 2, case.scale)
+    pending_TD, residual_TD = (normal(len(case.q_TNH), hidden, seed=seed).to(CUDA, dtype) for seed in (10, 11))
+    pending_TD = pending_TD if has_pending else None
+    norm = NormWeight(normal(hidden, seed=12).to(CUDA), 1e-5)
 
-    def norm(residual: torch.Tensor) -> torch.Tensor:
-        return ops.rms_norm(residual, norm_D, 1e-5) if x_TD is None else ops.add_rms_norm(x_TD, residual, norm_D, 1e-5)
-
-    expected, actual = residual_TD.clone(), residual_TD.clone()
-    caches, fused_caches = ([cache.clone() for cache in (moved.k_cache, moved.v_cache)] for _ in range(2))
-    q_TNH = ops.rope_store_kv(ops.linear(norm(expected), qkv), *places, *caches, 8, 2)
-    attended = ops.paged_attention(q_TNH, *caches, *tables, moved.scale)
-    expected += ops.linear(attended.flatten(1), out)
-    y_TD = ops.attention_layer(
-        x_TD, actual, norm_D, 1e-5, qkv, out, *places, *fused_caches, *tables, 8, 2, moved.scale, is_whole
-    )
-    assert is_whole or y_TD is not None
-    assert close(actual if y_TD is None else actual + y_TD, expected, BOUNDS[stored])
-    for a, b in zip(fused_caches, caches, strict=True):
+    expected, actual = (Stream(residual_TD.clone(), pending_TD) for _ in range(2))
+    single_kv, fused_kv = kv.clone(), kv.clone()
+    single.attention_layer(expected, norm, qkv, out, rope, batch, single_kv, heads, completes_sum)
+    ops.attention_layer(actual, norm, qkv, out, rope, batch, fused_kv, heads, completes_sum)
+    assert completes_sum or actual.pending_TD is not None
+    assert close(actual.settle(), expected.settle(), BOUNDS[stored])
+    for a, b in zip(fused_kv, single_kv, strict=True):
         assert close(a.nan_to_num(), b.nan_to_num(), BOUNDS[stored])
 
-    expected, actual = residual_TD.clone(), residual_TD.clone()
-    expected += ops.linear(ops.silu_mul(ops.linear(norm(expected), gate_up)), down)
-    y_TD = ops.feed_forward_layer(x_TD, actual, norm_D, 1e-5, gate_up, down, is_whole)
-    assert is_whole or y_TD is not None
-    assert close(actual if y_TD is None else actual + y_TD, expected, BOUNDS[stored])
+    expected, actual = (Stream(residual_TD.clone(), pending_TD) for _ in range(2))
+    single.feed_forward_layer(expected, norm, gate_up, down, completes_sum)
+    ops.feed_forward_layer(actual, norm, gate_up, down, completes_sum)
+    assert completes_sum or actual.pending_TD is not None
+    assert close(actual.settle(), expected.settle(), BOUNDS[stored])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

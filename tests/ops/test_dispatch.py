@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -17,11 +18,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import Ops, dispatch, optional, vendor
-from megatron_infer.ops.dispatch import OP_NAMES, select_ops
+from megatron_infer.ops import OP_NAMES, BatchView, LayerKV, NormWeight, Ops, Stream, dispatch
+from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
 from megatron_infer.ops.selfcheck import find_fault
 from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape
-from tests.support.ops_cases import CPU, attention_float64, normal, paged_case
+from megatron_infer.ops.vendor import VendorOps
+from tests.support.ops_cases import CPU, Paged, attention_float64, changed, normal, packed, paged_case
 
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
@@ -29,7 +32,11 @@ SHAPE = CheckShape(
     hidden_size=64, intermediate_size=96, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=80, block_size=16, tp=1,
     dtype=BF16, kv_dtype=BF16, linear_dtype=BF16, head_dtype=BF16,
 )  # fmt: skip
-TRITON = {name: getattr(vendor, name) for name in OP_NAMES}
+VENDOR = VendorOps()
+
+
+class FakeTritonOps(VendorOps):
+    is_recordable = True
 
 
 @dataclass
@@ -45,11 +52,15 @@ class Machine:
         vars(module).update(functions)
         self.monkeypatch.setitem(sys.modules, name, module)
 
-    def offer(self, **ops: object) -> None:
-        """Let the table of Triton kernels be torch's ops but for these."""
-        table = SimpleNamespace(table=lambda num_sms, device, *, deterministic: {**TRITON, **ops})
-        self.monkeypatch.setitem(sys.modules, "megatron_infer.ops.triton_ops", table)
-        self.monkeypatch.setattr("megatron_infer.ops.triton_ops", table, raising=False)
+    def offer(self, **ops: Callable) -> None:
+        """Let the Triton kernels be torch's ops but for these."""
+
+        def make(num_sms: int, device: torch.device) -> Ops:
+            return changed(FakeTritonOps, **ops)
+
+        module = SimpleNamespace(TritonOps=make, DeterministicTritonOps=make)
+        self.monkeypatch.setitem(sys.modules, "megatron_infer.ops.triton_ops", module)
+        self.monkeypatch.setattr("megatron_infer.ops.triton_ops", module, raising=False)
 
 
 @pytest.fixture
@@ -88,7 +99,7 @@ def test_on_a_gpu_triton_comes_first(machine: Machine) -> None:
 
 
 def test_a_faulty_table_is_refused_with_the_reason_and_torchs_is_taken(machine: Machine) -> None:
-    machine.offer(silu_mul=lambda gate_up: vendor.silu_mul(gate_up) * 1.1)
+    machine.offer(silu_mul=lambda gate_up: VENDOR.silu_mul(gate_up) * 1.1)
     report = lines(shape=SHAPE)
     assert all(line.startswith("vendor (torch); native refused") for line in report.values())
     assert "; triton refused: silu_mul of 1 tokens differs from torch's by 9.9e-02" in report["linear"]
@@ -98,13 +109,17 @@ def test_a_faulty_table_is_refused_with_the_reason_and_torchs_is_taken(machine: 
     assert lines(force="triton")["silu_mul"].startswith("triton")
 
 
+def forgetful(stream: Stream, *rest: object) -> None:
+    stream.pending_TD = torch.zeros_like(stream.residual_TD)
+
+
 def test_layer_ops_are_checked_too(machine: Machine) -> None:
-    machine.offer(feed_forward_layer=lambda x, residual, *rest: residual * 0)
+    machine.offer(feed_forward_layer=forgetful)
     assert "triton refused: feed_forward_layer of 1 tokens" in lines(shape=SHAPE)["linear"]
 
 
 def test_deterministic_refuses_what_depends_on_the_batch(machine: Machine) -> None:
-    machine.offer(linear=lambda x, packed: vendor.linear(x, packed) * (1 + 1e-6 * (len(x) > 1)))
+    machine.offer(linear=lambda x, packed: VENDOR.linear(x, packed) * (1 + 1e-6 * (len(x) > 1)))
     shape = replace(SHAPE, dtype=torch.float32, kv_dtype=torch.float32, linear_dtype=torch.float32)
     assert lines(shape=shape)["linear"].startswith("triton")
     report = lines(shape=shape, deterministic=True)["linear"]
@@ -145,12 +160,10 @@ def fake_flash_attn_with_kvcache(
     assert page_table.shape[0] == len(cache_seqlens) == len(cu_seqlens_q) - 1
     assert isinstance(max_seqlen_q, int) and max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert causal and isinstance(softmax_scale, float)
-    case = SimpleNamespace(
-        q_TNH=q, k_cache=k_cache.transpose(1, 2), v_cache=v_cache.transpose(1, 2), block_tables_SB=page_table,
-        query_start_S1=cu_seqlens_q, context_lens_S=cache_seqlens, scale=softmax_scale,
-        rows=lambda s: slice(int(cu_seqlens_q[s]), int(cu_seqlens_q[s + 1])),
-    )  # fmt: skip
-    return attention_float64(case).to(q.dtype)
+    unread = torch.empty(0)
+    batch = BatchView(unread, unread, unread, cu_seqlens_q, cache_seqlens, page_table, max_seqlen_q)
+    kv = LayerKV(k_cache.transpose(1, 2), v_cache.transpose(1, 2))
+    return attention_float64(Paged(q, batch, kv, softmax_scale)).to(q.dtype)
 
 
 def fake_rms_forward_affine_mixed_dtypes(input, normalized_shape, weight, epsilon) -> tuple[Tensor, Tensor]:
@@ -168,20 +181,21 @@ def without_triton(machine: Machine) -> None:
 def test_flash_attention_attends_as_defined() -> None:
     case = paged_case([(3, 40), (1, 17), (20, 20)], head_dim=16, dtype=BF16)
     case.q_TNH = case.q_TNH.bfloat16()
-    o_TNH = optional.paged_attention(*case.arguments(), flash_attn_with_kvcache=fake_flash_attn_with_kvcache)
+    o_TNH = FlashAttentionOps(VENDOR, fake_flash_attn_with_kvcache).paged_attention(*case.arguments())
     assert o_TNH.shape == case.q_TNH.shape and o_TNH.dtype == BF16
     assert (o_TNH.double() - attention_float64(case)).abs().max() <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_apex_norms_as_defined(dtype: torch.dtype) -> None:
-    x_TD, residual_TD, weight_D = normal(5, 64).to(dtype), normal(5, 64, seed=1).to(dtype), 1 + normal(64, seed=2)
-    call = fake_rms_forward_affine_mixed_dtypes
-    y_TD = optional.rms_norm(x_TD, weight_D, 1e-5, rms_forward=call)
-    assert y_TD.dtype == dtype and torch.allclose(y_TD, vendor.rms_norm(x_TD, weight_D, 1e-5), rtol=2.0**-7)
+    x_TD, residual_TD = normal(5, 64).to(dtype), normal(5, 64, seed=1).to(dtype)
+    norm = NormWeight(1 + normal(64, seed=2), 1e-5)
+    ops = ApexOps(VENDOR, fake_rms_forward_affine_mixed_dtypes)
+    y_TD = ops.rms_norm(x_TD, norm)
+    assert y_TD.dtype == dtype and torch.allclose(y_TD, VENDOR.rms_norm(x_TD, norm), rtol=2.0**-7)
     mine, theirs = residual_TD.clone(), residual_TD.clone()
-    y_TD = optional.add_rms_norm(x_TD, mine, weight_D, 1e-5, rms_forward=call)
-    assert torch.allclose(y_TD, vendor.add_rms_norm(x_TD, theirs, weight_D, 1e-5), rtol=2.0**-7)
+    y_TD = ops.add_rms_norm(x_TD, mine, norm)
+    assert torch.allclose(y_TD, VENDOR.add_rms_norm(x_TD, theirs, norm), rtol=2.0**-7)
     assert torch.equal(mine, theirs)
 
 
@@ -195,12 +209,13 @@ def test_installed_packages_replace_single_ops_of_torchs_table(machine: Machine)
     for name in ("rms_norm", "add_rms_norm"):
         assert report.pop(name).startswith("apex (fused RMSNorm); native refused")
     assert all(line.startswith("vendor (torch)") for line in report.values())
-    assert ops.linear is vendor.linear and ops.attention_layer is None
+    assert type(ops).attention_layer is Ops.attention_layer, "the halves of a layer are made of them, too"
+    x_TK, weight = normal(3, 64), packed(VENDOR, normal(8, 64, seed=1))
+    assert torch.equal(ops.linear(x_TK, weight), VENDOR.linear(x_TK, weight))
     assert ops.is_recordable, "the table's padding is not read"
-    assert ops.paged_attention is not vendor.paged_attention
-    batch = CheckInputs(CPU, SHAPE, BF16).paged([(2, 30), (1, 7)])
-    o_TNH = ops.paged_attention(*batch)
-    assert (o_TNH - vendor.paged_attention(*batch)).abs().max() <= 2e-2
+    arguments = (*CheckInputs(CPU, SHAPE, BF16).paged([(2, 30), (1, 7)]), 0.25)
+    o_TNH = ops.paged_attention(*arguments)
+    assert (o_TNH - VENDOR.paged_attention(*arguments)).abs().max() <= 2e-2
 
 
 def test_without_them_everything_is_torchs(machine: Machine) -> None:

@@ -13,9 +13,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine.launch import resolve
+from megatron_infer.engine.resolve import check_fp8, resolve
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.model.formats import bytes_per_weight, check_fp8, stored_dtypes
+from megatron_infer.model.formats import bytes_per_weight, stored_dtypes
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import chunk_bounds
@@ -24,6 +24,7 @@ from megatron_infer.ops.fp8 import FP8, quantize_rows, scaled_matmul
 from megatron_infer.quantization import Quantization
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.world import World
 from tests.support.ops_cases import CPU, normal, packed
 from tests.support.tiny_models import generate, make_engine, make_runner, random_tensors, tiny_config
 
@@ -43,7 +44,7 @@ def test_rows_are_rounded_to_half_a_step_of_their_own_scale(dtype: torch.dtype) 
     assert (error_TK <= (steps_TK.abs() / 16).clamp(min=2.0**-10) * 1.0001).all()
 
 
-def test_zeros_stay_zeros_and_spoilt_rows_stay_spoilt() -> None:
+def test_zeros_stay_zeros_and_non_finite_rows_stay_so() -> None:
     x_TK, weight_NK = normal(6, 32), normal(16, 32, seed=1)
     x_TK[0] = 0.0
     x_TK[1] *= 1e-44
@@ -151,4 +152,4 @@ def test_refusals_name_the_remedy(change, options, tp: int, capability, message:
 def test_a_checkpoint_stored_quantised_is_not_rounded_again() -> None:
     model = replace(tiny_config(), quantization=Quantization("int8"))
     with pytest.raises(ValueError, match="the checkpoint is stored in int8; leave it at 'auto'"):
-        resolve(EngineConfig(device="cpu", quantization="fp8"), model)
+        resolve(EngineConfig(device="cpu", quantization="fp8"), model, World())

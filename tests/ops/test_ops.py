@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from megatron_infer.kernels.cpu import native
 from megatron_infer.model.formats import quantize
-from megatron_infer.ops import GROUP, INT4, NUM_CHUNKS, QUANTIZED, Ops, chunk_bounds
-from megatron_infer.ops.dispatch import OP_NAMES, select_ops
+from megatron_infer.ops import (
+    GROUP,
+    INT4,
+    NUM_CHUNKS,
+    OP_NAMES,
+    QUANTIZED,
+    Heads,
+    LayerKV,
+    NormWeight,
+    Ops,
+    Rope,
+    chunk_bounds,
+)
+from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, attention_float64, bounds_of, normal, packed, paged_case, same_bits
 
 KINDS = ["native", "vendor", "reference"]
@@ -69,16 +84,16 @@ def test_quantized_rows_can_be_packed_piecewise(ops: Ops, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", QUANTIZED)
-def test_a_spoilt_row_or_weight_shows(ops: Ops, dtype: torch.dtype) -> None:
+def test_a_non_finite_row_or_weight_shows(ops: Ops, dtype: torch.dtype) -> None:
     """NaN and infinities cannot hide in an integer: the row, or the output column, is NaN and no other is touched."""
     x_TK, weight_NK = normal(6, 96), normal(20, 96, seed=1)
     clean = ops.linear(x_TK, packed(ops, weight_NK, dtype))
     for spoiler in (float("nan"), float("inf"), float("-inf")):
         x_TK[2, 40], weight_NK[7, 70] = spoiler, spoiler
-        spoilt = ops.linear(x_TK, packed(ops, weight_NK, dtype))
-        assert not spoilt[2].isfinite().any() and not spoilt[:, 7].isfinite().any()
-        spoilt[2], spoilt[:, 7] = clean[2], clean[:, 7]
-        assert same_bits(spoilt, clean)
+        non_finite = ops.linear(x_TK, packed(ops, weight_NK, dtype))
+        assert not non_finite[2].isfinite().any() and not non_finite[:, 7].isfinite().any()
+        non_finite[2], non_finite[:, 7] = clean[2], clean[:, 7]
+        assert same_bits(non_finite, clean)
         x_TK, weight_NK = normal(6, 96), normal(20, 96, seed=1)
 
 
@@ -112,11 +127,11 @@ def test_rows_can_be_packed_piecewise_from_any_float_dtype(ops: Ops, dtype: torc
 
 @pytest.mark.parametrize("dim", [8, 64, 100, 257])
 def test_rms_norm_and_its_fused_addition(ops: Ops, dim: int) -> None:
-    x_TD, residual_TD, weight_D = 3 * normal(5, dim), normal(5, dim, seed=1), normal(dim, seed=2)
+    x_TD, residual_TD, norm = 3 * normal(5, dim), normal(5, dim, seed=1), NormWeight(normal(dim, seed=2), 1e-5)
     total = residual_TD.double() + x_TD.double()
-    expected = total / (total.square().mean(1, keepdim=True) + 1e-5).sqrt() * weight_D.double()
-    assert close(ops.rms_norm(x_TD + residual_TD, weight_D, 1e-5), expected, 1e-6)
-    assert close(ops.add_rms_norm(x_TD, residual_TD, weight_D, 1e-5), expected, 1e-6)
+    expected = total / (total.square().mean(1, keepdim=True) + 1e-5).sqrt() * norm.weight_D.double()
+    assert close(ops.rms_norm(x_TD + residual_TD, norm), expected, 1e-6)
+    assert close(ops.add_rms_norm(x_TD, residual_TD, norm), expected, 1e-6)
     assert close(residual_TD, total, 1e-7)
 
 
@@ -128,19 +143,19 @@ def test_rope_rotates_halves_and_writes_only_its_slots(ops: Ops, dtype: torch.dt
     angle = normal(50, head_dim // 2, seed=1)
     positions_T = torch.tensor([0, 3, 49, 4, 5], dtype=torch.int32)
     slots_T = torch.tensor([17, 0, 63, 8, 30])
-    k_cache, v_cache = (torch.full((8, kv_heads, block_size, head_dim), 7.0, dtype=dtype) for _ in range(2))
-    q_TNH = ops.rope_store_kv(qkv_TC, angle.cos(), angle.sin(), positions_T, slots_T, k_cache, v_cache, heads, kv_heads)
+    kv = LayerKV(*(torch.full((8, kv_heads, block_size, head_dim), 7.0, dtype=dtype) for _ in range(2)))
+    rope, batch = Rope(angle.cos(), angle.sin()), tokens_at(positions_T, slots_T)
+    q_TNH = ops.rope_store_kv(qkv_TC, rope, batch, kv, Heads(heads, kv_heads, 1.0))
     x = qkv_TC.double().unflatten(1, (-1, head_dim))
     turn = torch.polar(torch.ones(tokens, 1, head_dim // 2).double(), angle[positions_T.long(), None].double())
     rotated = torch.view_as_real(torch.complex(*x.chunk(2, dim=2)) * turn).movedim(3, 2).flatten(2)
     assert close(q_TNH, rotated[:, :heads], 3e-7)
     precision = 3e-7 if dtype == torch.float32 else 4e-3
-    written_k = k_cache.transpose(1, 2).flatten(0, 1)[slots_T].float()
+    written_k = kv.k.transpose(1, 2).flatten(0, 1)[slots_T].float()
     assert close(written_k, rotated[:, heads : heads + kv_heads], precision)
-    assert torch.equal(v_cache.transpose(1, 2).flatten(0, 1)[slots_T], x[:, heads + kv_heads :].to(dtype))
+    assert torch.equal(kv.v.transpose(1, 2).flatten(0, 1)[slots_T], x[:, heads + kv_heads :].to(dtype))
     untouched = torch.ones(64, dtype=torch.bool).index_fill(0, slots_T, False)
-    assert (k_cache.transpose(1, 2).flatten(0, 1)[untouched] == 7).all()
-    assert (v_cache.transpose(1, 2).flatten(0, 1)[untouched] == 7).all()
+    assert all((cache.transpose(1, 2).flatten(0, 1)[untouched] == 7).all() for cache in kv)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,8 +183,8 @@ def test_vendor_attention_of_equally_many_queries_waits_for_no_index(lengths: li
     """A tensor without contents cannot be read by the host: a CUDA graph can hold the op."""
     ops = select_ops(CPU, num_threads=1, force="vendor")
     case = paged_case(lengths)
-    q_TNH, k_cache, v_cache, tables, starts, contexts, longest, scale = case.arguments()
-    o_TNH = ops.paged_attention(q_TNH, k_cache, v_cache, tables, starts.to("meta"), contexts, longest, scale)
+    unreadable = replace(case.batch, query_start_S1=case.batch.query_start_S1.to("meta"))
+    o_TNH = ops.paged_attention(case.q_TNH, unreadable, case.kv, case.scale)
     assert o_TNH.is_contiguous() and close(o_TNH, attention_float64(case), 2e-6)
 
 
@@ -181,7 +196,7 @@ def test_silu_mul_over_the_whole_range(ops: Ops) -> None:
     assert ((actual - expected).abs() <= 4e-7 * expected.abs() + 1e-35).all()
 
 
-def test_argmax_takes_the_first_of_equals_and_refuses_spoilt_rows(ops: Ops) -> None:
+def test_argmax_takes_the_first_of_equals_and_refuses_non_finite_rows(ops: Ops) -> None:
     logits_SV = normal(7, 1003).clamp(max=2.0)
     logits_SV[1, 500] = float("nan")
     logits_SV[2, 1002] = float("inf")

@@ -13,26 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import INT4, Ops, reference, vendor
-from megatron_infer.ops.dispatch import LAYER_OPS, OP_NAMES
+from megatron_infer.ops import INT4, OP_NAMES, LayerKV, Ops
 from megatron_infer.ops.fp8 import FP8
+from megatron_infer.ops.reference import ReferenceOps
 from megatron_infer.ops.selfcheck import find_fault
 from megatron_infer.ops.selfcheck_inputs import CheckInputs as Inputs
 from megatron_infer.ops.selfcheck_inputs import CheckShape
-from tests.support.ops_cases import CPU
+from megatron_infer.ops.vendor import VendorOps
+from tests.support.ops_cases import CPU, changed
 
 SHAPE = CheckShape(
     hidden_size=64, intermediate_size=208, num_heads=4, num_kv_heads=2, head_dim=16, vocab_size=83, block_size=16, tp=1,
     dtype=torch.float32, kv_dtype=torch.float32, linear_dtype=torch.float32, head_dtype=torch.float32,
 )  # fmt: skip
-NAMES = (*OP_NAMES, *LAYER_OPS)
-
-
-def table_of(module) -> Ops:
-    return Ops(**{name: getattr(module, name) for name in OP_NAMES})
-
-
-VENDOR = table_of(vendor)
+VENDOR = VendorOps()
 
 
 def shape_of(dtype: torch.dtype, linear: torch.dtype, head: torch.dtype, tp: int = 1) -> CheckShape:
@@ -40,39 +34,24 @@ def shape_of(dtype: torch.dtype, linear: torch.dtype, head: torch.dtype, tp: int
 
 
 def fault_of(candidate: Ops, shape: CheckShape = SHAPE, *, deterministic: bool = False) -> str | None:
-    return find_fault(candidate, VENDOR, CPU, shape, names=NAMES, deterministic=deterministic)
+    return find_fault(candidate, VENDOR, CPU, shape, deterministic=deterministic)
 
 
-def add_first(ops: Ops, x_TD: Tensor | None, residual_TD: Tensor, norm_D: Tensor, eps: float) -> Tensor:
-    return ops.rms_norm(residual_TD, norm_D, eps) if x_TD is None else ops.add_rms_norm(x_TD, residual_TD, norm_D, eps)
+class HonestOps(VendorOps):
+    """Half a layer that adds what it may add."""
+
+    def attention_layer(self, stream, norm, qkv, out, rope, batch, kv, heads, completes_sum) -> None:
+        VENDOR.attention_layer(stream, norm, qkv, out, rope, batch, kv, heads, completes_sum)
+        if completes_sum:
+            stream.settle()
+
+    def feed_forward_layer(self, stream, norm, gate_up, down, completes_sum) -> None:
+        VENDOR.feed_forward_layer(stream, norm, gate_up, down, completes_sum)
+        if completes_sum:
+            stream.settle()
 
 
-def feed_forward_layer(x_TD, residual_TD, norm_D, eps, gate_up, down, is_whole) -> Tensor | None:
-    hidden_TD = add_first(VENDOR, x_TD, residual_TD, norm_D, eps)
-    y_TD = VENDOR.linear(VENDOR.silu_mul(VENDOR.linear(hidden_TD, gate_up)), down)
-    if not is_whole:
-        return y_TD
-    residual_TD += y_TD
-    return None
-
-
-def attention_layer(
-    x_TD, residual_TD, norm_D, eps, qkv, out, cos_PH, sin_PH, positions_T, slots_T, k_cache, v_cache, tables_SB,
-    starts_S1, contexts_S, longest, num_heads, num_kv_heads, scale, is_whole,
-) -> Tensor | None:  # fmt: skip
-    qkv_TC = VENDOR.linear(add_first(VENDOR, x_TD, residual_TD, norm_D, eps), qkv)
-    rotary = (cos_PH, sin_PH, positions_T, slots_T)
-    q_TNH = VENDOR.rope_store_kv(qkv_TC, *rotary, k_cache, v_cache, num_heads, num_kv_heads)
-    o_TNH = VENDOR.paged_attention(q_TNH, k_cache, v_cache, tables_SB, starts_S1, contexts_S, longest, scale)
-    y_TD = VENDOR.linear(o_TNH.flatten(1), out)
-    if not is_whole:
-        return y_TD
-    residual_TD += y_TD
-    return None
-
-
-HONEST = replace(VENDOR, attention_layer=attention_layer, feed_forward_layer=feed_forward_layer)
-
+HONEST = HonestOps()
 BF16 = torch.bfloat16
 FORMATS = [
     (torch.float32, torch.float32, torch.float32, 1),
@@ -92,7 +71,7 @@ def test_an_honest_table_passes_in_every_weight_format(formats) -> None:
 def test_another_honest_implementation_passes(formats, monkeypatch: pytest.MonkeyPatch) -> None:
     """The definitions, which sum in another order and round activations beside int8 weights; deterministic, too."""
     monkeypatch.setattr("megatron_infer.ops.selfcheck.BATCHES", ([(1, 1)], [(1, 40), (5, 9), (3, 300)]))
-    assert fault_of(table_of(reference), shape_of(*formats), deterministic=True) is None
+    assert fault_of(ReferenceOps(), shape_of(*formats), deterministic=True) is None
 
 
 def one_off(y: Tensor) -> Tensor:
@@ -107,14 +86,19 @@ def spoiled(name: str) -> Callable:
 
     def run(*args):
         y = op(*args)
-        return (one_off(y[0]), y[1]) if isinstance(y, tuple) else None if y is None else one_off(y)
+        if y is None:  # half a layer
+            stream = args[0]
+            stream.residual_TD = one_off(stream.settle())
+            stream.pending_TD = torch.zeros_like(stream.residual_TD)
+            return None
+        return (one_off(y[0]), y[1]) if isinstance(y, tuple) else one_off(y)
 
     return run
 
 
-@pytest.mark.parametrize("name", [*OP_NAMES[3:], *LAYER_OPS])
+@pytest.mark.parametrize("name", [*OP_NAMES[3:], "attention_layer", "feed_forward_layer"])
 def test_one_wrong_value_in_any_op_is_found(name: str) -> None:
-    fault = fault_of(replace(HONEST, **{name: spoiled(name)}))
+    fault = fault_of(changed(HonestOps, **{name: spoiled(name)}))
     assert fault is not None and fault.startswith(f"{name} of ") and " differs from " in fault and "on cpu" in fault
 
 
@@ -122,7 +106,7 @@ def test_wrongly_packed_weights_are_found() -> None:
     """Each through the products that it spoils."""
 
     def allocate(out_dim, in_dim, chunk_bounds, dtype, device):
-        return vendor.allocate_linear(out_dim + 1, in_dim, chunk_bounds, dtype, device)
+        return VENDOR.allocate_linear(out_dim + 1, in_dim, chunk_bounds, dtype, device)
 
     def shifted(pack: Callable) -> Callable:
         return lambda packed, start, *rows: pack(packed, max(0, start - 1), *rows)
@@ -130,85 +114,91 @@ def test_wrongly_packed_weights_are_found() -> None:
     quantized = shape_of(BF16, torch.int8, torch.int8)
     for shape, changes in (
         (SHAPE, {"allocate_linear": allocate}),
-        (SHAPE, {"pack_rows": shifted(vendor.pack_rows)}),
-        (quantized, {"pack_quantized": shifted(vendor.pack_quantized)}),
+        (SHAPE, {"pack_rows": shifted(VENDOR.pack_rows)}),
+        (quantized, {"pack_quantized": shifted(VENDOR.pack_quantized)}),
     ):
-        fault = fault_of(replace(HONEST, **changes), shape)
+        fault = fault_of(changed(HonestOps, **changes), shape)
         assert fault is not None and fault.startswith("linear ")
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 16, 17])
 def test_a_fault_of_one_class_of_token_counts_is_found(tokens: int) -> None:
     def linear(x_TK, packed):
-        y_TN = vendor.linear(x_TK, packed)
+        y_TN = VENDOR.linear(x_TK, packed)
         return one_off(y_TN) if len(x_TK) == tokens else y_TN
 
-    assert f"linear of {tokens} tokens" in str(fault_of(replace(HONEST, linear=linear)))
+    assert f"linear of {tokens} tokens" in str(fault_of(changed(HonestOps, linear=linear)))
 
 
 def blind_to(first: int, last: int) -> Callable:
     """Attention that leaves out the keys first .. last of longer contexts."""
 
-    def attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale):
-        k_cache = k_cache.clone()
-        block = k_cache.shape[2]
+    def attention(q, batch, kv, scale):
+        k_cache, block = kv.k.clone(), kv.k.shape[2]
+        starts, contexts, tables = batch.query_start_S1, batch.context_lens_S, batch.block_tables_SB
         for s in range(len(contexts)):
             if int(contexts[s]) >= last:
                 k_cache[tables[s, first // block : last // block].long()] = -1e4 * torch.sign(q[starts[s], :1, None])
-        return vendor.paged_attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale)
+        return VENDOR.paged_attention(q, batch, LayerKV(k_cache, kv.v), scale)
 
     return attention
 
 
-def acausal(q, k_cache, v_cache, tables, starts, contexts, longest, scale):
-    if longest <= 100:
-        return vendor.paged_attention(q, k_cache, v_cache, tables, starts, contexts, longest, scale)
+def acausal(q, batch, kv, scale):
+    if batch.max_query_len <= 100:
+        return VENDOR.paged_attention(q, batch, kv, scale)
     parts = []
-    for s, context in enumerate(contexts.tolist()):
-        row = slice(int(starts[s]), int(starts[s + 1]))
+    for s, context in enumerate(batch.context_lens_S.tolist()):
+        row = slice(*batch.query_start_S1[s : s + 2].tolist())
         # Every query at the last position: as a batch of single queries.
         count = row.stop - row.start
-        many = tables[s : s + 1].repeat(count, 1)
-        each = torch.full((count,), context, dtype=torch.int32)
-        index = torch.arange(count + 1, dtype=torch.int32)
-        parts.append(vendor.paged_attention(q[row], k_cache, v_cache, many, index, each, 1, scale))
+        single = replace(
+            batch,
+            block_tables_SB=batch.block_tables_SB[s : s + 1].repeat(count, 1),
+            context_lens_S=torch.full((count,), context, dtype=torch.int32),
+            query_start_S1=torch.arange(count + 1, dtype=torch.int32),
+            max_query_len=1,
+        )
+        parts.append(VENDOR.paged_attention(q[row], single, kv, scale))
     return torch.cat(parts)
 
 
-def unmasked(q, k_cache, v_cache, tables, starts, contexts, longest, scale):
+def unmasked(q, batch, kv, scale):
     """Reads to the end of the last block, where nobody wrote."""
-    block = k_cache.shape[2]
-    rounded = (contexts + block - 1) // block * block
-    return vendor.paged_attention(q, k_cache, v_cache, tables, starts, rounded, longest, scale)
+    block = kv.k.shape[2]
+    rounded = (batch.context_lens_S + block - 1) // block * block
+    return VENDOR.paged_attention(q, replace(batch, context_lens_S=rounded), kv, scale)
 
 
 @pytest.mark.parametrize("attention", [blind_to(896, 1024), acausal, unmasked], ids=["tile", "causal", "unwritten"])
 def test_faults_of_attention_are_found(attention: Callable) -> None:
-    fault = fault_of(replace(HONEST, paged_attention=attention))
+    fault = fault_of(changed(HonestOps, paged_attention=attention))
     assert fault is not None and fault.startswith("paged_attention of queries and contexts")
 
 
 def test_a_cache_written_beside_its_slots_is_found() -> None:
-    def rope_store_kv(*args):
-        q_TNH = vendor.rope_store_kv(*args)
-        args[5].view(-1)[0] += 1
+    def rope_store_kv(qkv_TC, rope, batch, kv, heads):
+        q_TNH = VENDOR.rope_store_kv(qkv_TC, rope, batch, kv, heads)
+        kv.k.view(-1)[0] += 1
         return q_TNH
 
-    fault = fault_of(replace(HONEST, rope_store_kv=rope_store_kv))
+    fault = fault_of(changed(HonestOps, rope_store_kv=rope_store_kv))
     assert fault is not None and "rope_store_kv of" in fault and "(keys)" in fault
 
 
 def test_layers_that_break_their_contract_are_found() -> None:
     def eager(*args):
-        return feed_forward_layer(*args[:-1], True)
+        HONEST.feed_forward_layer(*args[:-1], True)
 
-    fault = fault_of(replace(HONEST, feed_forward_layer=eager))
-    assert "AssertionError: a product that is not the whole sum was added" in str(fault)
+    fault = fault_of(changed(HonestOps, feed_forward_layer=eager))
+    assert "AssertionError: partial sums were added to the residual" in str(fault)
 
     def forgetful(*args):
-        return None if args[-1] else attention_layer(*args)
+        HONEST.attention_layer(*args)
+        if args[-1]:
+            args[0].residual_TD.zero_()
 
-    fault = fault_of(replace(HONEST, attention_layer=forgetful))
+    fault = fault_of(changed(HonestOps, attention_layer=forgetful))
     assert fault is not None and fault.startswith("attention_layer of") and "differs from its single ops'" in fault
 
 
@@ -216,41 +206,46 @@ def test_a_kernel_that_fails_is_a_fault_in_one_line() -> None:
     def silu_mul(gate_up_T2F):
         raise RuntimeError("no kernel image\nis available")
 
-    assert fault_of(replace(HONEST, silu_mul=silu_mul)) == "silu_mul fails on cpu: RuntimeError: no kernel image"
+    assert fault_of(changed(HonestOps, silu_mul=silu_mul)) == "silu_mul fails on cpu: RuntimeError: no kernel image"
 
 
 def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() -> None:
+    def row_by_row(x_TK, packed):
+        return torch.cat([VENDOR.linear(row, packed) for row in x_TK.split(1)])
+
     def linear(x_TK, packed):
-        y_TN = vendor.linear(x_TK, packed)
+        y_TN = row_by_row(x_TK, packed)
         return torch.nextafter(y_TN, torch.tensor(9.0)) if len(x_TK) == 5 else y_TN
 
-    exact = table_of(reference)
-    mended = replace(VENDOR, linear=lambda x, p: torch.cat([vendor.linear(row, p) for row in x.split(1)]))
-    assert "differs from its rows alone" in str(fault_of(replace(mended, linear=linear), deterministic=True))
-    assert fault_of(replace(VENDOR, linear=linear)) is None
+    mended = changed(VendorOps, linear=row_by_row)
+    assert find_fault(mended, VENDOR, CPU, SHAPE, names=("linear",), deterministic=True) is None
+    assert "differs from its rows alone" in str(fault_of(changed(VendorOps, linear=linear), deterministic=True))
+    assert fault_of(changed(VendorOps, linear=linear)) is None
 
+    exact = ReferenceOps()
     for sloppy, whose in ((3, "its last queries alone"), (1, "its sequences alone")):
 
         def attention(*args, sloppy=sloppy):
             o_TNH = exact.paged_attention(*args)
-            return torch.nextafter(o_TNH, torch.tensor(9.0)) if sloppy in (args[6], args[3].shape[0]) else o_TNH
+            counts = (args[1].max_query_len, len(args[1].context_lens_S))
+            return torch.nextafter(o_TNH, torch.tensor(9.0)) if sloppy in counts else o_TNH
 
         batch = [(3, 9)] if sloppy == 3 else [(2, 3), (2, 9)]
         names = ("paged_attention",)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("megatron_infer.ops.selfcheck.BATCHES", (batch,))
             assert find_fault(exact, VENDOR, CPU, SHAPE, names=names, deterministic=True) is None
-            changed = replace(exact, paged_attention=attention)
-            fault = find_fault(changed, VENDOR, CPU, SHAPE, names=names, deterministic=True)
+            faulty = changed(ReferenceOps, paged_attention=attention)
+            fault = find_fault(faulty, VENDOR, CPU, SHAPE, names=names, deterministic=True)
         assert fault is not None and whose in fault
 
 
 def test_only_the_named_ops_are_run_and_nobody_elses_random_numbers_change() -> None:
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    spoilt = replace(HONEST, linear=spoiled("linear"), silu_mul=spoiled("silu_mul"))
-    assert "silu_mul" in str(find_fault(spoilt, VENDOR, CPU, SHAPE, names=("silu_mul",)))
-    assert find_fault(spoilt, VENDOR, CPU, SHAPE, names=("rms_norm", "argmax")) is None
+    faulty = changed(HonestOps, linear=spoiled("linear"), silu_mul=spoiled("silu_mul"))
+    assert "silu_mul" in str(find_fault(faulty, VENDOR, CPU, SHAPE, names=("silu_mul",)))
+    assert find_fault(faulty, VENDOR, CPU, SHAPE, names=("rms_norm", "argmax")) is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -265,8 +260,8 @@ def test_a_lost_gpu_is_not_mistaken_for_a_refusal(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("megatron_infer.ops.selfcheck.CheckInputs", lambda _, *rest: Inputs(CPU, *rest))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(RuntimeError, match=r"the kernel of rms_norm left cuda:0 unusable .* with ops='vendor'"):
-        find_fault(replace(HONEST, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))
+        find_fault(changed(HonestOps, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    fault = find_fault(replace(HONEST, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))
+    fault = find_fault(changed(HonestOps, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))
     assert fault == "rms_norm fails on cuda:0: RuntimeError: an illegal memory access was encountered"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from megatron_infer.model.formats import quantize
-from megatron_infer.ops import GROUP, QUANTIZED, PackedLinear, chunk_bounds
+from megatron_infer.ops import GROUP, QUANTIZED, BatchView, LayerKV, Ops, PackedLinear, chunk_bounds
+from megatron_infer.ops.selfcheck_inputs import last_queries
 
 CPU = torch.device("cpu")
 
@@ -37,49 +39,49 @@ def packed(ops, weight_NK: Tensor, dtype: torch.dtype = torch.float32, bounds: t
     return weight
 
 
+def changed(made: type[Ops], **functions: Callable) -> Ops:
+    """Ops of a class, but for functions in place of some of its methods."""
+    return type("Changed", (made,), {name: staticmethod(function) for name, function in functions.items()})()
+
+
 @dataclass
 class Paged:
-    """A batch of sequences, each with its keys and values scattered over the blocks of one cache."""
+    """Queries of a batch of sequences, each with its keys and values scattered over the blocks of one cache."""
 
     q_TNH: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    block_tables_SB: Tensor
-    query_start_S1: Tensor
-    context_lens_S: Tensor
+    batch: BatchView
+    kv: LayerKV
     scale: float
 
-    def arguments(self) -> tuple:
-        tables = (self.block_tables_SB, self.query_start_S1, self.context_lens_S)
-        return (self.q_TNH, self.k_cache, self.v_cache, *tables, self.max_query_len, self.scale)
-
-    @property
-    def max_query_len(self) -> int:
-        return int(self.query_start_S1.diff().max())
+    def arguments(self) -> tuple[Tensor, BatchView, LayerKV, float]:
+        return self.q_TNH, self.batch, self.kv, self.scale
 
     def rows(self, s: int) -> slice:
-        return slice(int(self.query_start_S1[s]), int(self.query_start_S1[s + 1]))
+        return slice(*self.batch.query_start_S1[s : s + 2].tolist())
 
     def part(self, s: int, first: int, last: int) -> Paged:
         """Sequence s alone, as if only its query rows first .. last were computed now."""
         rows = self.rows(s)
-        length = rows.stop - rows.start
-        return Paged(
-            self.q_TNH[rows.start + first : rows.start + last].contiguous(),
-            self.k_cache,
-            self.v_cache,
-            self.block_tables_SB[s : s + 1].contiguous(),
-            torch.tensor([0, last - first], dtype=torch.int32),
-            (self.context_lens_S[s : s + 1] - (length - last)).contiguous(),
-            self.scale,
+        left_out = rows.stop - rows.start - last
+        q_TNH, batch = last_queries(self.q_TNH, self.batch, s, rows.stop - rows.start - first)
+        kept = slice(0, last - first)
+        batch = replace(
+            batch,
+            token_ids_T=batch.token_ids_T[kept],
+            positions_T=batch.positions_T[kept],
+            slots_T=batch.slots_T[kept],
+            query_start_S1=torch.tensor([0, last - first], dtype=torch.int32),
+            context_lens_S=batch.context_lens_S - left_out,
+            max_query_len=last - first,
         )
+        return replace(self, q_TNH=q_TNH[kept].contiguous(), batch=batch)
 
     def heads(self, first_kv: int, last_kv: int) -> Paged:
         """Only some KV heads and their query heads, as a tensor-parallel rank has them."""
-        group = self.q_TNH.shape[1] // self.k_cache.shape[1]
+        group = self.q_TNH.shape[1] // self.kv.k.shape[1]
         q_TNH = self.q_TNH[:, first_kv * group : last_kv * group].contiguous()
-        k, v = (cache[:, first_kv:last_kv].contiguous() for cache in (self.k_cache, self.v_cache))
-        return Paged(q_TNH, k, v, self.block_tables_SB, self.query_start_S1, self.context_lens_S, self.scale)
+        kv = LayerKV(*(cache[:, first_kv:last_kv].contiguous() for cache in self.kv))
+        return replace(self, q_TNH=q_TNH, kv=kv)
 
 
 def paged_case(
@@ -96,30 +98,39 @@ def paged_case(
     blocks = [-(-context // block_size) for _, context in lengths]
     order = torch.randperm(sum(blocks) + 1, generator=torch.Generator().manual_seed(seed)).to(torch.int32)
     shape = (sum(blocks) + 1, num_kv_heads, block_size, head_dim)
-    k_cache, v_cache = (torch.full(shape, float("nan"), dtype=dtype) for _ in range(2))
+    kv = LayerKV(*(torch.full(shape, float("nan"), dtype=dtype) for _ in range(2)))
     tables = torch.full((len(lengths), max(blocks)), 2**30, dtype=torch.int32)  # padding is never looked up
-    taken = 0
-    for s, (_, context) in enumerate(lengths):
+    taken, positions, slots = 0, [], []
+    for s, (query, context) in enumerate(lengths):
         tables[s, : blocks[s]] = order[taken : taken + blocks[s]]
         taken += blocks[s]
-        keys = normal(2, context, num_kv_heads, head_dim, seed=seed + 1 + s).to(dtype)
-        for position in range(context):
-            block, offset = int(tables[s, position // block_size]), position % block_size
-            k_cache[block, :, offset], v_cache[block, :, offset] = keys[0, position], keys[1, position]
-    starts = torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0).to(torch.int32)
-    q_TNH = 2 * normal(int(starts[-1]), num_heads, head_dim, seed=seed + 100)
-    context_lens_S = torch.tensor([context for _, context in lengths], dtype=torch.int32)
-    return Paged(q_TNH, k_cache, v_cache, tables, starts, context_lens_S, head_dim**-0.5)
+        own = torch.arange(context)
+        own_blocks, offsets = tables[s, own // block_size].long(), own % block_size
+        for cache, values in zip(kv, normal(2, context, num_kv_heads, head_dim, seed=seed + 1 + s), strict=True):
+            cache[own_blocks, :, offsets] = values.to(dtype)
+        positions.append(own[context - query :])
+        slots.append((own_blocks * block_size + offsets)[context - query :])
+    batch = BatchView(
+        token_ids_T=torch.zeros(sum(query for query, _ in lengths), dtype=torch.int64),
+        positions_T=torch.cat(positions).to(torch.int32),
+        slots_T=torch.cat(slots),
+        query_start_S1=torch.tensor([0, *(query for query, _ in lengths)]).cumsum(0).to(torch.int32),
+        context_lens_S=torch.tensor([context for _, context in lengths], dtype=torch.int32),
+        block_tables_SB=tables,
+        max_query_len=max(query for query, _ in lengths),
+    )
+    q_TNH = 2 * normal(len(batch.token_ids_T), num_heads, head_dim, seed=seed + 100)
+    return Paged(q_TNH, batch, kv, head_dim**-0.5)
 
 
 def attention_float64(case: Paged) -> Tensor:
     """Softmax attention of every row in double precision."""
-    num_kv_heads, block_size = case.k_cache.shape[1:3]
+    num_kv_heads, block_size = case.kv.k.shape[1:3]
     group = case.q_TNH.shape[1] // num_kv_heads
     o_TNH = torch.empty_like(case.q_TNH, dtype=torch.float64)
-    for s, context in enumerate(case.context_lens_S.tolist()):
-        table = case.block_tables_SB[s, : -(-context // block_size)].long()
-        k, v = (cache[table].transpose(1, 2).flatten(0, 1)[:context].double() for cache in (case.k_cache, case.v_cache))
+    for s, context in enumerate(case.batch.context_lens_S.tolist()):
+        table = case.batch.block_tables_SB[s, : -(-context // block_size)].long()
+        k, v = (cache[table].transpose(1, 2).flatten(0, 1)[:context].double() for cache in case.kv)
         rows = case.rows(s)
         length = rows.stop - rows.start
         scores = torch.einsum("qnh,pnh->nqp", case.q_TNH[rows].double(), k.repeat_interleave(group, 1)) * case.scale

@@ -13,6 +13,7 @@ from tests.triton.interpreter import interpreter  # first: what follows imports 
 
 from megatron_infer.kernels.triton import attention_decode  # isort: skip
 from megatron_infer.kernels.triton.attention import make_counters, paged_attention  # isort: skip
+from megatron_infer.ops import BatchView, LayerKV  # isort: skip
 
 from tests.support.ops_cases import CPU, Paged, attention_float64, paged_case  # isort: skip
 
@@ -23,9 +24,16 @@ FINE, COARSE, NONE = 132, 2, 0
 program takes all."""
 
 
+def arguments(case: Paged) -> tuple:
+    """As the launcher takes them."""
+    batch = case.batch
+    tables = (batch.block_tables_SB, batch.query_start_S1, batch.context_lens_S)
+    return (case.q_TNH, *case.kv, *tables, batch.max_query_len, case.scale)
+
+
 def attend(case: Paged, num_sms: int = FINE, *, deterministic: bool = False) -> Tensor:
     counters = make_counters(CPU)
-    o_TNH = paged_attention(*case.arguments(), num_sms=num_sms, counters=counters, deterministic=deterministic)
+    o_TNH = paged_attention(*arguments(case), num_sms=num_sms, counters=counters, deterministic=deterministic)
     assert not counters.any()
     return o_TNH
 
@@ -44,18 +52,24 @@ def typed_case(lengths: list[tuple[int, int]], dtype: torch.dtype = torch.float3
 
 def together(cases: list[Paged], width: int) -> Paged:
     """One batch of one-sequence cases with one cache each; the tables get `width` columns of which few are used."""
-    first = cases[0]
+    block_size = cases[0].kv.k.shape[2]
     tables = torch.full((len(cases), width), -7, dtype=torch.int32)
     offset = 0
     for row, case in zip(tables, cases, strict=True):
-        used = -(-int(case.context_lens_S[0]) // first.k_cache.shape[2])
-        row[:used] = case.block_tables_SB[0, :used] + offset
-        offset += case.k_cache.shape[0]
-    starts = torch.tensor([0, *(len(case.q_TNH) for case in cases)]).cumsum(0).to(torch.int32)
-    q_TNH, k, v, contexts = (
-        torch.cat([getattr(case, name) for case in cases]) for name in ("q_TNH", "k_cache", "v_cache", "context_lens_S")
+        used = -(-int(case.batch.context_lens_S[0]) // block_size)
+        row[:used] = case.batch.block_tables_SB[0, :used] + offset
+        offset += case.kv.k.shape[0]
+    batch = BatchView(
+        **{
+            name: torch.cat([getattr(case.batch, name) for case in cases])
+            for name in ("token_ids_T", "positions_T", "slots_T", "context_lens_S")
+        },
+        query_start_S1=torch.tensor([0, *(len(case.q_TNH) for case in cases)]).cumsum(0).to(torch.int32),
+        block_tables_SB=tables,
+        max_query_len=max(len(case.q_TNH) for case in cases),
     )
-    return Paged(q_TNH, k, v, tables, starts, contexts, first.scale)
+    kv = LayerKV(*(torch.cat(caches) for caches in zip(*(case.kv for case in cases), strict=True)))
+    return Paged(torch.cat([case.q_TNH for case in cases]), batch, kv, cases[0].scale)
 
 
 @pytest.mark.parametrize("num_sms", [FINE, COARSE, NONE])
@@ -118,7 +132,7 @@ def test_the_last_program_merges_whichever_it_is(monkeypatch: pytest.MonkeyPatch
 def test_counters_may_be_too_few() -> None:
     case = typed_case([(1, 300), (1, 20)], num_heads=2, num_kv_heads=1)
     few = torch.zeros(1, dtype=torch.int32)
-    assert torch.equal(paged_attention(*case.arguments(), num_sms=FINE, counters=few), attend(case))
+    assert torch.equal(paged_attention(*arguments(case), num_sms=FINE, counters=few), attend(case))
 
 
 def test_prefill_bits_do_not_depend_on_chunks_of_more_than_16() -> None:
@@ -151,14 +165,14 @@ def test_another_order_of_folding_gives_other_bits(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("query_len", [1, 17])
-def test_a_spoilt_sequence_spoils_no_other(query_len: int) -> None:
+def test_a_non_finite_sequence_spoils_no_other(query_len: int) -> None:
     case = typed_case([(query_len, 40), (query_len, 25)], torch.bfloat16, num_heads=2, num_kv_heads=1)
     clean = attend(case)
     case.q_TNH[query_len - 1, 1, 3] = float("nan")
-    spoilt = attend(case)
-    assert spoilt[query_len - 1, 1].isnan().all()
-    spoilt[query_len - 1, 1] = clean[query_len - 1, 1]
-    assert torch.equal(spoilt, clean)
+    non_finite = attend(case)
+    assert non_finite[query_len - 1, 1].isnan().all()
+    non_finite[query_len - 1, 1] = clean[query_len - 1, 1]
+    assert torch.equal(non_finite, clean)
 
 
 def test_how_the_work_is_cut() -> None:

@@ -19,11 +19,13 @@ from megatron_infer.kernels.triton import linear as layers  # isort: skip
 from megatron_infer.kernels.triton import linear_deterministic, linear_gemv  # isort: skip
 from megatron_infer.kernels.triton.linear_rope import norm_qkv_rope_store_kv  # isort: skip
 from megatron_infer.model.formats import dequantize, quantize  # isort: skip
-from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear, reference  # isort: skip
+from megatron_infer.ops import GROUP, INT4, QUANTIZED, Heads, LayerKV, PackedLinear, Rope, reference  # isort: skip
+from megatron_infer.ops.selfcheck_inputs import tokens_at  # isort: skip
 from megatron_infer.ops.fp8 import FP8, quantize_rows  # isort: skip
 
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, same_bits  # isort: skip
 
+REFERENCE = reference.ReferenceOps()
 OPS = SimpleNamespace(
     allocate_linear=layers.allocate_linear, pack_rows=layers.pack_rows, pack_quantized=layers.pack_quantized
 )
@@ -118,7 +120,7 @@ def test_quantized_differs_from_the_reference_by_its_rounding_of_activations(
     dtype: torch.dtype, bound: float, tokens: int
 ) -> None:
     x_TK, weight_NK = normal(tokens, 150), normal(16, 150, seed=1)
-    expected = reference.linear(x_TK, packed(reference, weight_NK, dtype))
+    expected = REFERENCE.linear(x_TK, packed(REFERENCE, weight_NK, dtype))
     assert error(layers.linear(x_TK, packed(OPS, weight_NK, dtype)), expected.double()) <= bound
 
 
@@ -143,14 +145,14 @@ def test_rows_can_be_packed_piecewise(dtype: torch.dtype) -> None:
 @pytest.mark.usefixtures("few_programs")
 @pytest.mark.parametrize("dtype", [torch.float32, FP8, *QUANTIZED])
 @pytest.mark.parametrize("tokens", [3, 6])
-def test_a_spoilt_row_or_weight_shows_and_touches_nothing_else(dtype: torch.dtype, tokens: int) -> None:
+def test_a_non_finite_row_or_weight_shows_and_touches_nothing_else(dtype: torch.dtype, tokens: int) -> None:
     x_TK, weight_NK = normal(tokens, 96), normal(10, 96, seed=1)
     clean = layers.linear(x_TK, packed(OPS, weight_NK, dtype))
     x_TK[2, 40], weight_NK[7, 70] = float("nan"), float("inf")
-    spoilt = layers.linear(x_TK, packed(OPS, weight_NK, dtype))
-    assert not spoilt[2].isfinite().any() and not spoilt[:, 7].isfinite().any()
-    spoilt[2], spoilt[:, 7] = clean[2], clean[:, 7]
-    assert same_bits(spoilt, clean)
+    non_finite = layers.linear(x_TK, packed(OPS, weight_NK, dtype))
+    assert not non_finite[2].isfinite().any() and not non_finite[:, 7].isfinite().any()
+    non_finite[2], non_finite[:, 7] = clean[2], clean[:, 7]
+    assert same_bits(non_finite, clean)
 
 
 FUSED_KINDS = [KINDS[0], KINDS[1], KINDS[3], KINDS[5], KINDS[7]]
@@ -216,7 +218,9 @@ def test_one_launch_fills_the_cache(
     operand_TK = x_TK.double() if norm_K is None else normed(x_TK, norm_K, eps)
     qkv_TC = (operand_TK @ stored(weight_NK, dtype).T + weight.bias.double()).float()
     exact = [torch.full((4, kv_heads, 4, head_dim), 7.0) for _ in range(2)]
-    exact_TNH = reference.rope_store_kv(qkv_TC, *indices, *exact, heads, kv_heads)
+    exact_TNH = REFERENCE.rope_store_kv(
+        qkv_TC, Rope(*indices[:2]), tokens_at(positions_T, slots_T), LayerKV(*exact), Heads(heads, kv_heads, 1.0)
+    )
     assert q_TNH.dtype == x_dtype
     for actual, expected in zip((q_TNH, *caches), (exact_TNH, *exact), strict=True):
         assert error(actual, expected.double()) <= 2e-6

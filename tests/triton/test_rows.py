@@ -15,10 +15,13 @@ from megatron_infer.kernels.triton.activation import silu_mul  # isort: skip
 from megatron_infer.kernels.triton.argmax import argmax  # isort: skip
 from megatron_infer.kernels.triton.norm import add_rms_norm, rms_norm  # isort: skip
 from megatron_infer.kernels.triton.rope import rope_store_kv  # isort: skip
-from megatron_infer.ops import reference  # isort: skip
+from megatron_infer.ops import Heads, LayerKV, NormWeight, Rope  # isort: skip
+from megatron_infer.ops.reference import ReferenceOps  # isort: skip
+from megatron_infer.ops.selfcheck_inputs import tokens_at  # isort: skip
 
 from tests.support.ops_cases import normal  # isort: skip
 
+REFERENCE = ReferenceOps()
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -35,12 +38,12 @@ def agrees(actual: Tensor, expected: Tensor, fp32_bound: float = 1e-6) -> bool:
 def test_norms(dtype: torch.dtype, dim: int) -> None:
     x_TD, residual_TD, weight_D = (3 * normal(5, dim)).to(dtype), normal(5, dim, seed=1).to(dtype), normal(dim, seed=2)
     y_TD = rms_norm(x_TD, weight_D, 1e-5)
-    assert y_TD.dtype == dtype and agrees(y_TD, reference.rms_norm(x_TD, weight_D, 1e-5))
+    assert y_TD.dtype == dtype and agrees(y_TD, REFERENCE.rms_norm(x_TD, NormWeight(weight_D, 1e-5)))
     alone_1D = residual_TD[3:4].clone()
     total_TD = residual_TD + x_TD
     y_TD = add_rms_norm(x_TD, residual_TD, weight_D, 1e-5)
     assert torch.equal(residual_TD, total_TD)
-    assert y_TD.dtype == dtype and agrees(y_TD, reference.rms_norm(total_TD, weight_D, 1e-5))
+    assert y_TD.dtype == dtype and agrees(y_TD, REFERENCE.rms_norm(total_TD, NormWeight(weight_D, 1e-5)))
     assert torch.equal(add_rms_norm(x_TD[3:4], alone_1D, weight_D, 1e-5), y_TD[3:4])
 
 
@@ -49,7 +52,7 @@ def test_partial_sums_in_fp32_join_a_narrow_residual() -> None:
     total_TD = (residual_TD.float() + x_TD).bfloat16()
     y_TD = add_rms_norm(x_TD, residual_TD, weight_D, 1e-5)
     assert torch.equal(residual_TD, total_TD) and y_TD.dtype == torch.bfloat16
-    assert agrees(y_TD, reference.rms_norm(total_TD, weight_D, 1e-5))
+    assert agrees(y_TD, REFERENCE.rms_norm(total_TD, NormWeight(weight_D, 1e-5)))
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float32, torch.bfloat16])
@@ -66,12 +69,13 @@ def test_rope_writes_the_references_slots(
     angle_PH = normal(50, head_dim // 2, seed=1)
     positions_T = torch.tensor([0, 3, 49, 4, 5], dtype=torch.int32)
     slots_T = torch.tensor([17, 0, 63, 8, 30])
-    indices = (angle_PH.cos(), angle_PH.sin(), positions_T, slots_T)
+    rope, batch = Rope(angle_PH.cos(), angle_PH.sin()), tokens_at(positions_T, slots_T)
     shape = (8, kv_heads, 8, head_dim)
     caches = [torch.full(shape, 7.0, dtype=cache_dtype) for _ in range(4)]
-    q_TNH = rope_store_kv(qkv_TC, *indices, *caches[:2], heads, kv_heads)
+    q_TNH = rope_store_kv(qkv_TC, *rope, positions_T, slots_T, *caches[:2], heads, kv_heads)
     assert q_TNH.dtype == dtype
-    assert agrees(q_TNH, reference.rope_store_kv(qkv_TC, *indices, *caches[2:], heads, kv_heads), 3e-7)
+    exact = REFERENCE.rope_store_kv(qkv_TC, rope, batch, LayerKV(*caches[2:]), Heads(heads, kv_heads, 1.0))
+    assert agrees(q_TNH, exact, 3e-7)
     # What nobody wrote is 7 in both.
     assert agrees(caches[0], caches[2], 3e-7)
     assert torch.equal(caches[1].isnan(), caches[3].isnan())
@@ -83,7 +87,7 @@ def test_rope_writes_the_references_slots(
 @pytest.mark.parametrize("width", [1, 200, 1024, 3616])
 def test_silu_mul(dtype: torch.dtype, width: int) -> None:
     gate_up_T2F = torch.cat([torch.linspace(-110, 110, 3 * width).reshape(3, -1), normal(3, width)], dim=1).to(dtype)
-    y_TF, expected_TF = silu_mul(gate_up_T2F), reference.silu_mul(gate_up_T2F).double()
+    y_TF, expected_TF = silu_mul(gate_up_T2F), REFERENCE.silu_mul(gate_up_T2F).double()
     rounding = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
     assert y_TF.dtype == dtype
     # Near zero a subnormal of the type is the smallest step.
@@ -104,7 +108,7 @@ def test_argmax(dtype: torch.dtype, width: int) -> None:
     logits_SV[6, 0] = 100.0
     logits_SV[7] = torch.finfo(dtype).min
     values_S, indices_S = argmax(logits_SV)
-    expected_values_S, expected_indices_S = reference.argmax(logits_SV)
+    expected_values_S, expected_indices_S = REFERENCE.argmax(logits_SV)
     assert values_S.dtype == torch.float32 and torch.equal(values_S.isnan(), expected_values_S.isnan())
     assert torch.equal(values_S.nan_to_num(), expected_values_S.nan_to_num())
     assert indices_S.dtype == torch.int64 and torch.equal(indices_S, expected_indices_S)
