@@ -76,6 +76,8 @@ class Request:
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
         self.finish_reason: FinishReason | None = None
+        self.takes_drafts = True
+        """False once numbers that are not finite came with one."""
         self.num_draft_tokens = 0
         """Proposed and computed."""
         self.num_draft_accepted = 0
@@ -109,13 +111,19 @@ class Request:
 
         The first sample follows `ids` and the others follow the draft's tokens. So each holds as long as the draft
         before it is what was sampled; the rest continue a text that is not there, and count as never computed.
+
+        An error is believed only without a draft: attention multiplies what a token must not see by zero, and zero
+        times NaN is NaN. So the draft alone may be to blame, and the token is computed again without one.
         """
         assert self.finish_reason is None, f"request {self.request_id} is finished"
         self.num_draft_tokens += len(draft)
         events = []
         for result, drafted in zip(sampled, (*draft, None), strict=True):
             if result.error is not None:
-                events.append(self.finish("error", result.error))
+                if draft:
+                    self.takes_drafts = False
+                else:
+                    events.append(self.finish("error", result.error))
                 break
             self.ids.append(result.token_id)
             if result.token_id in self.stop_token_ids:

@@ -136,7 +136,7 @@ class Scheduler:
         for request, chunk in chunks:
             start, end = request.num_computed, request.num_computed + chunk
             draft: list[int] = []
-            if self._drafter is not None and end == len(request.ids):
+            if self._drafter is not None and request.takes_drafts and end == len(request.ids):
                 draft = self._draft(self._drafter, request, budget)
                 budget -= len(draft)
             rows.append(Row(request, request.ids[start:end], end, draft))
@@ -171,8 +171,8 @@ class Scheduler:
     def commit(self, plan: Plan, sampled: Sequence[Sequence[Sampled]]) -> list[Event]:
         """Take in an executed step.
 
-        Only now do its full blocks become matchable. What was computed for nothing, behind the end of a request or a
-        rejected draft, is not among the ids; its slots are written again.
+        Only now do its full blocks become matchable. What was computed for nothing, for a rejected draft or behind the
+        end of a request, is not among the ids: its slots are written again.
 
         Args:
             sampled: for each row as many as `num_samples_S` says.
@@ -189,12 +189,12 @@ class Scheduler:
         events: list[Event] = []
         for row, samples in zip(plan.rows, sampled, strict=True):
             request = row.request
-            computed = min(row.end, len(request.ids))
-            if samples and request.finish_reason is None:
-                events += request.accept(samples, row.draft)
-                computed = min(row.end + len(row.draft), len(request.ids) - 1)
-            request.num_computed = computed
-            if samples and (samples[0].error is not None or request.finish_reason == "error"):
+            if not samples or request.finish_reason is not None:
+                request.num_computed = min(row.end, len(request.ids))
+            elif new := request.accept(samples, row.draft):  # else the row is computed again
+                events += new
+                request.num_computed = len(request.ids) - 1
+            if request.finish_reason is not None and samples and samples[0].error is not None:
                 # Nobody may inherit what gave no finite logits, be it a fault of the hardware or of the prompt.
                 self.pool.forget(request.block_table[0])
                 request.cacheable = False
@@ -335,7 +335,9 @@ class Scheduler:
             assert not request.block_table
         assert len(self._running) <= min(self.max_num_seqs, self.max_num_batched_tokens)
         if not self._plans:
-            assert all(request.num_remaining == 1 for request in self._running[:-1])
+            in_time = self._running[:-1]
+            assert all(request.num_remaining == 1 or not request.takes_drafts for request in in_time)
+            assert sum(request.num_remaining for request in in_time) < self.max_num_batched_tokens
             for request in self._running:
                 assert len(request.block_table) <= pool.blocks_for(len(request.ids)), "a rejected draft keeps its block"
         for request in self._running:

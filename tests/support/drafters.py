@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from megatron_infer.engine.request import Request
+from megatron_infer.engine.request import Event, Request, Sampled
+
+_accept = Request.accept
+
+
+def accept_generously(request: Request, sampled: Sequence[Sampled], draft: Sequence[int] = ()) -> list[Event]:
+    """A wrong `Request.accept`, for controls: every sample is taken, as if every draft had been right."""
+    return _accept(request, sampled, [result.token_id for result in sampled[: len(draft)]])
 
 
 class RandomDrafter:
