@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,19 +28,51 @@ from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError
-from megatron_infer.fim import FimOptions, load_fim
+from megatron_infer.fim import FimFormat, FimOptions, load_fim
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
+from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.session import Entry, Prompt, Session, require_one
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from megatron_infer.world import World
 
 __all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
 
 log = logging.getLogger("megatron_infer")
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What an LLM will have, as far as no weight need be read: `config` is resolved.
+
+    file_hashes: size in bytes and SHA-256 of the files that the checkpoint's own manifest lists.
+    """
+
+    tokenizer: Tokenizer
+    fim: FimFormat
+    config: EngineConfig
+    file_hashes: Mapping[str, tuple[int, str]]
+
+
+def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str | None, world: World) -> Preview:
+    """What `LLM` with these arguments will have. Raises ValueError as it does, but for memory."""
+    with open_checkpoint(model_dir, model_name) as checkpoint:
+        return _preview(checkpoint, model_dir, config, fim, world)
+
+
+def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
+    tokenizer, model = load_tokenizer(model_dir), checkpoint.config
+    if tokenizer.vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "
+            "do not belong together"
+        )
+    manifest = Manifest.load(model_dir)
+    hashes = {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
+    return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world), hashes)
 
 
 class LLM:
@@ -80,15 +112,9 @@ class LLM:
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
-            self.model_config = checkpoint.config
-            self.tokenizer = load_tokenizer(self.model_dir)
-            if self.tokenizer.vocab_size > self.model_config.vocab_size:
-                raise ValueError(
-                    f"the tokenizer in {self.model_dir} has {self.tokenizer.vocab_size} pieces, the model only "
-                    f"{self.model_config.vocab_size}; they do not belong together"
-                )
-            self.fim = load_fim(fim or self.model_config.fim, self.tokenizer)
-            self.config = resolve(asked, self.model_config, world)
+            known = _preview(checkpoint, self.model_dir, asked, fim, world)
+            self.model_config, self.tokenizer = checkpoint.config, known.tokenizer
+            self.fim, self.config = known.fim, known.config
             self._runner = self._bring_up(checkpoint, model_name, world, profile)
         kv_tokens = self._runner.kv.num_blocks * self._runner.kv.block_size
         self.kv_cache_tokens = kv_tokens

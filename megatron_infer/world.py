@@ -1,13 +1,24 @@
 """Which rank this process is, of how many, and on which host: the only reader of the launcher's environment.
 
-A World is read once and passed down. How ranks then meet is tensor_parallel.rendezvous's business.
+A World is read once and passed down. How its ranks form groups is tensor_parallel's business.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
+from datetime import timedelta
+from queue import Empty, Queue
+from threading import Thread
 
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+log = logging.getLogger("megatron_infer")
+
+_PATIENCE_SECONDS = 4.0
+"""So long nothing is said about ranks that have not come."""
 _REMEDY = "start with `torchrun --nproc_per_node N ...`, or unset RANK and WORLD_SIZE to run as a single process"
 
 
@@ -66,3 +77,36 @@ def _integer(key: str, default: int | None = None) -> int:
         return int(text)  # type: ignore[arg-type]  # without a default the key is there
     except ValueError:
         raise ValueError(f"{key}={text!r} is not an integer: {_REMEDY}") from None
+
+
+def launcher_store(world: World, timeout_seconds: float) -> Store:
+    """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers.
+
+    After a few seconds of waiting a warning says for whom. Ctrl-C ends the wait.
+
+    Raises:
+        DistError: nobody came within the timeout.
+    """
+    found: Queue[Store | Exception] = Queue()
+
+    def connect() -> None:
+        try:
+            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
+            found.put(store)
+        except Exception as error:
+            found.put(error)
+
+    # In a thread of its own: the call waits inside torch, where neither Ctrl-C nor the warning would reach it.
+    Thread(target=connect, daemon=True, name="megatron_infer-rendezvous").start()
+    try:
+        store = found.get(timeout=_PATIENCE_SECONDS)
+    except Empty:
+        awaited = "rank 0" if world.rank else f"ranks 1 to {world.size - 1}"
+        log.warning(
+            "rank %d of %d waits at %s for %s. Where no launcher started this process, unset RANK and WORLD_SIZE to "
+            "run alone.", world.rank, world.size, world.address, awaited,
+        )  # fmt: skip
+        store = found.get()
+    if isinstance(store, Exception):
+        raise store
+    return PrefixStore(f"attempt-{world.attempt}", store)

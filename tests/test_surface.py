@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("checks", "world"),
+    ("checks", "world", "files"),
     ("quantization",),
     ("model_config", "sampling_params", "tokenizer"),
     ("config",),

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_infer.model.output_dir import flush
+from megatron_infer.files import flush
 
 _UNFINISHED = ".part-"
 _SURROGATE = re.compile("[\ud800-\udfff]")

@@ -14,13 +14,13 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_infer.files import read_json_object
 from megatron_infer.model.manifest import (
     MANIFEST_NAME,
     Manifest,
     check_identities,
     check_sizes,
     parse_shard_name,
-    read_json_object,
     shard_name,
     verify_manifest,
 )

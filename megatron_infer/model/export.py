@@ -19,13 +19,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_infer.files import sha256_of
 from megatron_infer.model.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
     FileEntry,
     Manifest,
     TensorEntry,
-    sha256_of,
     shard_identity,
     shard_name,
 )

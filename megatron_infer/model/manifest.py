@@ -6,19 +6,18 @@ or mixed-up shard is recognised without hashing gigabytes. Knows no tensors' con
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+
+from megatron_infer.files import read_json_object, sha256_of
 
 FORMAT = "megatron_infer-sharded"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 _SHARD_NAME = re.compile(r"model-rank(\d+)-of-(\d+)\.safetensors")
-_HASH_CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -121,15 +120,6 @@ def check_identities(shards: Mapping[Path, Mapping[str, str]], manifest: Manifes
             )
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def check_sizes(model_dir: Path, manifest: Manifest, names: Iterable[str]) -> None:
     """Compare the presence and size of files with the manifest (ValueError naming the file)."""
     for name in names:
@@ -158,16 +148,3 @@ def verify_manifest(model_dir: str | Path) -> Manifest:
         if sha256_of(directory / name) != entry.sha256:
             raise ValueError(f"{directory / name} does not match the SHA-256 in {MANIFEST_NAME}; copy it again")
     return manifest
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object (ValueError naming the file)."""
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); it may be truncated, copy or download it again"
-        ) from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return raw

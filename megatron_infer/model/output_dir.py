@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from megatron_infer.files import flush
+
 _WEIGHTS = re.compile(r"(pytorch_)?model[\w.-]*\.(safetensors|bin)|[^/]+\.pt")
 _COMPANIONS = re.compile(
     r"(config|generation_config|manifest|example|special_tokens_map|added_tokens|vocab|tokenizer|tokenizer_config)\.json"
@@ -137,15 +139,6 @@ def _check_space(target: Path, num_bytes: int) -> None:
             f"{num_bytes} bytes are needed for {target}, and its disk has {free} free; free some space or choose "
             "another output directory"
         )
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold a file's contents, or the names in a directory."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _glob_literal(text: str) -> str:

@@ -21,10 +21,10 @@ from torch.distributed import is_gloo_available, is_nccl_available
 from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
 from megatron_infer.tensor_parallel.backend import Backend, Ints
 from megatron_infer.tensor_parallel.process_groups import GlooBackend, NcclBackend
-from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, first, launcher_store
+from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, first
 from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory, gpu_uuid
-from megatron_infer.world import World
+from megatron_infer.world import World, launcher_store
 
 __all__ = ["RankFailure", "TPGroup"]
 

@@ -10,21 +10,13 @@ import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
-from queue import Empty, Queue
-from threading import Thread
 
 from torch._C._distributed_c10d import PrefixStore, Store
-from torch.distributed.rendezvous import rendezvous
-
-from megatron_infer.world import World
 
 log = logging.getLogger("megatron_infer")
 
 UNKNOWN_RANK = -1
-_PATIENCE_SECONDS = 4.0
-"""So long nothing is said about a launcher's ranks that have not come."""
 _LATE_SECONDS = 20.0
 """So long nothing is said about a rank that has not joined its group; it may still be starting."""
 
@@ -40,39 +32,6 @@ class RankFailure(RuntimeError):
         super().__init__(f"{who} of the tensor-parallel group failed: {cause}")
         self.rank = rank
         self.cause = cause
-
-
-def launcher_store(world: World, timeout_seconds: float) -> Store:
-    """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers.
-
-    After a few seconds of waiting a warning says for whom. Ctrl-C ends the wait.
-
-    Raises:
-        DistError: nobody came within the timeout.
-    """
-    found: Queue[Store | Exception] = Queue()
-
-    def connect() -> None:
-        try:
-            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
-            found.put(store)
-        except Exception as error:
-            found.put(error)
-
-    # In a thread of its own: the call waits inside torch, where neither Ctrl-C nor the warning would reach it.
-    Thread(target=connect, daemon=True, name="megatron_infer-rendezvous").start()
-    try:
-        store = found.get(timeout=_PATIENCE_SECONDS)
-    except Empty:
-        awaited = "rank 0" if world.rank else f"ranks 1 to {world.size - 1}"
-        log.warning(
-            "rank %d of %d waits at %s for %s. Where no launcher started this process, unset RANK and WORLD_SIZE to "
-            "run alone.", world.rank, world.size, world.address, awaited,
-        )  # fmt: skip
-        store = found.get()
-    if isinstance(store, Exception):
-        raise store
-    return PrefixStore(f"attempt-{world.attempt}", store)
 
 
 @dataclass(frozen=True)

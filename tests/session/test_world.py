@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import DistError
 
-from megatron_infer.tensor_parallel import rendezvous
+from megatron_infer import world
 from megatron_infer.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,9 +78,9 @@ def test_a_rank_that_waits_for_nobody_says_for_whom_and_where(environment, caplo
     variables = {"RANK": str(rank), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for key, value in variables.items():
         environment.setenv(key, value)
-    environment.setattr(rendezvous, "_PATIENCE_SECONDS", 0.01)
+    environment.setattr(world, "_PATIENCE_SECONDS", 0.01)
     with caplog.at_level(logging.WARNING, logger="megatron_infer"), pytest.raises(DistError):
-        rendezvous.launcher_store(World.from_env(), timeout_seconds=1)
+        world.launcher_store(World.from_env(), timeout_seconds=1)
     (said,) = caplog.messages
     assert f"rank {rank} of 3 waits at 127.0.0.1:{port} for {awaited}" in said
     assert "unset RANK and WORLD_SIZE to run alone" in said

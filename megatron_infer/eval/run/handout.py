@@ -13,8 +13,7 @@ from typing import Any
 
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store
 
-from megatron_infer.tensor_parallel.rendezvous import launcher_store
-from megatron_infer.world import World
+from megatron_infer.world import World, launcher_store
 
 _STORE_TIMEOUT_SECONDS = 30.0
 """So long, and then once more, a starting rank looks for its launcher, which may have been killed meanwhile."""

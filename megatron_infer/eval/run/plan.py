@@ -19,16 +19,13 @@ import torch
 
 import megatron_infer
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine.resolve import resolve
 from megatron_infer.eval.cases import Case, Task, read_cases
 from megatron_infer.eval.run.records import RunDirectory
 from megatron_infer.eval.run.replica import Settings, Work
 from megatron_infer.eval.tasks.retrieval import read_source_tree, with_context
-from megatron_infer.fim import load_fim
-from megatron_infer.model.checkpoint import open_checkpoint
-from megatron_infer.model.manifest import Manifest, sha256_of
+from megatron_infer.files import sha256_of
+from megatron_infer.llm import preview
 from megatron_infer.options import say
-from megatron_infer.tokenizer import load_tokenizer
 from megatron_infer.world import World
 
 _MODEL_SUFFIXES = (".json", ".model", ".safetensors", ".bin", ".pt", ".txt")
@@ -74,9 +71,8 @@ class Job:
 def plan_attempt(job: Job, command: Sequence[str]) -> dict[str, Any]:
     """Check everything that can be checked without the weights, and find what is left to do. Raises ValueError."""
     cases = job.cases()
-    with open_checkpoint(job.model_dir, job.model_name) as checkpoint:
-        config = resolve(job.config, checkpoint.config, job.world)
-        fim = load_fim(job.fim or checkpoint.config.fim, load_tokenizer(job.model_dir))
+    known_model = preview(job.model_dir, job.config, model_name=job.model_name, fim=job.fim, world=job.world)
+    config, fim = known_model.config, known_model.fim
     order = job.settings.options.order
     if order is not None and order not in fim.orders:
         raise ValueError(
@@ -90,7 +86,7 @@ def plan_attempt(job: Job, command: Sequence[str]) -> dict[str, Any]:
             f"{config.max_model_len} tokens; lower it"
         )
     known = job.out.manifest()
-    files = model_files(job.model_dir, known["model_files"] if known else {})
+    files = model_files(job.model_dir, known["model_files"] if known else {}, known_model.file_hashes)
     fingerprint = _fingerprint(job, config, files, cases)
     if known is not None:
         job.out.check(known, fingerprint)
@@ -160,13 +156,12 @@ def prompts_sha256(cases: Iterable[Case]) -> str:
     return digest.hexdigest()
 
 
-def model_files(model_dir: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+def model_files(model_dir: Path, known: Mapping[str, Any], own: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
     """Name -> size, modification time and SHA-256 of every file that may decide what a checkpoint computes.
 
-    Hashing reads the whole checkpoint, except for what its own manifest lists and what `known`, an earlier result,
-    has with the same size and time.
+    Hashing reads the whole checkpoint, except for what `own`, its own manifest, has with the same size, and `known`, an
+    earlier result, with the same size and time.
     """
-    own = Manifest.load(model_dir)
     found = {}
     for path in sorted(model_dir.iterdir()):
         if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
@@ -176,8 +171,8 @@ def model_files(model_dir: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         before = known.get(path.name, {})
         if {name: before.get(name) for name in entry} == entry:
             sha256 = before["sha256"]
-        elif own is not None and path.name in own.files and own.files[path.name].size == stat.st_size:
-            sha256 = own.files[path.name].sha256
+        elif path.name in own and own[path.name][0] == stat.st_size:
+            sha256 = own[path.name][1]
         else:
             sha256 = sha256_of(path)
         found[path.name] = {**entry, "sha256": sha256}

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_infer.eval.files import LineFile, drop_unfinished, replacing, to_line, write_json
-from megatron_infer.model.manifest import sha256_of
-from megatron_infer.model.output_dir import flush
+from megatron_infer.files import flush, sha256_of
 
 FORMAT, FORMAT_VERSION = "megatron_infer-eval", 1
 COMPLETIONS, TIMINGS, PREDICTIONS = "completions.jsonl", "timings.jsonl", "predictions.jsonl"

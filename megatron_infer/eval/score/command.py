@@ -29,7 +29,7 @@ from megatron_infer.eval.score.results import (
     task_of,
 )
 from megatron_infer.eval.score.tables import Row, make_tables, show_tables
-from megatron_infer.model.manifest import sha256_of
+from megatron_infer.files import sha256_of
 from megatron_infer.options import Parser, add_option, run_command, say
 from megatron_infer.world import World
 

@@ -23,7 +23,7 @@ from megatron_infer.eval.run.records import (
     key_of,
 )
 from megatron_infer.eval.tasks import registry as tasks
-from megatron_infer.model.manifest import sha256_of
+from megatron_infer.files import sha256_of
 
 SCORES, TABLES = "scores.jsonl", "scores.json"
 SCORES_FORMAT, SCORES_FORMAT_VERSION = "megatron_infer-eval-scores", 1
