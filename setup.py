@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -87,7 +88,8 @@ def compile_sources(
     machine: str = platform.machine(),
 ) -> list[Path]:
     """Compile those of `sources` that changed, several at a time, for `machine`; the object files."""
-    flags = [*FLAGS, *([] if is_clang(compiler) else GCC_FLAGS), *extra_flags]
+    header_crc32 = zlib.crc32((ROOT / SOURCES / "kernels.h").read_bytes())
+    flags = [*FLAGS, *([] if is_clang(compiler) else GCC_FLAGS), f"-DMI_HEADER_CRC32={header_crc32}u", *extra_flags]
     is_x86 = machine.lower() in ("x86_64", "amd64")
     folders = {ROOT / SOURCES, *(source.parent for source in sources)}
     headers = [header for folder in folders for header in folder.glob("*.h")]

@@ -227,3 +227,10 @@ def test_files_can_be_held_in_the_head(path: str) -> None:
     docstring = ast.get_docstring(ast.parse(source))
     assert docstring, f"{path} has no docstring"
     assert docstring.count("\n") < 6
+
+
+def test_kernels_stay_within_their_budget() -> None:
+    files = [path for suffix in ("py", "h", "cpp") for path in (ROOT / "kernels").rglob(f"*.{suffix}")]
+    num_lines = {path: path.read_text(encoding="utf-8").count("\n") for path in files}
+    assert not {path: lines for path, lines in num_lines.items() if lines > 350}
+    assert sum(num_lines.values()) <= 5600

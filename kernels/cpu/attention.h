@@ -138,18 +138,19 @@ INLINE int64_t cut_pieces(const int32_t* query_start_S1, int64_t S, int64_t toke
   return count;
 }
 
-int paged_attention(Pool* pool, float* o_TNH, const float* q_TNH, const void* k_cache, const void* v_cache,
-                    const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
-                    int64_t S, const AttentionShape* shape, float scale) {
+int paged_attention(Pool* pool, const PagedAttentionArgs& args) {
+  const auto [block_tables_SB, query_start_S1, context_lens_S, S] = args.sequences;
+  const AttentionShape* shape = &args.kv.shape;
   const int64_t T = S ? query_start_S1[S] : 0, group = shape->num_heads / shape->num_kv_heads;
   const int64_t tokens = group < kRowsPerAttentionTask ? kRowsPerAttentionTask / group : 1;
   const int threads = pool_threads(pool);
-  AttentionJob job{o_TNH, q_TNH, static_cast<const char*>(k_cache), static_cast<const char*>(v_cache)};
+  AttentionJob job{args.o_TNH, args.q_TNH, static_cast<const char*>(args.kv.k_cache),
+                   static_cast<const char*>(args.kv.v_cache)};
   job.block_tables_SB = block_tables_SB;
   job.query_start_S1 = query_start_S1;
   job.context_lens_S = context_lens_S;
   job.shape = shape;
-  job.scale = scale;
+  job.scale = args.scale;
   job.group = group;
   job.panels = ceil_div(shape->head_dim, kLanes);
   job.max_rows = least(tokens, T) * group;

@@ -34,11 +34,12 @@ INLINE void rms_norm_row(float* y, const float* x, float* residual, const float*
   for (int64_t d = 0; d < D; ++d) y[d] = x[d] * inverse * weight[d];
 }
 
-int rms_norm(Pool* pool, float* y_TD, const float* x_TD, float* residual_TD, const float* weight_D, int64_t T, int64_t D,
-             float eps) {
-  parallel_for(pool, T, rows_per_task(D), [&](int64_t t, int64_t count) {
+int rms_norm(Pool* pool, const RmsNormArgs& args) {
+  const int64_t D = args.D;
+  parallel_for(pool, args.T, rows_per_task(D), [&](int64_t t, int64_t count) {
     for (; count > 0; ++t, --count) {
-      rms_norm_row(y_TD + t * D, x_TD + t * D, residual_TD ? residual_TD + t * D : nullptr, weight_D, D, eps);
+      float* residual = args.residual_TD ? args.residual_TD + t * D : nullptr;
+      rms_norm_row(args.y_TD + t * D, args.x_TD + t * D, residual, args.norm.weight_D, D, args.norm.eps);
     }
   });
   return kOk;
@@ -64,40 +65,40 @@ INLINE void store_row(void* cache, int64_t row, int dtype, const float* x, int64
 
 constexpr int kMaxHeadDim = 1024;
 
-int rope_store_kv(Pool* pool, float* q_TNH, const float* qkv_TC, const float* cos_PH, const float* sin_PH,
-                  const int32_t* positions_T, const int64_t* slots_T, void* k_cache, void* v_cache, int64_t T,
-                  const AttentionShape* shape) {
-  const int64_t N = shape->num_heads, G = shape->num_kv_heads, H = shape->head_dim, half = H / 2;
+int rope_store_kv(Pool* pool, const RopeStoreKVArgs& args) {
+  const AttentionShape& shape = args.kv.shape;
+  const int64_t N = shape.num_heads, G = shape.num_kv_heads, H = shape.head_dim, half = H / 2;
   const int64_t width = (N + 2 * G) * H;
-  parallel_for(pool, T, rows_per_task(width), [&](int64_t t, int64_t count) {
+  parallel_for(pool, args.tokens.T, rows_per_task(width), [&](int64_t t, int64_t count) {
     for (; count > 0; ++t, --count) {
-      const float *x = qkv_TC + t * width, *cos = cos_PH + positions_T[t] * half, *sin = sin_PH + positions_T[t] * half;
-      for (int64_t n = 0; n < N; ++n) rotate(q_TNH + (t * N + n) * H, x + n * H, cos, sin, half);
-      const int64_t block = slots_T[t] / shape->block_size, offset = slots_T[t] % shape->block_size;
+      const int64_t angle = args.tokens.positions_T[t] * half, slot = args.tokens.slots_T[t];
+      const float *x = args.qkv_TC + t * width, *cos = args.rope.cos_PH + angle, *sin = args.rope.sin_PH + angle;
+      for (int64_t n = 0; n < N; ++n) rotate(args.q_TNH + (t * N + n) * H, x + n * H, cos, sin, half);
+      const int64_t block = slot / shape.block_size, offset = slot % shape.block_size;
       for (int64_t g = 0; g < G; ++g) {
         float key[kMaxHeadDim];
-        const int64_t row = (block * G + g) * shape->block_size + offset;
+        const int64_t row = (block * G + g) * shape.block_size + offset;
         rotate(key, x + (N + g) * H, cos, sin, half);
-        store_row(k_cache, row, shape->dtype, key, H);
-        store_row(v_cache, row, shape->dtype, x + (N + G + g) * H, H);
+        store_row(args.kv.k_cache, row, shape.dtype, key, H);
+        store_row(args.kv.v_cache, row, shape.dtype, x + (N + G + g) * H, H);
       }
     }
   });
   return kOk;
 }
 
-int silu_mul(Pool* pool, float* y_TF, const float* gate_up_T2F, int64_t T, int64_t F) {
+int silu_mul(Pool* pool, const SiluMulArgs& args) {
   constexpr int64_t kColumns = 2048;
-  const int64_t pieces = ceil_div(F, kColumns);
-  parallel_for(pool, T * pieces, ceil_div(pieces * kColumns, F + 1), [&](int64_t piece, int64_t count) {
+  const int64_t F = args.F, pieces = ceil_div(F, kColumns);
+  parallel_for(pool, args.T * pieces, ceil_div(pieces * kColumns, F + 1), [&](int64_t piece, int64_t count) {
     for (; count > 0; ++piece, --count) {
       const int64_t t = piece / pieces, begin = piece % pieces * kColumns, end = least(F, begin + kColumns);
-      const float *gate = gate_up_T2F + t * 2 * F, *up = gate + F;
+      const float *gate = args.gate_up_T2F + t * 2 * F, *up = gate + F;
       for (int64_t f = begin; f < end; f += kLanes) {
         const int n = static_cast<int>(least(kLanes, end - f));
         const V x = load_n(gate + f, n);
         const V silu = div(x, add(set1(1.0f), exp_(sub(zero(), x))));
-        store_n(y_TF + t * F + f, mul(silu, load_n(up + f, n)), n);
+        store_n(args.y_TF + t * F + f, mul(silu, load_n(up + f, n)), n);
       }
     }
   });
@@ -137,19 +138,22 @@ INLINE void argmax_row(const float* x, int64_t V_, float& value, int64_t& index)
   }
 }
 
-int argmax(Pool* pool, float* values_S, int64_t* indices_S, const float* logits_SV, int64_t S, int64_t V) {
-  parallel_for(pool, S, rows_per_task(V / 4), [&](int64_t s, int64_t count) {
-    for (; count > 0; ++s, --count) argmax_row(logits_SV + s * V, V, values_S[s], indices_S[s]);
+int argmax(Pool* pool, const ArgmaxArgs& args) {
+  const int64_t V = args.V;
+  parallel_for(pool, args.S, rows_per_task(V / 4), [&](int64_t s, int64_t count) {
+    for (; count > 0; ++s, --count) argmax_row(args.logits_SV + s * V, V, args.values_S[s], args.indices_S[s]);
   });
   return kOk;
 }
 
-int gather_rows(Pool* pool, float* y_TD, const void* table_VD, int dtype, const void* ids_T, int ids_are_64_bit,
-                int64_t T, int64_t D) {
-  parallel_for(pool, T, rows_per_task(D), [&](int64_t t, int64_t count) {
+int gather_rows(Pool* pool, const GatherRowsArgs& args) {
+  const int64_t D = args.D;
+  const auto* wide = static_cast<const int64_t*>(args.ids_T);
+  const auto* narrow = static_cast<const int32_t*>(args.ids_T);
+  parallel_for(pool, args.T, rows_per_task(D), [&](int64_t t, int64_t count) {
     for (; count > 0; ++t, --count) {
-      const int64_t id = ids_are_64_bit ? static_cast<const int64_t*>(ids_T)[t] : static_cast<const int32_t*>(ids_T)[t];
-      for (int64_t d = 0; d < D; ++d) y_TD[t * D + d] = read_float(table_VD, id * D + d, dtype);
+      const int64_t id = args.ids_are_64_bit ? wide[t] : narrow[t];
+      for (int64_t d = 0; d < D; ++d) args.y_TD[t * D + d] = read_float(args.table_VD, id * D + d, args.dtype);
     }
   });
   return kOk;

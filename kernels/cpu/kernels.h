@@ -1,14 +1,13 @@
-// The ops every variant (avx512, avx2, neon, generic) implements, and the shapes they take. Plain data; see pool.h.
+// What the ops of every variant (avx512, avx2, neon, generic) take. Plain data; see pool.h.
 //
 // Every op returns 0, or kOutOfMemory when its scratch memory could not be had. Results are the same bits for every
 // variant, thread count, batch and number of local heads or columns.
+//
+// abi.py lists the fields of each ...Args in the same order. It refuses a library that was built from another version
+// of this file: setup.py compiles the file's checksum in.
 #pragma once
 
 #include "pool.h"
-
-// To be raised here and in native.py with every change of a signature or a shape: a library that was not rebuilt must be
-// refused, not called.
-constexpr int kAbi = 3;
 
 enum DType { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 enum Status { kOk = 0, kOutOfMemory = 1 };
@@ -40,41 +39,86 @@ struct AttentionShape {
   int32_t max_blocks;    // columns of the block tables
 };
 
-struct LayerLinear {
+struct PackedLinear {
   const void* weight;
   const float* bias_N;  // may be null
   const LinearShape* shape;
 };
 
+struct NormWeight { const float* weight_D; float eps; };
+struct Rope { const float *cos_PH, *sin_PH; };
+struct LayerKV { void *k_cache, *v_cache; AttentionShape shape; };
+struct Tokens { const int32_t* positions_T; const int64_t* slots_T; int64_t T; };
+struct Sequences { const int32_t *block_tables_SB, *query_start_S1, *context_lens_S; int64_t S; };
+struct PackedRows { void* weight; const LinearShape* shape; int64_t row_start, num_rows; };
+
+struct LinearArgs { float* y_TN; const float* x_TK; PackedLinear weight; int64_t T; };
+
+struct PackRowsArgs { PackedRows to; const void* rows_NK; int64_t row_stride, dtype; };
+
+// For kInt8 and kInt4: q_NK within [-127, 127] or [-8, 7], one bf16 scale per row and group of 32 k.
+struct PackQuantizedArgs {
+  PackedRows to;
+  const int8_t* q_NK;
+  int64_t q_stride;
+  const uint16_t* scales_NG;
+  int64_t scale_stride;
+};
+
+struct PagedAttentionArgs { float* o_TNH; const float* q_TNH; LayerKV kv; Sequences sequences; float scale; };
+
+// residual_TD may be null; otherwise x is added to it and the sum normalised.
+struct RmsNormArgs { float* y_TD; const float* x_TD; float* residual_TD; NormWeight norm; int64_t T, D; };
+
+struct RopeStoreKVArgs { float* q_TNH; const float* qkv_TC; Rope rope; LayerKV kv; Tokens tokens; };
+
+struct SiluMulArgs { float* y_TF; const float* gate_up_T2F; int64_t T, F; };
+
+struct ArgmaxArgs { float* values_S; int64_t* indices_S; const float* logits_SV; int64_t S, V; };
+
+struct GatherRowsArgs {
+  float* y_TD;
+  const void *table_VD, *ids_T;
+  int32_t dtype, ids_are_64_bit;
+  int64_t T, D;
+};
+
+// y_TD = the attention output's partial sums. x_TD, what was last added to the stream, may be null; else the residual
+// takes it up.
+struct AttentionLayerArgs {
+  float* y_TD;
+  const float* x_TD;
+  float* residual_TD;
+  NormWeight norm;
+  PackedLinear qkv, out;
+  Rope rope;
+  LayerKV kv;
+  Tokens tokens;
+  Sequences sequences;
+  float scale;
+};
+
+// y_TD = the feed-forward output's partial sums.
+struct FeedForwardLayerArgs {
+  float* y_TD;
+  const float* x_TD;
+  float* residual_TD;
+  NormWeight norm;
+  PackedLinear gate_up, down;
+  int64_t T;
+};
+
+struct OpEntry {
+  const char* name;
+  size_t args_bytes;
+  int (*run)(Pool*, const void* args);
+};
+
+constexpr int kNumOps = 11;
+
 struct Kernels {
   const char* name;
-  int (*linear)(Pool*, float* y_TN, const float* x_TK, const void* weight, const float* bias_N, int64_t T,
-                const LinearShape*);
-  int (*pack_rows)(Pool*, void* weight, const void* rows_NK, int64_t row_stride, int dtype, int64_t row_start,
-                   int64_t num_rows, const LinearShape*);
-  // For kInt8 and kInt4: q_NK within [-127, 127] or [-8, 7], one bf16 scale per row and group of 32 k.
-  int (*pack_quantized)(Pool*, void* weight, const int8_t* q_NK, int64_t q_stride, const uint16_t* scales_NG,
-                        int64_t scale_stride, int64_t row_start, int64_t num_rows, const LinearShape*);
-  int (*paged_attention)(Pool*, float* o_TNH, const float* q_TNH, const void* k_cache, const void* v_cache,
-                         const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
-                         int64_t S, const AttentionShape*, float scale);
-  // residual_TD may be null; otherwise x is added to it and the sum normalised.
-  int (*rms_norm)(Pool*, float* y_TD, const float* x_TD, float* residual_TD, const float* weight_D, int64_t T,
-                  int64_t D, float eps);
-  int (*rope_store_kv)(Pool*, float* q_TNH, const float* qkv_TC, const float* cos_PH, const float* sin_PH,
-                       const int32_t* positions_T, const int64_t* slots_T, void* k_cache, void* v_cache, int64_t T,
-                       const AttentionShape*);
-  int (*silu_mul)(Pool*, float* y_TF, const float* gate_up_T2F, int64_t T, int64_t F);
-  int (*argmax)(Pool*, float* values_S, int64_t* indices_S, const float* logits_SV, int64_t S, int64_t V);
-  int (*gather_rows)(Pool*, float* y_TD, const void* table_VD, int dtype, const void* ids_T, int ids_are_64_bit,
-                     int64_t T, int64_t D);
-  int (*attention_layer)(Pool*, float* y_TD, const float* x_TD, float* residual_TD, const float* norm_D, float eps,
-                         const LayerLinear* qkv, const LayerLinear* out, const float* cos_PH, const float* sin_PH,
-                         const int32_t* positions_T, const int64_t* slots_T, void* k_cache, void* v_cache,
-                         const int32_t* block_tables_SB, const int32_t* query_start_S1, const int32_t* context_lens_S,
-                         int64_t T, int64_t S, const AttentionShape*, float scale);
-  int (*feed_forward_layer)(Pool*, float* y_TD, const float* x_TD, float* residual_TD, const float* norm_D, float eps,
-                            const LayerLinear* gate_up, const LayerLinear* down, int64_t T);
+  OpEntry ops[kNumOps];
 };
 
 // Null when this machine cannot run the variant.

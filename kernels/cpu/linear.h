@@ -18,10 +18,10 @@ struct LinearJob {
   const float* bias_N;
   const LinearShape* shape;
   RowTiles tiles;
+  Pool* pool;
   int64_t panels, panels_per_task, tiles_per_task, panel_tasks;
   int panels_per_step;
   size_t waiting_bytes;
-  Pool* pool;
 };
 
 // Where a tile stands: its rows, its first panel, the chunk, its waiting sums [panel][level][row][16], and the weights.
@@ -216,14 +216,14 @@ int linear_of(LinearJob& job, const float* x_TK) {
   return kOk;
 }
 
-int linear(Pool* pool, float* y_TN, const float* x_TK, const void* weight, const float* bias_N, int64_t T,
-           const LinearShape* shape) {
-  if (T == 0 || shape->out_dim == 0) return kOk;
-  LinearJob job{y_TN, nullptr, 0, static_cast<const char*>(weight), bias_N, shape, RowTiles(T), 0, 0, 0, 0, 0, 0, pool};
+int linear(Pool* pool, const LinearArgs& args) {
+  const auto [weight, bias_N, shape] = args.weight;
+  if (args.T == 0 || shape->out_dim == 0) return kOk;
+  LinearJob job{args.y_TN, nullptr, 0, static_cast<const char*>(weight), bias_N, shape, RowTiles(args.T), pool};
   switch (shape->dtype) {
-    case kBFloat16: return linear_of<kBFloat16>(job, x_TK);
-    case kInt8: return linear_of<kInt8>(job, x_TK);
-    case kInt4: return linear_of<kInt4>(job, x_TK);
-    default: return linear_of<kFloat32>(job, x_TK);
+    case kBFloat16: return linear_of<kBFloat16>(job, args.x_TK);
+    case kInt8: return linear_of<kInt8>(job, args.x_TK);
+    case kInt4: return linear_of<kInt4>(job, args.x_TK);
+    default: return linear_of<kFloat32>(job, args.x_TK);
   }
 }

@@ -12,8 +12,8 @@ INLINE char* packed_element(char* panel, const LinearShape& shape, int chunk, in
 }
 
 // Writes columns [k, bounds[chunk + 1]) of the given rows, lanes `lane`... of the panel, element by element.
-INLINE void pack_elements(char* panel, const LinearShape& shape, int chunk, int64_t k, int64_t lane, const void* rows_NK,
-                          int64_t row_stride, int dtype, int64_t row, int64_t num_rows) {
+INLINE void pack_elements(char* panel, const LinearShape& shape, int chunk, int64_t k, int64_t lane,
+                          const void* rows_NK, int64_t row_stride, int dtype, int64_t row, int64_t num_rows) {
   for (int64_t r = 0; r < num_rows; ++r) {
     for (int64_t i = k; i < shape.bounds[chunk + 1]; ++i) {
       char* out = packed_element(panel, shape, chunk, i, lane + r);
@@ -85,27 +85,27 @@ INLINE int64_t pack_whole_panel(char* panel, const LinearShape& shape, int chunk
                             : pack_converted<kFloat16, kFloat32>(panel, shape, chunk, rows, row_stride);
 }
 
-// Calls body(panel's storage, begin, end) for every panel that rows [row_start, row_start + num_rows) have a part of.
+// Calls body(panel's storage, begin, end) for every panel that the rows have a part of.
 template <class Body>
-void for_each_panel(Pool* pool, void* weight, const LinearShape* shape, int64_t row_start, int64_t num_rows,
-                    const Body& body) {
-  const int64_t first = row_start / kLanes, panels = ceil_div(row_start + num_rows, kLanes) - first;
-  parallel_for(pool, panels, 1, [&](int64_t index, int64_t) {
-    const int64_t panel = first + index, begin = panel * kLanes < row_start ? row_start : panel * kLanes;
-    const int64_t end = least((panel + 1) * kLanes, row_start + num_rows);
-    body(static_cast<char*>(weight) + panel * shape->panel_bytes, begin, end);
+void for_each_panel(Pool* pool, const PackedRows& to, const Body& body) {
+  const int64_t row_end = to.row_start + to.num_rows, first = to.row_start / kLanes;
+  parallel_for(pool, ceil_div(row_end, kLanes) - first, 1, [&](int64_t index, int64_t) {
+    const int64_t panel = first + index, begin = panel * kLanes < to.row_start ? to.row_start : panel * kLanes;
+    body(static_cast<char*>(to.weight) + panel * to.shape->panel_bytes, begin, least((panel + 1) * kLanes, row_end));
   });
 }
 
-int pack_rows(Pool* pool, void* weight, const void* rows_NK, int64_t row_stride, int dtype, int64_t row_start,
-              int64_t num_rows, const LinearShape* shape) {
-  const int64_t element = dtype == kFloat32 ? 4 : 2;
-  for_each_panel(pool, weight, shape, row_start, num_rows, [&](char* out, int64_t begin, int64_t end) {
-    const char* rows = static_cast<const char*>(rows_NK) + (begin - row_start) * row_stride * element;
-    for (int chunk = 0; chunk < shape->num_chunks; ++chunk) {
-      int64_t k = shape->bounds[chunk];
-      if (end - begin == kLanes) k = pack_whole_panel(out, *shape, chunk, rows, row_stride, dtype);
-      pack_elements(out, *shape, chunk, k, begin % kLanes, rows_NK, row_stride, dtype, begin - row_start, end - begin);
+int pack_rows(Pool* pool, const PackRowsArgs& args) {
+  const LinearShape& shape = *args.to.shape;
+  const int64_t stride = args.row_stride, element = args.dtype == kFloat32 ? 4 : 2;
+  const int dtype = static_cast<int>(args.dtype);
+  for_each_panel(pool, args.to, [&](char* out, int64_t begin, int64_t end) {
+    const int64_t row = begin - args.to.row_start;
+    const char* rows = static_cast<const char*>(args.rows_NK) + row * stride * element;
+    for (int chunk = 0; chunk < shape.num_chunks; ++chunk) {
+      int64_t k = shape.bounds[chunk];
+      if (end - begin == kLanes) k = pack_whole_panel(out, shape, chunk, rows, stride, dtype);
+      pack_elements(out, shape, chunk, k, begin % kLanes, args.rows_NK, stride, dtype, row, end - begin);
     }
   });
   return kOk;
@@ -144,14 +144,13 @@ void pack_groups(char* panel, const LinearShape& shape, int lane, int num_rows, 
   }
 }
 
-int pack_quantized(Pool* pool, void* weight, const int8_t* q_NK, int64_t q_stride, const uint16_t* scales_NG,
-                   int64_t scale_stride, int64_t row_start, int64_t num_rows, const LinearShape* shape) {
-  for_each_panel(pool, weight, shape, row_start, num_rows, [&](char* out, int64_t begin, int64_t end) {
+int pack_quantized(Pool* pool, const PackQuantizedArgs& args) {
+  const auto pack = args.to.shape->dtype == kInt8 ? pack_groups<kInt8> : pack_groups<kInt4>;
+  for_each_panel(pool, args.to, [&](char* out, int64_t begin, int64_t end) {
     const int lane = static_cast<int>(begin % kLanes), count = static_cast<int>(end - begin);
-    const int8_t* q = q_NK + (begin - row_start) * q_stride;
-    const uint16_t* scales = scales_NG + (begin - row_start) * scale_stride;
-    if (shape->dtype == kInt8) pack_groups<kInt8>(out, *shape, lane, count, q, q_stride, scales, scale_stride);
-    else pack_groups<kInt4>(out, *shape, lane, count, q, q_stride, scales, scale_stride);
+    const int64_t row = begin - args.to.row_start;
+    pack(out, *args.to.shape, lane, count, args.q_NK + row * args.q_stride, args.q_stride,
+         args.scales_NG + row * args.scale_stride, args.scale_stride);
   });
   return kOk;
 }

@@ -9,6 +9,13 @@
 
 struct Pool;
 
+// threads >= 1, the caller counted. Null when there is no memory.
+Pool* pool_create(int threads);
+void pool_destroy(Pool* pool);
+
+// op(pool, args) when its turn has come: ops of several Python threads run one after another.
+int pool_take_turn(Pool* pool, int (*op)(Pool*, const void*), const void* args);
+
 // task in [0, num_tasks); slot in [0, threads) tells the running thread apart, for pool_scratch.
 typedef void (*PoolTask)(void* context, int task, int slot);
 
@@ -19,6 +26,6 @@ void pool_run(Pool* pool, int num_tasks, PoolTask function, void* context);
 int pool_threads(const Pool* pool);
 
 // 64-byte aligned memory that keeps its contents until the next request for the same slot. Slots `threads` and
-// `threads + 1` are shared by all threads and may be requested only outside of tasks: the first by single ops, the second
-// by what is made of several. Null when there is no memory left.
+// `threads + 1` are shared by all threads and may be requested only outside of tasks: the first by single ops, the
+// second by what is made of several. Null when there is no memory left.
 void* pool_scratch(Pool* pool, int slot, size_t num_bytes);

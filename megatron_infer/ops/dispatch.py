@@ -13,7 +13,7 @@ from importlib.util import find_spec
 
 import torch
 
-from megatron_infer.kernels.cpu import native
+from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.ops import OP_NAMES, Ops
 from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
 from megatron_infer.ops.reference import ReferenceOps
@@ -48,7 +48,7 @@ def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
         return Candidate("native", refusal=f"runs on the CPU, not on {device.type}")
     try:
         kernels = native.CpuKernels(num_threads, isa)
-    except native.Unavailable as error:
+    except abi.Unavailable as error:
         return Candidate("native", refusal=str(error))
     threads = "1 thread" if num_threads == 1 else f"{num_threads} threads"
     return Candidate("native", f"{kernels.isa}, {threads}", kernels)

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_infer.kernels.cpu import native
+from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.ops import QUANTIZED, Heads, LayerKV, NormWeight, Rope, SingleOps, Stream, chunk_bounds
 from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, paged_case, same_bits
 
-pytestmark = pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
+pytestmark = pytest.mark.skipif(not abi.LIBRARY.exists(), reason="the native library is not built")
 
 ROOT = Path(__file__).resolve().parents[2]
 VARIANTS = ["avx512", "avx2", "neon", "generic"]
@@ -37,7 +37,7 @@ def kernels(isa: str = "auto", threads: int = 1) -> native.CpuKernels:
     if key not in _KERNELS:
         try:
             _KERNELS[key] = native.CpuKernels(threads, isa)
-        except native.Unavailable as refusal:
+        except abi.Unavailable as refusal:
             pytest.skip(str(refusal))
     return _KERNELS[key]
 
@@ -410,7 +410,7 @@ def test_a_build_without_a_compiler_says_so_and_succeeds(tmp_path: Path) -> None
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(native.Unavailable, match="sse9"):
+    with pytest.raises(abi.Unavailable, match="sse9"):
         native.CpuKernels(1, "sse9")
     ops = kernels()
     with pytest.raises(ValueError, match="set dtype to bfloat16"):
@@ -423,10 +423,17 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "_ABI", -1)
-    with pytest.raises(native.Unavailable, match=r"built from other sources.*pip install -e"):
-        native.load_library()
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "empty.so")
-    native.LIBRARY.touch()
-    with pytest.raises(native.Unavailable, match="does not load"):
-        native.load_library()
+    header = tmp_path / "kernels.h"
+    header.write_bytes(abi.HEADER.read_bytes() + b"\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(abi, "HEADER", header)
+        with pytest.raises(abi.Unavailable, match=r"built from other sources.*pip install -e"):
+            abi.load_library()
+    with monkeypatch.context() as patch:
+        patch.setattr(abi, "LINEAR", abi.Op("linear", y_TN="P"))
+        with pytest.raises(abi.Unavailable, match=r"linear takes other arguments.*pip install -e"):
+            native.CpuKernels(1)
+    monkeypatch.setattr(abi, "LIBRARY", tmp_path / "empty.so")
+    abi.LIBRARY.touch()
+    with pytest.raises(abi.Unavailable, match="does not load"):
+        abi.load_library()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infer.kernels.cpu import native
+from megatron_infer.kernels.cpu import abi
 from tests.cpu.native_programs import build_exercise, load_build, report_of, require_compiler, require_working
 
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-DEXACT_ON_HEAP"]
@@ -23,7 +23,7 @@ def test_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(
     assert "generic" in sanitized[0]
 
 
-@pytest.mark.skipif(not native.LIBRARY.exists(), reason="the native library is not built")
+@pytest.mark.skipif(not abi.LIBRARY.exists(), reason="the native library is not built")
 def test_the_built_library_stays_within_its_arguments() -> None:
     """The same, optimised as users get it; instead of sanitizers an inaccessible page behind every argument."""
-    report_of([str(build_exercise("exercise", require_compiler(), ["-O1"], library=native.LIBRARY))])
+    report_of([str(build_exercise("exercise", require_compiler(), ["-O1"], library=abi.LIBRARY))])

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_infer.kernels.cpu import native
+from megatron_infer.kernels.cpu import abi
 from megatron_infer.model.formats import quantize
 from megatron_infer.ops import (
     GROUP,
@@ -31,7 +31,7 @@ KINDS = ["native", "vendor", "reference"]
 
 @pytest.fixture(params=KINDS)
 def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param == "native" and not native.LIBRARY.exists():
+    if request.param == "native" and not abi.LIBRARY.exists():
         pytest.skip("the native library is not built")
     return select_ops(CPU, num_threads=2, force=request.param)
 
@@ -240,7 +240,7 @@ def test_the_choice_is_made_per_device_and_reported(monkeypatch: pytest.MonkeyPa
     exact = select_ops(torch.device("cuda"), num_threads=1, deterministic=True).report
     assert all(": reference" in line and "deterministic" in line for line in exact)
     assert all("triton refused: torch finds no usable GPU" in line for line in exact)
-    monkeypatch.setattr(native, "LIBRARY", tmp_path / "absent.so")
+    monkeypatch.setattr(abi, "LIBRARY", tmp_path / "absent.so")
     fallback = select_ops(CPU, num_threads=1).report
     assert all(": reference" in line and "pip install -e ." in line for line in fallback)
     with pytest.raises(ValueError, match=r"absent\.so is missing"):

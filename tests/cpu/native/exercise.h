@@ -14,22 +14,15 @@
 
 #include "kernels.h"
 
+struct BoundOp;
+struct KernelPool;
+
 extern "C" {
-int mi_abi();
-Pool* mi_pool_create(int threads, const char* variant);
-void mi_pool_destroy(Pool*);
-int mi_linear(Pool*, float*, const float*, const void*, const float*, int64_t, const LinearShape*);
-int mi_pack_rows(Pool*, void*, const void*, int64_t, int, int64_t, int64_t, const LinearShape*);
-int mi_pack_quantized(Pool*, void*, const int8_t*, int64_t, const uint16_t*, int64_t, int64_t, int64_t,
-                      const LinearShape*);
-int mi_paged_attention(Pool*, float*, const float*, const void*, const void*, const int32_t*, const int32_t*,
-                       const int32_t*, int64_t, const AttentionShape*, float);
-int mi_rms_norm(Pool*, float*, const float*, float*, const float*, int64_t, int64_t, float);
-int mi_rope_store_kv(Pool*, float*, const float*, const float*, const float*, const int32_t*, const int64_t*, void*,
-                     void*, int64_t, const AttentionShape*);
-int mi_silu_mul(Pool*, float*, const float*, int64_t, int64_t);
-int mi_argmax(Pool*, float*, int64_t*, const float*, int64_t, int64_t);
-int mi_gather_rows(Pool*, float*, const void*, int, const void*, int, int64_t, int64_t);
+uint32_t mi_header_crc32();
+KernelPool* mi_pool_create(int threads, const char* variant);
+void mi_pool_destroy(KernelPool*);
+const BoundOp* mi_find_op(const KernelPool*, const char* name, size_t args_bytes);
+int mi_run(const BoundOp*, const void* args);
 }
 
 constexpr double kUlp = 1.0 / (1 << 24);  // the relative error of one fp32 rounding
@@ -45,6 +38,13 @@ inline std::string current_case;
 
 inline void require(bool holds, const std::string& what) {
   if (!holds) fail(what);
+}
+
+template <class Args>
+int run_op(KernelPool* pool, const char* name, const Args& args) {
+  const BoundOp* op = mi_find_op(pool, name, sizeof(Args));
+  require(op, "the library has no such op");
+  return mi_run(op, &args);
 }
 
 // ---- memory ----
@@ -166,7 +166,7 @@ inline void fill_typed(Random& random, Exact<uint8_t>& out, int dtype, float siz
 
 struct Setting {
   std::string name;
-  Pool* pool;
+  KernelPool* pool;
 };
 
 inline std::vector<Setting> settings;  // every variant of this CPU on one thread, then the best one on two and three

@@ -106,7 +106,7 @@ void check(const std::vector<float>& o_TNH, const Exact<float>& q_TNH, const Exa
 
 // The last queries of one sequence, alone in the batch.
 void check_alone(Op& op, Random& random, const Batch& batch, const Exact<float>& q_TNH,
-                 const Exact<uint8_t>& k, const Exact<uint8_t>& v, float scale, const std::vector<float>& o_TNH) {
+                 Exact<uint8_t>& k, Exact<uint8_t>& v, float scale, const std::vector<float>& o_TNH) {
   const AttentionShape& shape = batch.shape;
   const int64_t s = random.below(static_cast<int64_t>(batch.sequences.size())), length = batch.sequences[s].queries;
   const int64_t rows = random.between(1, length), row_floats = shape.num_heads * shape.head_dim;
@@ -117,9 +117,10 @@ void check_alone(Op& op, Random& random, const Batch& batch, const Exact<float>&
   const Exact<int32_t> contexts(std::vector<int32_t>{batch.context_lens_S[s]});
   const Exact<float> q(std::vector<float>(q_TNH.data() + first, q_TNH.data() + first + rows * row_floats));
   current_case += describe(", only the last %lld queries of sequence %lld", rows, s);
-  const std::vector<float> alone = op.everywhere<float>(q.size(), [&](Pool* pool, float* o) {
-    return mi_paged_attention(pool, o, q.data(), k.data(), v.data(), tables.data(), starts.data(), contexts.data(), 1,
-                              &shape, scale);
+  const LayerKV kv = {k.data(), v.data(), shape};
+  const Sequences one = {tables.data(), starts.data(), contexts.data(), 1};
+  const std::vector<float> alone = op.everywhere<float>(q.size(), [&](KernelPool* pool, float* o) {
+    return run_op(pool, "paged_attention", PagedAttentionArgs{o, q.data(), kv, one, scale});
   });
   require_same(alone.data(), o_TNH.data() + first, q.size(), "the whole batch");
 }
@@ -139,9 +140,10 @@ void exercise(Op& op, Random& random, const AttentionShape& shape, const std::ve
   random.fill(q_TNH, 2.0f);
   const float scale = 1.5f / static_cast<float>(shape.head_dim);
   const Exact<int32_t> tables(batch.block_tables_SB), starts(batch.query_start_S1), contexts(batch.context_lens_S);
-  const std::vector<float> o_TNH = op.everywhere<float>(q_TNH.size(), [&](Pool* pool, float* o) {
-    return mi_paged_attention(pool, o, q_TNH.data(), k.data(), v.data(), tables.data(), starts.data(), contexts.data(),
-                              static_cast<int64_t>(sequences.size()), &batch.shape, scale);
+  const LayerKV kv = {k.data(), v.data(), batch.shape};
+  const Sequences all = {tables.data(), starts.data(), contexts.data(), static_cast<int64_t>(sequences.size())};
+  const std::vector<float> o_TNH = op.everywhere<float>(q_TNH.size(), [&](KernelPool* pool, float* o) {
+    return run_op(pool, "paged_attention", PagedAttentionArgs{o, q_TNH.data(), kv, all, scale});
   });
   check(o_TNH, q_TNH, k, v, batch, scale);
   if (!sequences.empty()) check_alone(op, random, batch, q_TNH, k, v, scale, o_TNH);
@@ -192,10 +194,12 @@ void exercise_rope_case(Op& op, Random& random, const AttentionShape& shape, int
   }
   const int64_t cache_bytes = num_blocks * shape.block_size * G * H * bytes;
   std::vector<uint8_t> caches[2];
-  const std::vector<float> q_TNH = op.everywhere<float>(T * N * H, [&](Pool* pool, float* q) {
+  const Rope rope = {cos_PH.data(), sin_PH.data()};
+  const Tokens tokens = {positions_T.data(), slots_T.data(), T};
+  const std::vector<float> q_TNH = op.everywhere<float>(T * N * H, [&](KernelPool* pool, float* q) {
     Exact<uint8_t> k(cache_bytes), v(cache_bytes);
-    const int status = mi_rope_store_kv(pool, q, qkv_TC.data(), cos_PH.data(), sin_PH.data(), positions_T.data(),
-                                        slots_T.data(), k.data(), v.data(), T, &shape);
+    const RopeStoreKVArgs args = {q, qkv_TC.data(), rope, {k.data(), v.data(), shape}, tokens};
+    const int status = run_op(pool, "rope_store_kv", args);
     if (caches[0].empty()) {
       caches[0] = k.copy();
       caches[1] = v.copy();

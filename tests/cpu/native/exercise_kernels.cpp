@@ -8,10 +8,10 @@
 
 int main() {
   setvbuf(stdout, nullptr, _IOLBF, 0);
-  require(mi_abi() == kAbi, "the library was built from other sources");
+  require(mi_header_crc32() == MI_HEADER_CRC32, "the library was built from other sources");
   require(!mi_pool_create(0, "") && !mi_pool_create(1, "sse9"), "a pool that cannot be");
   for (const char* variant : {"avx512", "avx2", "neon", "generic"}) {
-    if (Pool* pool = mi_pool_create(1, variant)) settings.push_back({variant, pool});
+    if (KernelPool* pool = mi_pool_create(1, variant)) settings.push_back({variant, pool});
   }
   printf("variants");
   for (const Setting& setting : settings) printf(" %s", setting.name.c_str());
@@ -19,6 +19,7 @@ int main() {
   for (const int threads : {2, 3}) {
     settings.push_back({std::to_string(threads) + " threads", mi_pool_create(threads, "")});
   }
+  require(!mi_find_op(settings[0].pool, "linear", sizeof(LinearArgs) + 8), "an op of other arguments");
   exercise_rows();
   exercise_attention();
   exercise_linear();

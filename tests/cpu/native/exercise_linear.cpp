@@ -93,9 +93,9 @@ Exact<uint8_t>* pack_plain(Op& op, Random& random, const LinearShape& shape, int
       w_NK[n * K + k] = shape.dtype == kBFloat16 ? value_of(&half, 0, kBFloat16) : value;
     }
   }
-  return pack_everywhere(op, random, shape, [&](Pool* pool, void* weight, int64_t first, int64_t count) {
+  return pack_everywhere(op, random, shape, [&](KernelPool* pool, void* weight, int64_t first, int64_t count) {
     const uint8_t* from = rows.data() + (offset + first * stride) * bytes;
-    return mi_pack_rows(pool, weight, from, stride, source, first, count, &shape);
+    return run_op(pool, "pack_rows", PackRowsArgs{{weight, &shape, first, count}, from, stride, source});
   });
 }
 
@@ -119,9 +119,11 @@ Exact<uint8_t>* pack_quantized(Op& op, Random& random, const LinearShape& shape,
       scales_NG[n * G + g] = value_of(scales.data(), offset + n * scale_stride + g, kBFloat16);
     }
   }
-  return pack_everywhere(op, random, shape, [&](Pool* pool, void* weight, int64_t first, int64_t count) {
-    return mi_pack_quantized(pool, weight, rows.data() + offset + first * stride, stride,
-                             scales.data() + offset + first * scale_stride, scale_stride, first, count, &shape);
+  return pack_everywhere(op, random, shape, [&](KernelPool* pool, void* weight, int64_t first, int64_t count) {
+    const PackQuantizedArgs args = {{weight, &shape, first, count},
+                                    rows.data() + offset + first * stride, stride,
+                                    scales.data() + offset + first * scale_stride, scale_stride};
+    return run_op(pool, "pack_quantized", args);
   });
 }
 
@@ -191,17 +193,17 @@ void exercise(Op& op, Op& pack_op, Random& random, int dtype, const Sizes& sizes
   random.fill(bias_N);
   for (int64_t i = 0; i < 2 && T * K > 40; ++i) x_TK[random.below(T * K)] = random.of<float>({0.0f, 1e-31f, 300.0f});
   if (T > 2 && K > 2 && style == 2) x_TK[random.below(T * K)] = random.of<float>({NAN, INFINITY});
-  const float* bias = has_bias ? bias_N.data() : nullptr;
-  const std::vector<float> y_TN = op.everywhere<float>(T * N, [&, T = T](Pool* pool, float* y) {
-    return mi_linear(pool, y, x_TK.data(), packed->data(), bias, T, &shape);
+  const PackedLinear weight = {packed->data(), has_bias ? bias_N.data() : nullptr, &shape};
+  const std::vector<float> y_TN = op.everywhere<float>(T * N, [&, T = T](KernelPool* pool, float* y) {
+    return run_op(pool, "linear", LinearArgs{y, x_TK.data(), weight, T});
   });
   check(y_TN, x_TK, shape, T, w_NK, w_scales_NG, has_bias ? &bias_N : nullptr);
   if (T > 0) {
     const int64_t rows = random.between(1, T), first = random.between(0, T - rows);
     const Exact<float> x(std::vector<float>(x_TK.data() + first * K, x_TK.data() + (first + rows) * K));
     current_case += describe(", only %lld rows from %lld on", rows, first);
-    const std::vector<float> part = op.everywhere<float>(rows * N, [&](Pool* pool, float* y) {
-      return mi_linear(pool, y, x.data(), packed->data(), bias, rows, &shape);
+    const std::vector<float> part = op.everywhere<float>(rows * N, [&](KernelPool* pool, float* y) {
+      return run_op(pool, "linear", LinearArgs{y, x.data(), weight, rows});
     });
     require_same(part.data(), y_TN.data() + first * N, rows * N, "all rows");
   }

@@ -22,10 +22,11 @@ void exercise_rms_norm() {
       random.fill(before_TD, 10.0f);
       std::vector<float> after_TD = x_TD.copy();
       for (int64_t i = 0; has_residual && i < T * D; ++i) after_TD[i] = before_TD[i] + x_TD[i];
-      const std::vector<float> y_TD = op.everywhere<float>(T * D, [&](Pool* pool, float* y) {
+      const std::vector<float> y_TD = op.everywhere<float>(T * D, [&](KernelPool* pool, float* y) {
         Exact<float> residual_TD(before_TD.copy());
         float* residual = has_residual ? residual_TD.data() : nullptr;
-        const int status = mi_rms_norm(pool, y, x_TD.data(), residual, weight_D.data(), T, D, 1e-5f);
+        const NormWeight norm = {weight_D.data(), 1e-5f};
+        const int status = run_op(pool, "rms_norm", RmsNormArgs{y, x_TD.data(), residual, norm, T, D});
         if (has_residual) require_same(residual_TD.data(), after_TD.data(), T * D, "the residual");
         return status;
       });
@@ -62,8 +63,9 @@ void exercise_silu_mul() {
       const float special = random.of<float>({INFINITY, NAN, 0.0f, -1e30f});
       x_T2F[t * 2 * F + random.below(F)] = special;
     }
-    const std::vector<float> y_TF =
-        op.everywhere<float>(T * F, [&](Pool* pool, float* y) { return mi_silu_mul(pool, y, x_T2F.data(), T, F); });
+    const std::vector<float> y_TF = op.everywhere<float>(T * F, [&](KernelPool* pool, float* y) {
+      return run_op(pool, "silu_mul", SiluMulArgs{y, x_T2F.data(), T, F});
+    });
     for (int64_t t = 0; t < T; ++t) {
       for (int64_t f = 0; f < F; ++f) {
         const double x = x_T2F[t * 2 * F + f], up = x_T2F[t * 2 * F + F + f], expected = x / (1.0 + std::exp(-x)) * up;
@@ -88,9 +90,9 @@ void exercise_argmax() {
       if (is_spoilt[s]) logits_SV[s * V + random.below(V)] = random.of<float>({NAN, INFINITY, -INFINITY});
     }
     std::vector<int64_t> indices_S;
-    const std::vector<float> values_S = op.everywhere<float>(S, [&](Pool* pool, float* values) {
+    const std::vector<float> values_S = op.everywhere<float>(S, [&](KernelPool* pool, float* values) {
       Exact<int64_t> indices(S);
-      const int status = mi_argmax(pool, values, indices.data(), logits_SV.data(), S, V);
+      const int status = run_op(pool, "argmax", ArgmaxArgs{values, indices.data(), logits_SV.data(), S, V});
       if (indices_S.empty()) indices_S = indices.copy();
       require_same(indices.data(), indices_S.data(), S, "the indices");
       return status;
@@ -118,8 +120,9 @@ void exercise_gather_rows() {
       Exact<int64_t> wide_T(T);
       for (int64_t t = 0; t < T; ++t) wide_T[t] = narrow_T[t] = static_cast<int32_t>(t ? random.below(V) : V - 1);
       const void* ids = is_wide ? static_cast<const void*>(wide_T.data()) : narrow_T.data();
-      const std::vector<float> y_TD = op.everywhere<float>(T * D, [&](Pool* pool, float* y) {
-        return mi_gather_rows(pool, y, table_VD.data(), dtype, ids, static_cast<int>(is_wide), T, D);
+      const std::vector<float> y_TD = op.everywhere<float>(T * D, [&](KernelPool* pool, float* y) {
+        const GatherRowsArgs args = {y, table_VD.data(), ids, dtype, static_cast<int32_t>(is_wide), T, D};
+        return run_op(pool, "gather_rows", args);
       });
       for (int64_t i = 0; i < T * D; ++i) {
         require_close(y_TD[i], value_of(table_VD.data(), wide_T[i / D] * D + i % D, dtype), 0.0, i);
