@@ -14,11 +14,11 @@ from torch import Tensor
 
 from checkpoints_convert.network import CPU, LayerwiseNetwork, float_dtype
 from checkpoints_convert.texts import WINDOW_TOKENS, Text, windows
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import group_scales, pack_int4, round_to_steps
 from megatron_infer.model.weights import expected_tensors, stored_dtype
 from megatron_infer.ops import INT4, Ops, PackedLinear, SingleOps, Stream
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.quantization import Quantization
 from megatron_infer.tokenizer import load_tokenizer
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.network import CPU, load_network, one_sequence, one_sequence_cache
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model_config import ModelConfig
-from megatron_infer.ops.dispatch import select_ops
 
 _PROMPT_TOKENS = 24
 _NEW_TOKENS = 8

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from checkpoints_convert.network import CPU, LayerwiseNetwork, float_dtype
 from checkpoints_convert.texts import WINDOW_TOKENS, Hole, holes, read_texts, windows
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import dequantize, row_blocks, unpack_int4
 from megatron_infer.model.weights import expected_tensors, stored_dtype
 from megatron_infer.ops import Stream
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.tokenizer import load_tokenizer
 
 _NUM_POSITIONS = WINDOW_TOKENS + 256

@@ -12,7 +12,8 @@ from typing import Any
 
 from megatron_infer.engine.request import Event, Request
 from megatron_infer.fim import FimPrompt
-from megatron_infer.tokenizer import TextStream, Tokenizer
+from megatron_infer.text_stream import TextStream
+from megatron_infer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

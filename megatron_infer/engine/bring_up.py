@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig
+from megatron_infer.dispatch.select import CheckShape, select_ops
 from megatron_infer.engine.graphs import CudaRecorder, graph_keys
 from megatron_infer.engine.memory import TORCH_DTYPES, gib, num_kv_blocks
 from megatron_infer.engine.runner import ModelRunner
@@ -23,7 +24,6 @@ from megatron_infer.model.formats import stored_dtypes, weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops
-from megatron_infer.ops.dispatch import CheckShape, select_ops
 from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.world import World

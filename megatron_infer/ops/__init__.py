@@ -1,6 +1,6 @@
 """What a model may ask of the hardware: the abstract class of all ops, and the records that they take.
 
-Owns the signatures, the K-chunk rule and the packed weight's description. Knows no implementation: ops.dispatch
+Owns the signatures, the K-chunk rule and the packed weight's description. Knows no implementation: dispatch.select
 chooses one of ops.reference, ops.vendor and the kernels. On the CPU every activation is fp32 and contiguous.
 """
 

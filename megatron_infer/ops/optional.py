@@ -1,6 +1,6 @@
 """Single ops through packages that may be installed beside torch: FlashAttention 3 and apex.
 
-Knows what their functions take; imports neither: ops.dispatch hands over the function. Both may only make ops.vendor
+Knows what their functions take; imports neither: dispatch.select hands over the function. Both may only make ops.vendor
 faster, never differ from it by more than rounding.
 """
 

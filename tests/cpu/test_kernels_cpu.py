@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_infer.dispatch.selfcheck_inputs import tokens_at
 from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.ops import QUANTIZED, Heads, LayerKV, NormWeight, Rope, SingleOps, Stream, chunk_bounds
-from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, paged_case, same_bits
 
 pytestmark = pytest.mark.skipif(not abi.LIBRARY.exists(), reason="the native library is not built")

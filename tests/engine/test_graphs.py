@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.graphs import Key, Outputs, graph_keys
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.worker import serve
 from megatron_infer.model_config import ModelConfig
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_infer.dispatch.select import select_ops
+from megatron_infer.dispatch.selfcheck_inputs import CheckShape
 from megatron_infer.model.formats import quantize
 from megatron_infer.model.rope import rope_tables
 from megatron_infer.ops import (
@@ -23,10 +25,8 @@ from megatron_infer.ops import (
     SingleOps,
     Stream,
 )
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.ops.fp8 import FP8, quantize_rows
 from megatron_infer.ops.reference import ReferenceOps
-from megatron_infer.ops.selfcheck_inputs import CheckShape
 from tests.gpu.gpu_cases import CUDA, WEIGHTS, needs_gpu
 from tests.support.ops_cases import Paged, attention_float64, bounds_of, normal, paged_case
 from tests.support.tiny_models import tiny_config

@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.gpu import two_ranks
 from megatron_infer.cache.kv_cache import KVCache
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.graphs import CudaRecorder, Graphs, graph_keys
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.model.formats import weight_formats
 from megatron_infer.model.transformer import Transformer
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 from tests.gpu.gpu_cases import CUDA, needs_fp8, needs_gpu

@@ -18,11 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infer.ops import OP_NAMES, BatchView, LayerKV, NormWeight, Ops, Stream, dispatch
-from megatron_infer.ops.dispatch import select_ops
+from megatron_infer.dispatch import select as dispatch
+from megatron_infer.dispatch.select import select_ops
+from megatron_infer.dispatch.selfcheck import find_fault
+from megatron_infer.dispatch.selfcheck_inputs import CheckInputs, CheckShape
+from megatron_infer.ops import OP_NAMES, BatchView, LayerKV, NormWeight, Ops, Stream
 from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
-from megatron_infer.ops.selfcheck import find_fault
-from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape
 from megatron_infer.ops.vendor import VendorOps
 from tests.support.ops_cases import CPU, Paged, attention_float64, changed, normal, packed, paged_case
 
@@ -59,8 +60,8 @@ class Machine:
             return changed(FakeTritonOps, **ops)
 
         module = SimpleNamespace(TritonOps=make, DeterministicTritonOps=make)
-        self.monkeypatch.setitem(sys.modules, "megatron_infer.ops.triton_ops", module)
-        self.monkeypatch.setattr("megatron_infer.ops.triton_ops", module, raising=False)
+        self.monkeypatch.setitem(sys.modules, "megatron_infer.dispatch.triton_ops", module)
+        self.monkeypatch.setattr("megatron_infer.dispatch.triton_ops", module, raising=False)
 
 
 @pytest.fixture

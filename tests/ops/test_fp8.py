@@ -13,13 +13,13 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_infer.config import EngineConfig
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.resolve import check_fp8, resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.model.formats import bytes_per_weight, stored_dtypes
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import chunk_bounds
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.ops.fp8 import FP8, quantize_rows, scaled_matmul
 from megatron_infer.quantization import Quantization
 from megatron_infer.sampling_params import SamplingParams

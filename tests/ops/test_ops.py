@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_infer.dispatch.select import select_ops
+from megatron_infer.dispatch.selfcheck_inputs import tokens_at
 from megatron_infer.kernels.cpu import abi
 from megatron_infer.model.formats import quantize
 from megatron_infer.ops import (
@@ -22,8 +24,6 @@ from megatron_infer.ops import (
     Rope,
     chunk_bounds,
 )
-from megatron_infer.ops.dispatch import select_ops
-from megatron_infer.ops.selfcheck_inputs import tokens_at
 from tests.support.ops_cases import CPU, attention_float64, bounds_of, normal, packed, paged_case, same_bits
 
 KINDS = ["native", "vendor", "reference"]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_infer.dispatch.selfcheck import find_fault
+from megatron_infer.dispatch.selfcheck_inputs import CheckInputs as Inputs
+from megatron_infer.dispatch.selfcheck_inputs import CheckShape
 from megatron_infer.ops import INT4, OP_NAMES, LayerKV, Ops
 from megatron_infer.ops.fp8 import FP8
 from megatron_infer.ops.reference import ReferenceOps
-from megatron_infer.ops.selfcheck import find_fault
-from megatron_infer.ops.selfcheck_inputs import CheckInputs as Inputs
-from megatron_infer.ops.selfcheck_inputs import CheckShape
 from megatron_infer.ops.vendor import VendorOps
 from tests.support.ops_cases import CPU, changed
 
@@ -70,7 +70,7 @@ def test_an_honest_table_passes_in_every_weight_format(formats) -> None:
 @pytest.mark.parametrize("formats", [(BF16, BF16, BF16), (torch.float32, torch.int8, torch.int8)], ids=str)
 def test_another_honest_implementation_passes(formats, monkeypatch: pytest.MonkeyPatch) -> None:
     """The definitions, which sum in another order and round activations beside int8 weights; deterministic, too."""
-    monkeypatch.setattr("megatron_infer.ops.selfcheck.BATCHES", ([(1, 1)], [(1, 40), (5, 9), (3, 300)]))
+    monkeypatch.setattr("megatron_infer.dispatch.selfcheck.BATCHES", ([(1, 1)], [(1, 40), (5, 9), (3, 300)]))
     assert fault_of(ReferenceOps(), shape_of(*formats), deterministic=True) is None
 
 
@@ -233,7 +233,7 @@ def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() 
         batch = [(3, 9)] if sloppy == 3 else [(2, 3), (2, 9)]
         names = ("paged_attention",)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("megatron_infer.ops.selfcheck.BATCHES", (batch,))
+            patch.setattr("megatron_infer.dispatch.selfcheck.BATCHES", (batch,))
             assert find_fault(exact, VENDOR, CPU, SHAPE, names=names, deterministic=True) is None
             faulty = changed(ReferenceOps, paged_attention=attention)
             fault = find_fault(faulty, VENDOR, CPU, SHAPE, names=names, deterministic=True)
@@ -257,7 +257,7 @@ def test_a_lost_gpu_is_not_mistaken_for_a_refusal(monkeypatch: pytest.MonkeyPatc
 
     # The inputs must be drawn on this machine; only what is asked of the device afterwards is acted.
     device = type("Device", (), {"type": "cuda", "__str__": lambda self: "cuda:0"})()
-    monkeypatch.setattr("megatron_infer.ops.selfcheck.CheckInputs", lambda _, *rest: Inputs(CPU, *rest))
+    monkeypatch.setattr("megatron_infer.dispatch.selfcheck.CheckInputs", lambda _, *rest: Inputs(CPU, *rest))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(RuntimeError, match=r"the kernel of rms_norm left cuda:0 unusable .* with ops='vendor'"):
         find_fault(changed(HonestOps, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_infer.dispatch.selfcheck_inputs import last_queries
 from megatron_infer.model.formats import quantize
 from megatron_infer.ops import GROUP, QUANTIZED, BatchView, LayerKV, Ops, PackedLinear, chunk_bounds
-from megatron_infer.ops.selfcheck_inputs import last_queries
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from torch.distributed import HashStore
 
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.cache.kv_cache import KVCache
+from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.runner import ModelRunner
@@ -24,7 +25,6 @@ from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops
-from megatron_infer.ops.dispatch import select_ops
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 

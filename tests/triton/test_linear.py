@@ -20,7 +20,7 @@ from megatron_infer.kernels.triton import linear_deterministic, linear_gemv  # i
 from megatron_infer.kernels.triton.linear_rope import norm_qkv_rope_store_kv  # isort: skip
 from megatron_infer.model.formats import dequantize, quantize  # isort: skip
 from megatron_infer.ops import GROUP, INT4, QUANTIZED, Heads, LayerKV, PackedLinear, Rope, reference  # isort: skip
-from megatron_infer.ops.selfcheck_inputs import tokens_at  # isort: skip
+from megatron_infer.dispatch.selfcheck_inputs import tokens_at  # isort: skip
 from megatron_infer.ops.fp8 import FP8, quantize_rows  # isort: skip
 
 from tests.support.ops_cases import CPU, bounds_of, normal, packed, same_bits  # isort: skip

@@ -12,9 +12,9 @@ from tests.triton.interpreter import interpreter  # first: what follows imports 
 
 from megatron_infer.sampling_params import SamplingParams  # isort: skip
 from megatron_infer.ops import Heads, NormWeight, Ops, Rope, SingleOps, Stream  # isort: skip
-from megatron_infer.ops.dispatch import select_ops  # isort: skip
+from megatron_infer.dispatch.select import select_ops  # isort: skip
 from megatron_infer.ops.fp8 import FP8  # isort: skip
-from megatron_infer.ops.triton_ops import DeterministicTritonOps, TritonOps  # isort: skip
+from megatron_infer.dispatch.triton_ops import DeterministicTritonOps, TritonOps  # isort: skip
 from megatron_infer.tensor_parallel.group import TPGroup  # isort: skip
 
 from tests.support.ops_cases import CPU, Paged, normal, packed, paged_case  # isort: skip

@@ -17,7 +17,7 @@ from megatron_infer.kernels.triton.norm import add_rms_norm, rms_norm  # isort: 
 from megatron_infer.kernels.triton.rope import rope_store_kv  # isort: skip
 from megatron_infer.ops import Heads, LayerKV, NormWeight, Rope  # isort: skip
 from megatron_infer.ops.reference import ReferenceOps  # isort: skip
-from megatron_infer.ops.selfcheck_inputs import tokens_at  # isort: skip
+from megatron_infer.dispatch.selfcheck_inputs import tokens_at  # isort: skip
 
 from tests.support.ops_cases import normal  # isort: skip
 

@@ -1,6 +1,6 @@
 """Kernels that prove themselves at load: every op of a table on random inputs, beside a table that is trusted.
 
-Owns which cases are run and the bounds; keeps nothing. Knows no candidates: ops.dispatch decides what a fault means.
+Owns which cases are run and the bounds; keeps nothing. Knows no candidates: dispatch.select decides what a fault means.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_infer.dispatch.selfcheck_inputs import CheckInputs, CheckShape, Lengths, last_queries
 from megatron_infer.ops import INT4, NormWeight, Ops, PackedLinear, SingleOps, Stream
 from megatron_infer.ops.fp8 import FP8
-from megatron_infer.ops.selfcheck_inputs import CheckInputs, CheckShape, Lengths, last_queries
 
 TOKENS = (1, 2, 3, 4, 5, 16, 17, 130)
 """Kernels differ for 1, 2, 3, 4, up to 16 and more tokens."""

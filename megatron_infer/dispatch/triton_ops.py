@@ -1,7 +1,7 @@
 """The ops of CUDA GPUs made of Triton kernels; rows of the embedding table are torch's to gather.
 
 Owns which launcher is which op, and which launches make half a decoder layer: five for a whole layer of up to 4 tokens.
-Importing it imports triton, so ops.dispatch does so where there is a GPU only.
+Importing it imports triton, so dispatch.select does so where there is a GPU only.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random inputs of a model's own shape for ops.selfcheck: activations, packed weights, paged caches.
+"""Random inputs of a model's own shape for dispatch.selfcheck: activations, packed weights, paged caches.
 
 Draws from a generator of its own, so that nobody else's random numbers change. Knows no bounds and no results.
 """

@@ -1,7 +1,7 @@
 """Chooses, once at load, who implements each op, and says why every better candidate was refused.
 
 Knows which candidates exist for a device and in which order they are wanted; knows nothing of their arithmetic. On a
-GPU, what is not torch itself is used only after ops.selfcheck has found no fault in it.
+GPU, what is not torch itself is used only after dispatch.selfcheck has found no fault in it.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from importlib.util import find_spec
 
 import torch
 
+from megatron_infer.dispatch.selfcheck import find_fault
+from megatron_infer.dispatch.selfcheck_inputs import CheckShape as CheckShape
 from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.ops import OP_NAMES, Ops
 from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
 from megatron_infer.ops.reference import ReferenceOps
-from megatron_infer.ops.selfcheck import find_fault
-from megatron_infer.ops.selfcheck_inputs import CheckShape as CheckShape
 from megatron_infer.ops.vendor import VendorOps
 
 _REPLACED = {"flash-attn": ("paged_attention",), "apex": ("rms_norm", "add_rms_norm")}
@@ -67,7 +67,7 @@ def _triton(device: torch.device, deterministic: bool) -> Candidate:
     if find_spec("triton") is None:
         return Candidate("triton", refusal="triton is not installed")
     # Here alone, so that a machine without a GPU never loads triton.
-    from megatron_infer.ops import triton_ops
+    from megatron_infer.dispatch import triton_ops
 
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count
     detail = f"sm_{capability[0]}{capability[1]}, {num_sms} SMs{', deterministic' if deterministic else ''}"

@@ -1,0 +1,56 @@
+"""Text as its tokens come: what is certain is handed out, half a character or stop string is not yet."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+
+from megatron_infer.tokenizer import Tokenizer
+
+
+class TextStream:
+    """Turns token ids into text as they come, cut at the first stop string.
+
+    Joined, the pieces of `feed` and `finish` are exactly `tokenizer.decode(ids)` up to the earliest start of a stop
+    string, wherever tokens begin and end. Held back are only unfinished UTF-8 and text that may begin a stop string.
+    `stopped`: the stop string that ended the text, or None.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
+            raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
+        self.stopped: str | None = None
+        self._tokenizer = tokenizer
+        # Shortest first: of two that start at one place, the shorter one is complete earlier.
+        self._stop = sorted(set(stop), key=lambda s: (len(s), s))
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def feed(self, token_id: int) -> str:
+        """The text that is certain after this token; empty after a stop string."""
+        return self._take(self._utf8.decode(self._tokenizer.token_bytes(token_id)), final=False)
+
+    def finish(self) -> str:
+        """What was held back, once no token follows."""
+        return self._take(self._utf8.decode(b"", final=True), final=True)
+
+    def _take(self, text: str, final: bool) -> str:
+        if self.stopped is not None:
+            return ""
+        if not self._stop:
+            return text
+        self._held += text
+        match = min(((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), key=lambda m: m[0], default=None)
+        end = len(self._held) if final else self._first_open_start()
+        if match is not None and match[0] <= end:
+            end, self.stopped = match
+        piece, self._held = self._held[:end], self._held[end:]
+        return piece
+
+    def _first_open_start(self) -> int:
+        """First place in the held text where a stop string may have begun without having ended; else its length."""
+        longest = len(self._stop[-1])
+        for at in range(max(0, len(self._held) - longest + 1), len(self._held)):
+            if any(s.startswith(self._held[at:]) and len(s) > len(self._held) - at for s in self._stop):
+                return at
+        return len(self._held)
