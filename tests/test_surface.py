@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config",),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
-    ("engine.block_table",),
+    ("engine.block_table", "engine.shared_prefill"),
     ("engine.plan",),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
@@ -63,6 +63,7 @@ NO_TORCH = (
     "engine.step",
     "engine.request",
     "engine.block_table",
+    "engine.shared_prefill",
     "engine.plan",
     "engine.scheduler",
 )
