@@ -157,7 +157,8 @@ class Session:
                 told.append(notify)
                 if growing.finish_reason is not None:
                     del self._active[request_id]
-                    self._engine.abort(request_id)
+                    if event.finish_reason is None:  # a stop string
+                        self._engine.abort(request_id)
             assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
             if self._profile is not None:
                 self._profile.end_step()

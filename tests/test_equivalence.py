@@ -4,17 +4,22 @@ however the prompt is chunked or cached, at any thread count and tensor-parallel
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
+from megatron_infer.engine.request import Request
+from megatron_infer.engine.scheduler import Drafter
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
+from tests.support.drafters import accept_generously, drafter_of
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -52,7 +57,11 @@ def prompts() -> list[list[int]]:
     return [*made, made[5][:50] + [7] * 9]
 
 
-def engine_of(config: ModelConfig, tensors: Tensors, **options: int) -> Engine:
+def ids_of(outputs: list[Output]) -> list[list[int]]:
+    return [[token_id for token_id, _ in output] for output in outputs]
+
+
+def engine_of(config: ModelConfig, tensors: Tensors, **options: Any) -> Engine:
     runner_options = {k: options.pop(k) for k in ("num_blocks", "num_threads", "block_size") if k in options}
     runner = make_runner(config, tensors, TPGroup.single(CPU), dtype=torch.bfloat16, **runner_options)
     return make_engine(runner, **options)
@@ -99,6 +108,62 @@ def test_preempted_equals_undisturbed(config, tensors, prompts, alone, sampling)
 
 
 @BOTH
+@pytest.mark.parametrize("share_right", [0.0, 0.7, 1.0])
+def test_drafted_equals_undrafted(config, tensors, prompts, alone, sampling, share_right) -> None:
+    """In batches and alone, behind chunks, prefix hits and preemptions."""
+    drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, share_right)
+    engine = engine_of(config, tensors, drafter=drafter)
+    assert generate(engine, prompts, sampling) == alone[sampling]
+    assert [generate(engine, [prompt], sampling)[0] for prompt in prompts] == alone[sampling]
+    unscored = replace(sampling, logprobs=None)
+    assert ids_of(generate(engine, prompts, unscored)) == ids_of(alone[sampling])
+    in_chunks = engine_of(config, tensors, max_num_batched_tokens=11, drafter=drafter)
+    assert generate(in_chunks, prompts, sampling) == alone[sampling]
+    assert (drafter.num_accepted > 100) == (share_right > 0)
+    crowded = engine_of(config, tensors, num_blocks=14, drafter=drafter)
+    assert generate(crowded, prompts, sampling) == alone[sampling]
+    assert crowded.scheduler.num_preemptions > 0, "the pool was large enough: this showed nothing"
+
+
+@BOTH
+@pytest.mark.parametrize("size", [2, 4, 8])
+def test_drafts_change_nothing_at_any_tensor_parallel_degree(config, tensors, prompts, alone, sampling, size) -> None:
+    drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, 0.7)
+    outputs = generate_on_ranks(size, config, tensors, prompts, sampling, dtype=torch.bfloat16, drafter=drafter)
+    assert outputs == alone[sampling]
+
+
+@pytest.mark.parametrize(("ops", "value"), [("native", "nan"), ("native", "inf"), ("reference", "nan")])
+def test_a_draft_that_is_not_finite_spoils_nothing(config, prompts, ops, value) -> None:
+    """Drafts of a token whose embedding is spoilt: the tokens before it answer as without drafts."""
+    spoilt = random_tensors(config, seed=3, dtype=torch.bfloat16)
+    spoilt["tok_embeddings.weight"][7] = float(value)
+    sampling = replace(GREEDY, max_new_tokens=5)
+    clean = [p for p in prompts if 7 not in p][:3]
+
+    def answers(drafter: Drafter | None = None) -> list[Output]:
+        table = select_ops(CPU, num_threads=1, force="reference") if ops == "reference" else None
+        runner = make_runner(config, spoilt, TPGroup.single(CPU), ops=table, dtype=torch.bfloat16)
+        return generate(make_engine(runner, drafter=drafter), clean, sampling)
+
+    class Spoiling:
+        def propose(self, request: Request) -> list[int]:
+            return [7, 5, 7]
+
+    expected = answers()
+    assert not any(token_id == 7 for output in expected for token_id, _ in output)
+    assert answers(Spoiling()) == expected
+
+
+def test_negative_control_a_generous_rule_breaks_the_promise(config, tensors, prompts, alone, monkeypatch) -> None:
+    """With every draft taken for right: the comparisons above can fail."""
+    monkeypatch.setattr(Request, "accept", accept_generously)
+    for sampling in (GREEDY, SEEDED):
+        drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, 0.9)
+        assert generate(engine_of(config, tensors, drafter=drafter), prompts, sampling) != alone[sampling]
+
+
+@BOTH
 @pytest.mark.parametrize("num_threads", [2, 3])
 def test_thread_count_changes_nothing(config, tensors, prompts, alone, sampling, num_threads) -> None:
     assert generate(engine_of(config, tensors, num_threads=num_threads), prompts, sampling) == alone[sampling]
@@ -120,7 +185,7 @@ def test_tensor_parallel_degree_changes_nothing(config, tensors, prompts, alone,
 def test_quantized_weights_keep_the_promise(config, tensors, prompts, quantization) -> None:
     """Activations are rounded row by row, group by group: batch, chunks, cache, threads and ranks change nothing."""
 
-    def engine(num_threads: int = 1, **options: int) -> Engine:
+    def engine(num_threads: int = 1, **options: Any) -> Engine:
         runner = make_runner(
             config, tensors, TPGroup.single(CPU),
             dtype=torch.bfloat16, num_threads=num_threads, quantization=quantization,
@@ -132,6 +197,9 @@ def test_quantized_weights_keep_the_promise(config, tensors, prompts, quantizati
     assert generate(together, prompts, GREEDY) == alone
     assert generate(together, prompts, GREEDY) == alone, "prefix hits"
     assert generate(engine(max_num_batched_tokens=5), prompts, GREEDY) == alone
+    drafter = drafter_of(zip(prompts, alone, strict=True), config.vocab_size, 0.7)
+    assert generate(engine(drafter=drafter), prompts, GREEDY) == alone
+    assert drafter.num_accepted > 50
     for size in (2, 4, 8):
         outputs = generate_on_ranks(
             size, config, tensors, prompts, GREEDY, dtype=torch.bfloat16, quantization=quantization

@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "text_stream"),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
-    ("engine.block_table",),
+    ("engine.block_table", "engine.shared_prefill"),
     ("engine.plan",),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
@@ -65,6 +65,7 @@ NO_TORCH = (
     "engine.step",
     "engine.request",
     "engine.block_table",
+    "engine.shared_prefill",
     "engine.plan",
     "engine.scheduler",
 )

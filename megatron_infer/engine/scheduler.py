@@ -10,13 +10,11 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
 
-from megatron_infer.cache.block_pool import ROOT, BlockPool, Match, common_head
+from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.engine.block_table import Copy, allocate, grow, seal_full_blocks, shrink, vacate
 from megatron_infer.engine.plan import Plan, Row
 from megatron_infer.engine.request import Event, Request, Sampled
-
-Chunk = tuple[Request, int]
-"""How many of a request's ids the step computes."""
+from megatron_infer.engine.shared_prefill import Chunk, SharedPrefill
 
 
 class Drafter(Protocol):
@@ -262,12 +260,12 @@ class Scheduler:
         """Move waiting requests into the step, in order, while budget, sequences and blocks last; the budget left."""
         if not self._may_admit():
             return budget
-        being_written = {key: chunk for chunk in chunks if (key := self._first_block_written(*chunk)) is not None}
+        shared = SharedPrefill(self.pool, chunks)
         while budget and self._may_admit():
             request = self._waiting[0]
             headroom = self.pool.num_free - len(self._running)
             match = self.pool.match(request.ids)
-            if self._worth_waiting(request, match, being_written, budget):
+            if shared.is_worth_waiting_for(request, match, budget):
                 self.pool.release(match.held)
                 break
             # One block per running request stays free, or their next tokens would evict the newcomer at once.
@@ -279,42 +277,9 @@ class Scheduler:
             self._running.append(self._waiting.popleft())
             chunk = (request, min(budget, request.num_remaining))
             chunks.append(chunk)
+            shared.add(chunk)
             budget -= chunk[1]
-            key = self._first_block_written(*chunk)
-            if key is not None:
-                being_written.setdefault(key, chunk)
         return budget
-
-    def _first_block_written(self, request: Request, chunk: int) -> tuple[int, tuple[int, ...]] | None:
-        """(parent, ids) of the first block that this chunk completes and its commit will seal."""
-        size = self.pool.block_size
-        index = request.num_computed // size
-        end = (index + 1) * size
-        if not self.pool.enable_prefix_caching or request.num_computed + chunk < end:
-            return None
-        return request.block_table[index - 1] if index else ROOT, tuple(request.ids[end - size : end])
-
-    def _worth_waiting(
-        self,
-        request: Request,
-        match: Match,
-        being_written: dict[tuple[int, tuple[int, ...]], Chunk],
-        budget: int,
-    ) -> bool:
-        """Whether this very step computes, for another request, at least half of what this one would compute in it.
-
-        The samples of one prompt then prefill it once. The other request is in the step, so the wait is one step long.
-        """
-        size = self.pool.block_size
-        start = len(match.blocks) * size
-        parent = match.blocks[-1] if match.blocks else ROOT
-        chunk = being_written.get((parent, tuple(request.ids[start : start + size])))
-        if chunk is None:
-            return False
-        other, num_tokens = chunk
-        limit = min(len(request.ids) - 1, other.num_computed + num_tokens)
-        shared = common_head(request.ids[start:limit], other.ids[start:limit]) // size * size
-        return 2 * (shared - match.tail_len) >= min(budget, len(request.ids) - start - match.tail_len)
 
     def check(self) -> None:
         """Assert every invariant of the queues and of the pool; for tests and post-mortems."""

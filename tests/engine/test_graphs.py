@@ -23,6 +23,7 @@ from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
+from tests.support.drafters import drafter_of
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -105,8 +106,9 @@ def ahead_of(config: ModelConfig, tensors: Tensors, group: TPGroup, recorder: Fa
     runner = make_runner(config, tensors, group, is_asynchronous=True)
     if recorder is not None:
         runner.record_graphs(
-            recorder, graph_keys(MAX_NUM_SEQS), max_model_len=512, max_num_seqs=MAX_NUM_SEQS, memory_bytes=10_000
-        )
+            recorder, graph_keys(MAX_NUM_SEQS, has_drafts=True),
+            max_model_len=512, max_num_seqs=MAX_NUM_SEQS, memory_bytes=10_000,
+        )  # fmt: skip
     return runner
 
 
@@ -237,6 +239,7 @@ def test_a_non_finite_row_fails_alone(config, prompts, sampling) -> None:
 
 def test_shapes_worth_recording() -> None:
     assert graph_keys(1) == [(1, q_len, 1) for q_len in range(1, 17)]
+    assert graph_keys(1, has_drafts=True)[16:] == [(1, q_len, q_len) for q_len in range(2, 17)]
     decoding = [num_seqs for num_seqs, q_len, _ in graph_keys(30) if q_len == 1]
     assert decoding == [1, 2, 4, 8, 16, 24, 30]
     assert len(set(graph_keys(128))) == len(graph_keys(128))
@@ -251,6 +254,44 @@ def test_what_exceeds_the_budget_is_left_out_and_still_answered(config, tensors,
     assert runner.graphs.keys == ((1, 1, 1), (4, 1, 1)) and runner.graphs.memory_bytes == 20
     expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
     assert generate(make_engine(runner, max_num_seqs=MAX_NUM_SEQS), prompts, GREEDY) == expected
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, LOGPROBS], ids=["greedy", "seeded", "logprobs"])
+def test_drafts_are_recorded_too_and_change_nothing(config, tensors, prompts, sampling) -> None:
+    """One sequence with a draft replays a recording; several, or a draft behind a prompt, are launched."""
+    expected = generate(engine_of(config, tensors, FakeRecorder()), prompts, sampling)
+    drafter = drafter_of(zip(prompts, expected, strict=True), config.vocab_size, 0.8)
+    recorder = FakeRecorder()
+    engine = engine_of(config, tensors, recorder, drafter=drafter)
+    graphs = engine.runner.graphs
+    assert graphs is not None and {(1, q_len, q_len) for q_len in range(1, 17)} <= set(graphs.keys)
+    started, last_ids = counted(engine), engine.runner._last_ids
+    assert generate(engine, prompts, sampling) == expected
+    for prompt, output in zip(prompts, expected, strict=True):
+        assert generate(engine, [prompt], sampling)[0] == output
+    assert engine.runner._last_ids is last_ids, "the recordings write into this one"
+    assert drafter.num_accepted > 50 and not any(started), "no step is planned ahead of what is drafted"
+    replayed = [key for key, recording in zip(graphs.keys, recorder.recordings, strict=True) if recording.num_replays]
+    assert len([key for key in replayed if key[2] > 1]) >= 5
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_two_ranks_draft_on_recorded_steps(config, tensors, prompts, sampling) -> None:
+    expected = generate(one_at_a_time(config, tensors), prompts, sampling)
+
+    def work(group: TPGroup) -> int | None:
+        runner = ahead_of(config, tensors, group, FakeRecorder())
+        if group.rank:
+            serve_follower(runner)
+            return None
+        drafter = drafter_of(zip(prompts, expected, strict=True), config.vocab_size, 0.8)
+        engine = make_engine(runner, max_num_seqs=MAX_NUM_SEQS, drafter=drafter)
+        assert generate(engine, prompts, sampling) == expected
+        assert generate(engine, prompts[3:4], sampling) == expected[3:4]
+        engine.close()
+        return drafter.num_accepted
+
+    assert (on_ranks(2, work)[0] or 0) > 50
 
 
 def test_a_few_new_tokens_behind_a_cached_prompt_are_recorded(config, tensors) -> None:

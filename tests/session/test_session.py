@@ -131,6 +131,24 @@ def test_stop_strings_cut_the_text_exactly(session: TestInference) -> None:
     assert cut.finish_reason == "stop"
 
 
+def test_a_stop_string_within_a_draft_ends_the_completion_there(session: TestInference, monkeypatch) -> None:
+    prompt = FimPrompt(PREFIX, SUFFIX, PATH)
+    free = session.llm.complete(prompt, SamplingParams(max_new_tokens=24))
+    stop = free.text[len(free.text) // 2 : len(free.text) // 2 + 3]
+    sampling = SamplingParams(max_new_tokens=24, stop=(stop,))
+    undrafted = session.llm.complete(prompt, sampling)
+
+    class Right:
+        def propose(self, request):
+            return list(free.token_ids[len(request.ids) - request.num_prompt :])
+
+    monkeypatch.setattr(session.llm._engine.scheduler, "_drafter", Right())
+    drafted = session.llm.complete(prompt, sampling)
+    assert (drafted.text, drafted.token_ids) == (undrafted.text, undrafted.token_ids)
+    assert len(drafted.token_ids) < len(free.token_ids) and drafted.finish_reason == "stop"
+    session.llm._engine.scheduler.check()
+
+
 def test_stop_token_ids_and_length(session: TestInference) -> None:
     free = session.llm.complete(FimPrompt(PREFIX, SUFFIX, PATH), SamplingParams(max_new_tokens=12, ignore_eos=True))
     assert free.finish_reason == "length"

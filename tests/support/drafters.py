@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from megatron_infer.engine.request import Event, Request, Sampled
+from tests.support.tiny_models import Output
 
 _accept = Request.accept
 
@@ -21,11 +22,28 @@ class RandomDrafter:
     def __init__(self, continuation: Callable[[Request], list[int]], vocab_size: int, share_right: float) -> None:
         self._continuation, self._vocab_size, self._share_right = continuation, vocab_size, share_right
         self._random = random.Random(1)
+        self._requests: dict[int, Request] = {}
+
+    @property
+    def num_accepted(self) -> int:
+        """Of all drafts so far."""
+        return sum(request.num_draft_accepted for request in self._requests.values())
 
     def propose(self, request: Request) -> list[int]:
+        self._requests[request.request_id] = request
         length, draw = self._random.randrange(9), self._random
         known = self._continuation(request)[:length]
         if draw.random() < 0.2:  # it does not know how the answer ends
             known += [draw.randrange(self._vocab_size) for _ in range(length - len(known))]
         wrong = [(token_id + draw.randrange(1, self._vocab_size)) % self._vocab_size for token_id in known]
         return [a if draw.random() < self._share_right else b for a, b in zip(known, wrong, strict=True)]
+
+
+def drafter_of(answers: Iterable[tuple[list[int], Output]], vocab_size: int, share_right: float) -> RandomDrafter:
+    """For requests of which (prompt, output) is known."""
+    ids_of = {tuple(prompt): [token_id for token_id, _ in output] for prompt, output in answers}
+
+    def continuation(request: Request) -> list[int]:
+        return ids_of[tuple(request.ids[: request.num_prompt])][len(request.ids) - request.num_prompt :]
+
+    return RandomDrafter(continuation, vocab_size, share_right)
