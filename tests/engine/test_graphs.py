@@ -282,7 +282,7 @@ def test_two_ranks_draft_on_recorded_steps(config, tensors, prompts, sampling) -
     def work(group: TPGroup) -> int | None:
         runner = ahead_of(config, tensors, group, FakeRecorder())
         if group.rank:
-            serve_follower(runner)
+            serve(runner)
             return None
         drafter = drafter_of(zip(prompts, expected, strict=True), config.vocab_size, 0.8)
         engine = make_engine(runner, max_num_seqs=MAX_NUM_SEQS, drafter=drafter)
