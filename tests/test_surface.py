@@ -18,6 +18,10 @@ PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
     ("checks", "world"),
+    ("scanner",),
+    ("hole",),
+    ("ending_rules",),
+    ("ending",),
     ("quantization",),
     ("model_config", "sampling_params", "tokenizer"),
     ("config",),
@@ -55,6 +59,10 @@ LAYERS: list[tuple[str, ...]] = [
 
 NO_TORCH = (
     "checks",
+    "scanner",
+    "hole",
+    "ending_rules",
+    "ending",
     "quantization",
     "model_config",
     "sampling_params",
