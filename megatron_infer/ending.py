@@ -62,7 +62,7 @@ class Ending:
 
     def _take(self, character: str) -> None:
         seen, head = self._seen, self._hole.head
-        if character == " " and self._rules and not seen.text and head.strip() and head[-1].isspace():
+        if character == " " and self._rules and not seen.text and head.strip() and head[-1] in " \t":
             return  # the prefix has this space
         seen.text += character
         seen.scanner.feed(character)

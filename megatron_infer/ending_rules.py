@@ -63,16 +63,21 @@ class RestOfLine(Rule):
 
     def on_line(self, seen: Seen, line: Line) -> int | None:
         own = seen.text[line.start : line.end].rstrip()
-        if self.tail and line.number == 0 and own.endswith(self.tail):
-            return len(own) - len(self.tail)
-        return None
+        end = self._without_tails(own, len(own))
+        return end if line.number == 0 and end < len(own) else None
+
+    def _without_tails(self, own: str, end: int) -> int:
+        while self.tail and own[:end].rstrip().endswith(self.tail):
+            end = len(own[:end].rstrip()) - len(self.tail)
+        return end
 
     def held(self, seen: Seen) -> int:
         own = seen.line.rstrip()
         if not self.rest or not seen.is_first_line:
             return len(seen.text)
         starts = range(max(0, len(own) - len(self.rest)), len(own) + 1)
-        return next(i for i in starts if self.rest.startswith(own[i:]) or self.tail.startswith(own[i:]))
+        start = next(i for i in starts if self.rest.startswith(own[i:]) or self.tail.startswith(own[i:]))
+        return self._without_tails(own, start)
 
 
 class Closer(Rule):
@@ -185,8 +190,11 @@ class Leave(Rule):
         if self.decided == len(seen.lines) or own.isspace():
             return None
         word, syntax = first_word(own), seen.hole.syntax
-        if word and own.endswith(word) and any(w.startswith(word) for w in (*syntax.continues, *syntax.closes)):
-            return None  # the word may become one that goes on
+        telling = (*syntax.continues, *syntax.closes)
+        if seen.starts_in_parentheses or columns(own) >= self.limit:
+            telling += syntax.declares
+        if word and own.endswith(word) and any(w.startswith(word) for w in telling):
+            return None  # the word may become one that decides
         return self._decide(seen, own)
 
     def on_line(self, seen: Seen, line: Line) -> int | None:
@@ -208,7 +216,8 @@ class Leave(Rule):
         if self.entry is None:
             self._enter(hole, here)
             return None
-        if not seen.starts_in_code or seen.starts_in_bracket:
+        is_function = here < self.entry and syntax.declares_function(line)
+        if seen.starts_in_string or (seen.starts_in_parentheses and not is_function):
             return None
         end, self.end = self.end, None
         if end is not None and word not in syntax.continues:
@@ -218,7 +227,6 @@ class Leave(Rule):
         previous = seen.last_shown()
         if first_word(previous) in syntax.leaves and here == columns(previous):
             return seen.last_fit(seen.start)
-        is_function = here < self.entry and syntax.declares_function(line)
         if not is_function and (here >= self.limit or (word in syntax.continues and here == self.limit - 1)):
             return None
         if line.lstrip()[0] in PAIRS:

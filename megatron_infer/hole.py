@@ -104,19 +104,20 @@ class Line:
 class Seen:
     """The text so far, and what the rules have found out about it.
 
-    lines: those that are complete, `start` where the one in progress begins. fits: ends of lines after which the suffix
-    can follow. doubt: what comes after it counts only if the text arrives at the suffix, or ends by itself. run: the
-    text repeats lines of the suffix: index of the one that has to come next -> where the repeated ones start.
+    lines: those that are complete; `start`, `starts_in_...`: where and in what the one in progress begins. fits: ends
+    of lines after which the suffix can follow. doubt: what comes after it counts only if the text arrives at the
+    suffix, or ends by itself. run: the text repeats lines of the suffix: index of the one that has to come next ->
+    where the repeated ones start.
     """
 
     def __init__(self, hole: Hole) -> None:
         self.hole, self.scanner = hole, hole.scanner()
-        self.text, self.start = "", 0
+        self.text = ""
         self.lines: list[Line] = []
         self.fits: list[int] = []
         self.doubt: int | None = None
         self.run: dict[int, int] = {}
-        self.starts_in_code, self.starts_in_bracket = not hole.until, False
+        self._begin_line(0)
 
     @property
     def line(self) -> str:
@@ -144,9 +145,16 @@ class Seen:
             if not self.last_shown() and self.hole.syntax.opens_block(line.shown):
                 self.mark_doubt(line.after)  # the suffix is its body, so a body of the text's own may be none
         self.lines.append(line)
-        self.start = line.after
-        self.starts_in_code = not self.scanner.until
-        self.starts_in_bracket = bool(self.scanner.open) and self.scanner.open[-1][0] != "{"
+        self._begin_line(line.after)
+
+    def _begin_line(self, start: int) -> None:
+        self.start = start
+        self.starts_in_string, self.starts_in_parentheses = bool(self.scanner.until), self._is_in_parentheses()
+
+    def _is_in_parentheses(self) -> bool:
+        """Whether lines may stand anyhow: in parentheses, or in any bracket where braces make no blocks."""
+        still_open = self.hole.open[: max(0, len(self.hole.open) - len(self.scanner.closed))] + self.scanner.open
+        return bool(still_open) and (still_open[-1][0] != "{" or self.hole.syntax.is_indented)
 
     def mark_doubt(self, start: int) -> None:
         """What begins here is in doubt; an earlier doubt stays."""
@@ -168,9 +176,8 @@ class Seen:
             return not scanner.open and not opens
         if len(scanner.open) != hole.num_opens or len(scanner.closed) != hole.num_closes:
             return False
-        still_open = hole.open[: len(hole.open) - len(scanner.closed)]
-        if still_open and still_open[-1][0] != "{":
-            return True  # within parentheses lines stand anyhow
+        if self._is_in_parentheses() and not scanner.open:
+            return True
         here, below, follower = columns(line.shown), hole.columns_below, hole.below[0].lstrip()
         if opens:
             return below > here
@@ -178,7 +185,7 @@ class Seen:
             return below <= here
         if first_word(follower) in syntax.continues or first_word(line.shown) in syntax.leaves:
             return below < here
-        return below <= here and (not syntax.is_indented or bool(still_open) or below in self._levels(line))
+        return below <= here and (not syntax.is_indented or below in self._levels(line))
 
     def _levels(self, line: Line) -> set[int]:
         """The indentations of the blocks that are open at this line."""

@@ -148,6 +148,8 @@ class Scanner:
     def _enters_long(self) -> bool:
         for opening, closing in self._syntax.long:
             if self._tail.endswith(opening):
+                if not self.until:  # brackets that have turned out to begin a comment
+                    del self.open[len(self.open) - sum(character in "([{" for character in opening[:-1]) :]
                 self.until, self._tail = closing, ""
                 return True
         return False
