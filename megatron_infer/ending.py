@@ -27,11 +27,12 @@ class Ending:
         self._hole = hole = Hole(prefix, suffix, syntax_of(language))
         self.mode = hole.mode() if mode == "auto" else mode
         self.reason: str | None = None
+        rest_of_line = RestOfLine(hole)
         self._rules: list[Rule] = []
         if self.mode == "line":
-            self._rules = [RestOfLine(hole), Closer(), OneLine()]
+            self._rules = [rest_of_line, Closer(rest_of_line), OneLine()]
         elif self.mode == "block":
-            self._rules = [RestOfLine(hole), Closer(), LineBelow(hole), Leave(hole), Blank(), Repeat()]
+            self._rules = [rest_of_line, Closer(rest_of_line), LineBelow(hole), Leave(hole), Blank(), Repeat()]
         self._seen = Seen(hole)
         self._end: int | None = None
         self._num_emitted = 0
@@ -102,9 +103,11 @@ class Ending:
         return end if needs_space and kept else kept
 
 
-def find_end(prefix: str, suffix: str, text: str, language: str = "", mode: str = "auto") -> tuple[str, str | None]:
-    """What of a finished `text` belongs between prefix and suffix, and the name of the rule that ended it, or None."""
+def find_end(
+    prefix: str, suffix: str, text: str, language: str = "", mode: str = "auto", *, is_complete: bool = True
+) -> tuple[str, str | None]:
+    """What of a whole `text` belongs between prefix and suffix, and the name of the rule that ended it; as Ending."""
     ending = Ending(prefix, suffix, language, mode)
     first, _ = ending.feed(text)
-    rest, reason = ending.finish()
+    rest, reason = ending.finish(is_complete)
     return first + rest, reason

@@ -63,10 +63,11 @@ class RestOfLine(Rule):
 
     def on_line(self, seen: Seen, line: Line) -> int | None:
         own = seen.text[line.start : line.end].rstrip()
-        end = self._without_tails(own, len(own))
+        end = self.without_tails(own, len(own))
         return end if line.number == 0 and end < len(own) else None
 
-    def _without_tails(self, own: str, end: int) -> int:
+    def without_tails(self, own: str, end: int) -> int:
+        """Where a first line that ends here ends without what follows the cursor."""
         while self.tail and own[:end].rstrip().endswith(self.tail):
             end = len(own[:end].rstrip()) - len(self.tail)
         return end
@@ -76,8 +77,8 @@ class RestOfLine(Rule):
         if not self.rest or not seen.is_first_line:
             return len(seen.text)
         starts = range(max(0, len(own) - len(self.rest)), len(own) + 1)
-        start = next(i for i in starts if self.rest.startswith(own[i:]) or self.tail.startswith(own[i:]))
-        return self._without_tails(own, start)
+        begun = [i for i in starts if self.rest.startswith(own[i:]) or self.tail.startswith(own[i:])]
+        return min(self.without_tails(own, i) for i in begun)
 
 
 class Closer(Rule):
@@ -85,12 +86,25 @@ class Closer(Rule):
 
     name = "closer"
 
+    def __init__(self, rest_of_line: RestOfLine) -> None:
+        self._rest_of_line = rest_of_line
+
     def on_character(self, seen: Seen) -> int | None:
-        hole, own = seen.hole, seen.line
+        end = self._end(seen)
+        return self._rest_of_line.without_tails(seen.text, end) if end is not None and seen.is_first_line else end
+
+    def held(self, seen: Seen) -> int:
+        until = seen.hole.until if seen.hole.suffix_closes_string else ""
+        begun = (size for size in range(len(until)) if seen.text.endswith(until[:size]))
+        return len(seen.text) - max(begun, default=0)
+
+    def _end(self, seen: Seen) -> int | None:
+        hole = seen.hole
         if hole.suffix_closes_string and not seen.scanner.until:
             return len(seen.text) - len(hole.until)
         if len(seen.scanner.closed) <= hole.num_closes:
             return None
+        own = seen.line
         if seen.is_first_line and hole.is_inside_line:
             ends = range(len(hole.rest), 0, -1)
             overlap = next((end for end in ends if own.endswith(hole.rest[:end])), 1)
@@ -186,9 +200,9 @@ class Leave(Rule):
         self.limit = min(entry, limit)
 
     def on_character(self, seen: Seen) -> int | None:
-        own = seen.line
-        if self.decided == len(seen.lines) or own.isspace():
+        if self.decided == len(seen.lines) or seen.line.isspace():
             return None
+        own = seen.line
         word, syntax = first_word(own), seen.hole.syntax
         telling = (*syntax.continues, *syntax.closes)
         if seen.starts_in_parentheses or columns(own) >= self.limit:

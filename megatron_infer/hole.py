@@ -169,7 +169,7 @@ class Seen:
     def _fits(self, line: Line) -> bool:
         """Whether the suffix can follow this line: brackets closed, and its indentation one that stands open."""
         hole, scanner, syntax = self.hole, self.scanner, self.hole.syntax
-        if scanner.until or scanner.until != hole.until:
+        if scanner.until or hole.until:
             return scanner.until == hole.until
         opens = syntax.opens_block(line.shown)
         if hole.columns_below is None:
@@ -191,6 +191,8 @@ class Seen:
         """The indentations of the blocks that are open at this line."""
         levels = [columns(line.shown)]
         for shown in (*(earlier.shown for earlier in reversed(self.lines)), *reversed(self.hole.above)):
+            if levels[-1] == 0:
+                break
             if shown and columns(shown) < levels[-1]:
                 levels.append(columns(shown))
         return set(levels)

@@ -39,6 +39,11 @@ class Syntax:
     types: tuple[str, ...] = ()
     leaves: tuple[str, ...] = ()
 
+    @functools.cached_property
+    def special_characters(self) -> frozenset[str]:
+        """All that begin, end or escape something; none of them is a letter."""
+        return frozenset("\n\\([{)]}'").union(self.quotes, *self.comments, *(a + b for a, b in self.long))
+
     @property
     def is_indented(self) -> bool:
         """Whether indentation alone says where blocks end."""
@@ -110,6 +115,7 @@ class Scanner:
         self.open: list[tuple[str, int]] = []
         self.closed: list[tuple[str, int | None]] = []
         self._syntax = syntax
+        self._special = syntax.special_characters
         self._tail = " "  # a line's start counts as a space, which some comments need before them
         self._margin = ""
         self._is_margin = True
@@ -118,7 +124,10 @@ class Scanner:
     def feed(self, text: str) -> None:
         """Take in text."""
         for character in text:
-            self._take(character)
+            if character in self._special or (self._is_margin and character in " \t"):
+                self._take(character)
+            else:  # most of a text
+                self._tail, self._is_margin, self._is_escaped = character, False, False
 
     def _take(self, character: str) -> None:
         if character == "\n":
