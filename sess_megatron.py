@@ -35,7 +35,8 @@ class TestInference:
         device: "auto", "cpu" or "cuda".
         dtype: "auto", "bfloat16" or "float32".
         engine_options: any other field of megatron_infer.EngineConfig, `model_name` or `fim` of LLM, or a field of
-            megatron_infer.FimOptions (`order`, `header`, `frame_empty_suffix`, ...) for every prompt.
+            megatron_infer.FimOptions (`order`, `header`, `frame_empty_suffix`, ...) for every prompt. `ending`: "raw"
+            (upstream's: all that the model writes), "line", "block" or "auto", as SamplingParams has it.
     Raises:
         ValueError: something about the checkpoint or the options is wrong; the message says what to do.
     """
@@ -58,6 +59,7 @@ class TestInference:
                 engine_options.setdefault("model_name", given.model_name)
         layout = {f.name: engine_options.pop(f.name) for f in fields(FimOptions) if f.name in engine_options}
         self.options = FimOptions(**layout)
+        self.ending = engine_options.pop("ending", "raw")
         config = EngineConfig(tensor_parallel_size=tensor_parallel_size, device=device, dtype=dtype)
         self.llm = LLM(model_dir, config, **engine_options)
 
@@ -78,7 +80,10 @@ class TestInference:
             RuntimeError: the model gave no usable output, or a rank failed.
         """
         completion = self.llm.complete_from(
-            lambda: (FimPrompt(code_string, later_code, file_path), SamplingParams(max_new_tokens=max_new_tokens)),
+            lambda: (
+                FimPrompt(code_string, later_code, file_path),
+                SamplingParams(max_new_tokens=max_new_tokens, ending=self.ending),
+            ),
             self.options,
         )
         if completion.error is not None:

@@ -175,6 +175,7 @@ if __name__ == "__main__":
         package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
         package_data={
             "megatron_infer": ["*.json", "py.typed"],
+            "megatron_infer.ending": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html"],
             "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],

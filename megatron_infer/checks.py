@@ -7,6 +7,9 @@ import numbers
 from dataclasses import field
 from typing import Any
 
+ENDINGS = ("raw", "line", "block", "auto")
+"""Where an answer may end; see ending.ending."""
+
 
 def one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Refuse anything but one of `allowed` (ValueError)."""

@@ -98,7 +98,7 @@ def _timing_line(llm: LLM, completion: Completion) -> str:
         f"{t.num_prompt_tokens} prompt tokens ({completion.num_cached_tokens} cached), first token after "
         f"{1000 * t.first_token_seconds:.0f} ms; {t.num_new_tokens} new tokens in {t.total_seconds:.2f} s, "
         f"{t.decode_tokens_per_second:.0f} tokens/s; tp {llm.config.tensor_parallel_size}, {llm.config.device}, "
-        f"{llm.config.dtype}; ended by {completion.finish_reason}"
+        f"{llm.config.dtype}; ended by {completion.trimmed_by or completion.finish_reason}"
     )
 
 

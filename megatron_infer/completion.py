@@ -10,8 +10,9 @@ from collections.abc import Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_infer.ending.ending import Ending
 from megatron_infer.engine.request import Event, Request
-from megatron_infer.fim import FimPrompt
+from megatron_infer.fim import FimPrompt, language_of
 from megatron_infer.text_stream import TextStream
 from megatron_infer.tokenizer import Tokenizer
 
@@ -53,6 +54,8 @@ class Completion:
     prompt_index and sample_index: which prompt of a batch, which of its `n` samples.
     num_dropped_tokens: prompt tokens cut because prompt and completion exceed the context.
     prompt_token_ids: what the model was given.
+    trimmed_by: the rule that ended the text (ending.ending), where SamplingParams.ending is not raw; raw_text is then
+    what the model wrote, up to where it was stopped.
     """
 
     text: str
@@ -66,6 +69,8 @@ class Completion:
     sample_index: int = 0
     error: str | None = None
     prompt_token_ids: tuple[int, ...] = ()
+    trimmed_by: str | None = None
+    raw_text: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -112,9 +117,13 @@ class GrowingCompletion:
         prompt_index: int,
         num_dropped_tokens: int,
     ) -> None:
-        self.request, self.prompt = request, prompt
+        self.request = request
         self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
         self._text = TextStream(tokenizer, request.sampling.stop)
+        mode = request.sampling.ending
+        # Of a prompt of token ids nothing is known that a rule could look at.
+        self._ending = None if prompt is None or mode == "raw" else _ending_of(prompt, mode)
+        self._raw: list[str] = []
         self._pieces: list[str] = []
         self._unread = 0
         self._token_ids: list[int] = []
@@ -126,7 +135,7 @@ class GrowingCompletion:
         self.error: str | None = None
 
     def receive(self, event: Event) -> None:
-        """Take in one engine event; `finish_reason` is set when it was the last, or completed a stop string."""
+        """Take in one engine event; `finish_reason` is set once the request, a stop string or a rule ends it."""
         now = time.perf_counter() - self._submitted
         sampled = event.sampled
         if sampled is not None:
@@ -136,18 +145,30 @@ class GrowingCompletion:
                 self._logprobs.append(TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs or ()))
             if event.finish_reason != "stop":
                 self._add(self._text.feed(sampled.token_id))
-        if self._text.stopped is not None:
-            self._finish("stop", now)
-        elif event.finish_reason is not None:
+        if event.finish_reason is not None:
             self._add(self._text.finish())
             self.error = event.error
-            self._finish("stop" if self._text.stopped is not None else event.finish_reason, now)
+        if self._text.stopped is not None or self.trimmed_by is not None:
+            self._finish("stop", now)
+        elif event.finish_reason is not None:
+            self._finish(event.finish_reason, now)
+
+    @property
+    def trimmed_by(self) -> str | None:
+        """The rule that has ended the text, if one has."""
+        return None if self._ending is None else self._ending.reason
 
     def _add(self, piece: str) -> None:
+        if self._ending is not None:
+            self._raw.append(piece)
+            piece, _ = self._ending.feed(piece)
         if piece:
             self._pieces.append(piece)
 
     def _finish(self, reason: str, now: float) -> None:
+        if self._ending is not None:
+            rest, _ = self._ending.finish(is_complete=reason == "stop")
+            self._pieces.append(rest)
         self._finished_seconds = now
         self.finish_reason = reason
 
@@ -178,7 +199,13 @@ class GrowingCompletion:
             sample_index=self.request.choice,
             error=self.error,
             prompt_token_ids=tuple(self.request.ids[: self.request.num_prompt]),
+            trimmed_by=self.trimmed_by,
+            raw_text=None if self._ending is None else "".join(self._raw),
         )
+
+
+def _ending_of(prompt: FimPrompt, mode: str) -> Ending:
+    return Ending(prompt.prefix, prompt.suffix, language_of(prompt), mode)
 
 
 class CompletionStream(Iterator[str]):

@@ -6,6 +6,7 @@ Owns header lines, PSM and SPM order, and what is cut when a prompt exceeds its 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -34,6 +35,8 @@ class FimPrompt:
 
     path: of the file, as it should appear to the model; it selects the comment header of models that have one.
     extra_files: (path, text) pairs of the same repository, the most relevant last. repository: its name.
+    language: of the code, a key or name of languages.json, where the path does not tell. Never part of the prompt: it
+    is for the rules that end a completion.
     """
 
     prefix: str
@@ -41,9 +44,10 @@ class FimPrompt:
     path: str = ""
     extra_files: tuple[tuple[str, str], ...] = ()
     repository: str = ""
+    language: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("prefix", "suffix", "path", "repository"):
+        for name in ("prefix", "suffix", "path", "repository", "language"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
         object.__setattr__(self, "extra_files", tuple(tuple(pair) for pair in self.extra_files))
@@ -101,7 +105,15 @@ class Language:
     close: str
 
 
-def load_languages() -> dict[str, Language]:
+def language_of(prompt: FimPrompt) -> str:
+    """The name of the prompt's language, by its path where it does not say; "" where that does not tell either."""
+    match = _EXTENSION.search(prompt.path)
+    language = load_languages().get(match[0]) if match else None
+    return prompt.language or (language.name if language else "")
+
+
+@functools.cache
+def load_languages() -> Mapping[str, Language]:
     """File extension (with its dot, case-sensitive) -> language. Where an extension is missing there is no header."""
     table = json.loads(Path(__file__).with_name("languages.json").read_text(encoding="utf-8"))
     return {

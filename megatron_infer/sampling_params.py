@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 from dataclasses import dataclass, fields
 
-from megatron_infer.checks import finite, int_in, option, positive_int
+from megatron_infer.checks import ENDINGS, finite, int_in, one_of, option, positive_int
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,11 @@ class SamplingParams:
     stop: tuple[str, ...] = option((), "stop strings; the completion ends before the first that appears")
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the completion, beside the model's own")
     logprobs: int | None = option(None, "return log probabilities, with this many alternatives per token (0: none)")
+    ending: str = option(
+        "raw",
+        "where the answer ends: raw (where the model ends it), line, block (of code), or auto (line or block, by the "
+        "code around the hole)",
+    )
     ignore_eos: bool = option(False, "go on past the model's end tokens (benchmarks)")
 
     MAX_N = 256
@@ -38,6 +43,7 @@ class SamplingParams:
         stop: tuple[str, ...] | str = self.stop
         object.__setattr__(self, "stop", (stop,) if isinstance(stop, str) else tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        one_of("ending", self.ending, ENDINGS)
         positive_int("max_new_tokens", self.max_new_tokens)
         finite("temperature", self.temperature, low=0.0)
         finite("top_p", self.top_p, low=0.0, high=1.0)

@@ -18,6 +18,7 @@ PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
     ("checks", "world", "files"),
+    ("ending",),
     ("quantization",),
     ("model_config", "sampling_params", "tokenizer"),
     ("config", "text_stream"),
@@ -55,6 +56,10 @@ LAYERS: list[tuple[str, ...]] = [
 
 NO_TORCH = (
     "checks",
+    "ending.scanner",
+    "ending.hole",
+    "ending.rules",
+    "ending.ending",
     "quantization",
     "model_config",
     "sampling_params",

@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -152,7 +152,9 @@ def prompts_sha256(cases: Iterable[Case]) -> str:
     """One hash for everything that the model is to see, retrieved context included."""
     digest = hashlib.sha256()
     for case in cases:
-        digest.update(json.dumps([case.task_id, astuple(case.prompt)]).encode() + b"\n")
+        p = case.prompt
+        seen = (p.prefix, p.suffix, p.path, p.extra_files, p.repository)
+        digest.update(json.dumps([case.task_id, seen]).encode() + b"\n")
     return digest.hexdigest()
 
 

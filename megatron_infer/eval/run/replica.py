@@ -146,7 +146,8 @@ class Replica:
             for index, (case, sample_idx) in enumerate(work):
                 in_hand[index] = (case, sample_idx)
                 seed = seed_of(self._settings.seed, (case.task_id, sample_idx))
-                yield case.prompt, replace(self._settings.sampling, n=1, seed=seed)
+                prompt = replace(case.prompt, language=case.language)
+                yield prompt, replace(self._settings.sampling, n=1, seed=seed)
 
         for completion in self._llm.complete_batch(prompts(), options=self._settings.options, ordered=False):
             self._record(*in_hand.pop(completion.prompt_index), completion)

@@ -1,0 +1,1 @@
+"""When a fill-in-the-middle completion is over: rules about text, without tokens."""
