@@ -122,7 +122,9 @@ class GrowingCompletion:
         self._text = TextStream(tokenizer, request.sampling.stop)
         mode = request.sampling.ending
         # Of a prompt of token ids nothing is known that a rule could look at.
-        self._ending = None if prompt is None or mode == "raw" else _ending_of(prompt, mode)
+        self._ending = (
+            None if prompt is None or mode == "raw" else Ending(prompt.prefix, prompt.suffix, language_of(prompt), mode)
+        )
         self._raw: list[str] = []
         self._pieces: list[str] = []
         self._unread = 0
@@ -202,10 +204,6 @@ class GrowingCompletion:
             trimmed_by=self.trimmed_by,
             raw_text=None if self._ending is None else "".join(self._raw),
         )
-
-
-def _ending_of(prompt: FimPrompt, mode: str) -> Ending:
-    return Ending(prompt.prefix, prompt.suffix, language_of(prompt), mode)
 
 
 class CompletionStream(Iterator[str]):

@@ -10,11 +10,10 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-import torch
 
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.collective import Follower, Leader
@@ -34,7 +33,7 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Entry, Prompt, Session, require_one
+from megatron_infer.session import Entry, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from megatron_infer.world import World
@@ -131,19 +130,15 @@ class LLM:
     def _bring_up(self, checkpoint: Checkpoint, model_name: str, world: World, profile: Profile | None) -> ModelRunner:
         """Meet the other ranks, those that torchrun started or our own followers, and load this rank's share."""
         config, size = self.config, self.config.tensor_parallel_size or 1
-        self._followers: Followers | None = None
-
-        def join(device: torch.device) -> TPGroup:
-            if self._followers is not None:
-                return self._followers.join(device)
-            return TPGroup.in_world(world, device, size, name="llm", deterministic=config.deterministic)
-
         if not world.is_launched:
             world = World(0, size, 0, size)
         check_memory(config, checkpoint.config, world)
+        self._followers: Followers | None = None
         if not world.is_launched and size > 1:
             self._followers = Followers(self.model_dir, model_name, config)
             weakref.finalize(self, self._followers.close)
+        in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
+        join = in_world if self._followers is None else self._followers.join
         try:
             return bring_up(checkpoint, config, world, join, profile)
         except BaseException as error:
@@ -210,19 +205,16 @@ class LLM:
         self, make: Callable[[], tuple[Prompt, SamplingParams]], options: FimOptions | None = None
     ) -> Completion:
         """As `complete`, with prompt and parameters made on rank 0 alone: what `make` raises, every rank raises."""
-
-        def call(session: Session) -> Items:
-            prompt, sampling = make()
-            yield from session.complete(prompt, require_one(sampling), options)
-
-        (completion,) = self._completions(call)
+        (completion,) = self._completions(lambda session: session.complete(make, options, single=True))
         return completion
 
     def complete_n(
         self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None
     ) -> list[Completion]:
         """`sampling.n` completions of one prompt, whose prefix is computed once. Raises as `complete` does."""
-        return list(self._completions(lambda session: session.complete(prompt, sampling, options)))
+        return list(
+            self._completions(lambda session: session.complete(lambda: (prompt, sampling), options, single=False))
+        )
 
     def stream(
         self, prompt: Prompt, sampling: SamplingParams | None = None, options: FimOptions | None = None

@@ -211,9 +211,12 @@ class Session:
 
     # ---- calls ------------------------------------------------------------------------------------------------------
 
-    def complete(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None) -> Items:
-        """The `n` completions of a prompt, all at once."""
-        handle = self.submit(prompt, sampling, options)
+    def complete(
+        self, make: Callable[[], tuple[Prompt, SamplingParams]], options: FimOptions | None, *, single: bool
+    ) -> Items:
+        """The `n` completions of what `make` returns, all at once."""
+        prompt, sampling = make()
+        handle = self.submit(prompt, require_one(sampling) if single else sampling, options)
         try:
             while not handle.is_finished:
                 self.step()

@@ -48,14 +48,10 @@ class FollowerSpec:
 
 
 class Followers:
-    """The other ranks of a session as child processes; they die with this process, which is rank 0.
-
-    world: of rank 0 among them.
-    """
+    """The other ranks of a session as child processes; they die with this process, which is rank 0."""
 
     def __init__(self, model_dir: Path, model_name: str, config: EngineConfig) -> None:
-        size = config.tensor_parallel_size or 1
-        self.world = World(0, size, 0, size)
+        self._size = size = config.tensor_parallel_size or 1
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._deterministic = config.deterministic
         root = str(Path(__file__).resolve().parents[2])
@@ -71,7 +67,7 @@ class Followers:
     def join(self, device: torch.device) -> TPGroup:
         """Rank 0's group with them."""
         return TPGroup.connect(
-            self._store, 0, self.world.size, device, "local",
+            self._store, 0, self._size, device, "local",
             deterministic=self._deterministic, is_alive=self._is_alive,
         )  # fmt: skip
 
