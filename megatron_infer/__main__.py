@@ -7,18 +7,28 @@ import sys
 from megatron_infer import bench, cli
 from megatron_infer.eval import command
 
-_COMMANDS = {"complete": cli.main, "bench": bench.main, "eval": command.main}
-_USAGE = "usage: python -m megatron_infer {complete,bench,eval} [options]   (options: ... complete --help)"
+_COMMANDS = {
+    "complete": (cli.main, "complete code between a prefix and a suffix, as sess_megatron.py does"),
+    "bench": (bench.main, "measure latency and throughput; with --profile, show where the time of a step goes"),
+    "eval": (command.main, "evaluate on published benchmarks or on your own code: build, run, score, report"),
+}
+_USAGE = "\n".join(
+    [
+        f"usage: python -m megatron_infer {{{','.join(_COMMANDS)}}} [options]\n",
+        *(f"  {name:<10}{what}" for name, (_, what) in _COMMANDS.items()),
+        "\nCOMMAND --help lists the options of a command.",
+    ]
+)
 
 
 def main() -> int:
     """Entry point of `megatron-infer`; returns the exit status."""
     arguments = sys.argv[1:]
-    command = _COMMANDS.get(arguments[0]) if arguments else None
-    if command is None:
+    if not arguments or arguments[0] not in _COMMANDS:
         print(_USAGE, file=sys.stderr)
         return 0 if arguments in (["-h"], ["--help"]) else 2
-    return command(arguments[1:])
+    run, _ = _COMMANDS[arguments[0]]
+    return run(arguments[1:])
 
 
 if __name__ == "__main__":

@@ -8,8 +8,19 @@ from collections.abc import Sequence
 
 from megatron_infer.options import say
 
-_COMMANDS = ("run", "build", "score", "report")
-_USAGE = f"usage: python -m megatron_infer eval {{{','.join(_COMMANDS)}}} [options]   (options: eval run --help)"
+_COMMANDS = {
+    "run": "complete the cases of a benchmark, on any number of ranks; given again, it continues an interrupted run",
+    "build": "make a benchmark from source code",
+    "score": "judge the completions of a finished run",
+    "report": "write one HTML page about a scored run, or about two",
+}
+_USAGE = "\n".join(
+    [
+        f"usage: python -m megatron_infer eval {{{','.join(_COMMANDS)}}} [options]\n",
+        *(f"  {name:<10}{what}" for name, what in _COMMANDS.items()),
+        "\nCOMMAND --help lists the options of a command.",
+    ]
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
