@@ -190,11 +190,9 @@ def _report(figures: dict[str, Any], workload: Workload, profile: Profile, args:
         sync = ", both the wait for the GPU" if figures["engine"]["device"] == "cuda" else ""
         lines += ["", _NOTES.format(sync=sync)]
         figures = {**figures, "profile": {name: _to_json(totals) for name, totals in profile.phases.items()}}
+    show = say if args.json else print
     for line in lines:
-        if args.json:
-            say(line)
-        else:
-            print(line)
+        show(line)
     if args.json:
         print(json.dumps(figures, ensure_ascii=False))
     sys.stdout.flush()
@@ -270,11 +268,8 @@ def _rows(totals: PhaseTotals) -> Iterator[dict[str, Any]]:
 def _to_json(totals: PhaseTotals) -> dict[str, Any]:
     if not totals.num_steps:
         return {"steps": 0, "ms_per_step": 0.0, "ops": []}
-    return {
-        "steps": totals.num_steps,
-        "ms_per_step": 1e3 * totals.seconds / totals.num_steps,
-        "ops": list(_rows(totals)),
-    }
+    step_ms = 1e3 * totals.seconds / totals.num_steps
+    return {"steps": totals.num_steps, "ms_per_step": step_ms, "ops": list(_rows(totals))}
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -290,16 +285,14 @@ def _parser(world: World) -> Parser:
     )
     add_model_options(parser)
     what = parser.add_argument_group("workload")
-    default = Workload()
     for name, text in (
         ("batch", "sequences computed together"),
         ("prompt_tokens", "tokens of each prompt"),
         ("new_tokens", "tokens generated after each"),
         ("repetitions", "how often, each time with fresh prompts"),
     ):
-        add_option(
-            what, name, type=int, default=getattr(default, name), metavar="INT", help=f"{text} (default: %(default)s)"
-        )
+        value, shown = getattr(Workload, name), f"{text} (default: %(default)s)"
+        add_option(what, name, type=int, default=value, metavar="INT", help=shown)
     out = parser.add_argument_group("output")
     add_option(out, "profile", action="store_true", help="show the time of every op, of collectives and of the engine")
     add_option(out, "json", action="store_true", help="end with one JSON line on stdout; the report goes to stderr")

@@ -182,11 +182,7 @@ class FimFormat:
         self._ids |= {"bos": bos, "bos?": bos if tokenizer.adds_bos else []}
 
     def encode(
-        self,
-        prompt: FimPrompt,
-        *,
-        budget_tokens: int | None = None,
-        options: FimOptions | None = None,
+        self, prompt: FimPrompt, *, budget_tokens: int | None = None, options: FimOptions | None = None
     ) -> FimEncoding:
         """Token ids of `prompt`, at most `budget_tokens` of them.
 

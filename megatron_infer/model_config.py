@@ -23,13 +23,11 @@ DEFAULT_MODEL_NAME = "aix3-7b-base"
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
-_ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mistral": "MistralForCausalLM",
-}
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
 _ROPE_SCALINGS = ("linear", "yarn")
 _LLAMA_SHAPED = tuple(_ARCHITECTURES)
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Sizes that every config.json must state; the others have a default."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +104,7 @@ class ModelConfig:
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-        ):
+        for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
                 raise ValueError(f"model config: {name} must be a positive integer, got {value!r}")
@@ -168,8 +157,7 @@ class ModelConfig:
             raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only silu (SwiGLU) is")
         if raw.get("sliding_window") and raw.get("use_sliding_window", model_type == "mistral"):
             raise ValueError("config.json: sliding-window attention is not supported")
-        required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for name in required:
+        for name in _REQUIRED:
             positive_int(f"config.json: {name}", raw.get(name))
         rope: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
@@ -183,11 +171,7 @@ class ModelConfig:
         eos = raw.get("eos_token_id", 2)
         dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16")
         return cls(
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_hidden_layers=raw["num_hidden_layers"],
-            num_attention_heads=heads,
+            **{name: raw[name] for name in _REQUIRED},
             num_key_value_heads=raw.get("num_key_value_heads") or heads,
             head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
             max_position_embeddings=raw.get("max_position_embeddings", 2048),
@@ -227,13 +211,7 @@ class ModelConfig:
         out: dict[str, Any] = {
             "architectures": [_ARCHITECTURES[model_type]],
             "model_type": model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
+            **{name: getattr(self, name) for name in (*_REQUIRED, "num_key_value_heads", "head_dim")},
             "hidden_act": "silu",
             "max_position_embeddings": self.max_position_embeddings,
             "rms_norm_eps": self.rms_norm_eps,

@@ -54,8 +54,7 @@ class Tokenizer(ABC):
         self.adds_bos = adds_bos and self.bos_id is not None
         self.has_dummy_prefix = has_dummy_prefix
         self.control_ids = frozenset(control_ids)
-        self._texts = texts
-        self._ids = ids
+        self._texts, self._ids = texts, ids
 
     @abstractmethod
     def _encode(self, text: str, dummy_prefix: bool) -> list[int]:
@@ -73,22 +72,6 @@ class Tokenizer(ABC):
         ids = self._encode(text, dummy_prefix)
         assert self.control_ids.isdisjoint(ids), "text was encoded to a control token"
         return ids
-
-    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
-        """One prompt from control ids (int) and plain text (str), as parsing one string with markers would give it.
-
-        Every text after a control token gets its own dummy space; this is how Hugging Face tokenizes such a string.
-        Text itself is never parsed. Neighbouring texts are encoded as one.
-        """
-        ids: list[int] = []
-        text = ""
-        for part in parts:
-            if isinstance(part, str):
-                text += part
-            else:
-                ids += [*self.encode(text), part]
-                text = ""
-        return ids + self.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`, a leading space included. Control tokens have none; broken UTF-8 becomes U+FFFD."""

@@ -76,8 +76,7 @@ class BlockPool:
     ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a KV cache needs blocks: got {num_blocks} blocks of {block_size} tokens")
-        self.num_blocks = num_blocks
-        self.block_size = block_size
+        self.num_blocks, self.block_size = num_blocks, block_size
         self.enable_prefix_caching = enable_prefix_caching
         self._hash = block_hash or keyed_block_hash(secrets.token_bytes(32))
         self._num_refs = [0] * num_blocks
@@ -162,11 +161,10 @@ class BlockPool:
         for block in reversed(blocks):
             assert self._num_refs[block] > 0, f"block {block} released more often than held"
             self._num_refs[block] -= 1
-            if self._num_refs[block] == 0:
-                if self._entries[block] is None:
-                    self._blank.append(block)
-                else:
-                    self._cached_free[block] = None
+            if self._num_refs[block] == 0 and self._entries[block] is None:
+                self._blank.append(block)
+            elif self._num_refs[block] == 0:
+                self._cached_free[block] = None
 
     def forget(self, block: int) -> None:
         """Make `block` and all that hangs below it unmatchable, whoever holds them (their content is not trusted)."""
@@ -227,40 +225,6 @@ class BlockPool:
         assert block not in self._children, f"block {block} would be evicted before its children"
         self._unregister(block)
         return block
-
-    def check(self) -> None:
-        """Assert every invariant; O(number of blocks), for tests and post-mortems."""
-        held = {block for block, refs in enumerate(self._num_refs) if refs > 0}
-        groups = [*self._blank, *self._cached_free, *held]
-        assert sorted(groups) == list(range(self.num_blocks)), "blank, cached free and held must partition the blocks"
-        assert min(self._num_refs) >= 0
-        assert all(self._entries[block] is None for block in self._blank)
-        assert all(self._entries[block] is not None for block in self._cached_free)
-        age = {block: position for position, block in enumerate(self._cached_free)}
-        hanging: dict[int, list[tuple[tuple[int, ...], int]]] = {}
-        digests: dict[bytes, int] = {}
-        for block, entry in enumerate(self._entries):
-            if entry is None:
-                continue
-            hanging.setdefault(entry.parent, []).append((entry.ids, block))
-            parent = self._entries[entry.parent] if entry.parent != ROOT else None
-            if entry.parent != ROOT:
-                assert parent is not None, f"block {block} hangs in the air"
-                assert len(parent.ids) == self.block_size
-                if block in held:
-                    assert entry.parent in held, f"block {block} is held, its parent {entry.parent} is not"
-                elif entry.parent not in held:
-                    assert age[block] < age[entry.parent], f"block {block} would outlive its parent {entry.parent}"
-            if len(entry.ids) == self.block_size:
-                assert entry.digest == self._hash(parent.digest if parent else ROOT_DIGEST, entry.ids)
-                digests[entry.digest] = block
-        assert digests == self._by_digest
-        assert {parent: sorted(children) for parent, children in hanging.items()} == self._children
-        assert self.enable_prefix_caching or not hanging
-
-    def num_refs(self, block: int) -> int:
-        """References counted on `block`."""
-        return self._num_refs[block]
 
 
 def common_head(left: Sequence[int], right: Sequence[int]) -> int:

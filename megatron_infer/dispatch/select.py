@@ -61,9 +61,8 @@ def _triton(device: torch.device, deterministic: bool) -> Candidate:
         return Candidate("triton", refusal="torch finds no usable GPU")
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
-        return Candidate(
-            "triton", refusal=f"needs compute capability 8.0, this GPU has {capability[0]}.{capability[1]}"
-        )
+        has = f"this GPU has {capability[0]}.{capability[1]}"
+        return Candidate("triton", refusal=f"needs compute capability 8.0, {has}")
     if find_spec("triton") is None:
         return Candidate("triton", refusal="triton is not installed")
     # Here alone, so that a machine without a GPU never loads triton.
@@ -83,27 +82,17 @@ def _vendor(device: torch.device, deterministic: bool, forced: bool) -> Candidat
     return Candidate("vendor", "torch", VendorOps())
 
 
-def _reference() -> Candidate:
-    return Candidate("reference", "plain torch, slow", ReferenceOps())
-
-
 def _flash_attention(ops: Ops, device: torch.device, shape: CheckShape) -> Candidate:
     capability = torch.cuda.get_device_capability(device)
     if find_spec("flash_attn_interface") is None:
         if find_spec("flash_attn") is None:
             return Candidate("flash-attn", refusal="not installed")
-        return Candidate(
-            "flash-attn",
-            # Gathering the pages before each call would need their number on the host: no step could be a CUDA graph.
-            refusal="version 2 takes pages of multiples of 256 tokens, "
-            f"the cache has blocks of {shape.block_size}; FlashAttention 3 takes any",
-        )
+        # Gathering the pages before each call would need their number on the host: no step could be a CUDA graph.
+        takes = f"multiples of 256 tokens, the cache has blocks of {shape.block_size}; FlashAttention 3 takes any"
+        return Candidate("flash-attn", refusal=f"version 2 takes pages of {takes}")
     if not (8, 0) <= capability < (10, 0):
-        return Candidate(
-            "flash-attn",
-            refusal="version 3 has kernels for compute capability 8 and 9, "
-            f"this GPU has {capability[0]}.{capability[1]}",
-        )
+        has = f"this GPU has {capability[0]}.{capability[1]}"
+        return Candidate("flash-attn", refusal=f"version 3 has kernels for compute capability 8 and 9, {has}")
     if shape.dtype not in (torch.bfloat16, torch.float16) or shape.kv_dtype != shape.dtype:
         return Candidate("flash-attn", refusal=f"takes q and cache in bfloat16, not {shape.dtype}, {shape.kv_dtype}")
     try:
@@ -186,7 +175,7 @@ def select_ops(
         "native": lambda: _native(device, num_threads, isa),
         "triton": lambda: _triton(device, deterministic).proven(device, shape, deterministic),
         "vendor": lambda: _vendor(device, deterministic, force is not None),
-        "reference": _reference,
+        "reference": lambda: Candidate("reference", "plain torch, slow", ReferenceOps()),
     }
     if force not in (None, *make):
         raise ValueError(f"force is {force!r}; it must be one of {', '.join(make)}")

@@ -129,16 +129,8 @@ class _Check:
 
     def all(self) -> list[Callable[[], _Comparisons]]:
         """What to compare, the layers last: they are made of the rest."""
-        checks = [
-            self.linear,
-            self.rms_norm,
-            self.add_rms_norm,
-            self.rope_store_kv,
-            self.paged_attention,
-            self.silu_mul,
-            self.argmax,
-            self.gather_rows,
-        ]
+        checks = [self.linear, self.rms_norm, self.add_rms_norm, self.rope_store_kv, self.paged_attention]
+        checks += [self.silu_mul, self.argmax, self.gather_rows]
         made = type(self.candidate)
         if made.attention_layer is not Ops.attention_layer:
             checks.append(self.attention_layer)

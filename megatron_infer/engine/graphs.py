@@ -92,25 +92,19 @@ class Graphs:
         self._graphs: dict[Key, _Graph] = {}
         self.memory_bytes = 0
         began_bytes = recorder.used_bytes()
-        for num_seqs, q_len, num_samples in keys:
-            layout = Layout(
-                num_tokens=num_seqs * q_len,
-                num_seqs=num_seqs,
-                num_samples=num_seqs * num_samples,
-                num_draws=num_seqs * num_samples,
-                table_width=table_width,
-                max_query_len=q_len,
-            )
-            graph = self._record(layout, run, recorder)
+        for key in keys:
+            graph = self._record(key, table_width, run, recorder)
             used_bytes = most(recorder.used_bytes() - began_bytes)
             if used_bytes > memory_bytes:
                 break
-            self._graphs[num_seqs, q_len, num_samples] = graph
+            self._graphs[key] = graph
             self.memory_bytes = used_bytes
         self._sizes = sorted(num_seqs for num_seqs, q_len, _ in self._graphs if q_len == 1)
 
-    def _record(self, layout: Layout, run: Callable[[Batch], Outputs], recorder: Recorder) -> _Graph:
-        padding = self._padding(layout.num_seqs, layout.max_query_len, layout.num_samples // layout.num_seqs)
+    def _record(self, key: Key, table_width: int, run: Callable[[Batch], Outputs], recorder: Recorder) -> _Graph:
+        num_seqs, _, num_samples = key
+        padding = self._padding(*key)
+        layout = replace(Layout.of(padding, num_draws=num_seqs * num_samples), table_width=table_width)
         buffer = layout.upload(padding, self._block_size, self._uploads)
         batch = layout.batch(buffer)
         return _Graph(layout, buffer, batch, recorder.record(lambda: run(batch)))

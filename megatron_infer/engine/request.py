@@ -67,12 +67,10 @@ class Request:
     ) -> None:
         self.request_id = request_id
         self.seed, self.choice = seed, choice
-        self.sampling = sampling
-        self.max_len = max_len
+        self.sampling, self.max_len = sampling, max_len
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else stop_token_ids
         )
-        self.seed, self.choice = seed, choice
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
         self.finish_reason: FinishReason | None = None

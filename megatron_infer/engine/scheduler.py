@@ -47,9 +47,8 @@ class Scheduler:
         drafter: Drafter | None = None,
     ) -> None:
         self.pool, self._drafter = pool, drafter
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.max_num_seqs = max_num_seqs
         self.num_preemptions = 0
         self._requests: dict[int, Request] = {}
         self._running: list[Request] = []
@@ -58,14 +57,6 @@ class Scheduler:
         """Of the steps in flight: at most two, in order."""
         self._refused: tuple[Request | None, int] = (None, 0)
         """The request that last found too few blocks, and how many were to be had."""
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def has_work(self) -> bool:
@@ -280,33 +271,3 @@ class Scheduler:
             shared.add(chunk)
             budget -= chunk[1]
         return budget
-
-    def check(self) -> None:
-        """Assert every invariant of the queues and of the pool; for tests and post-mortems."""
-        pool = self.pool
-        pool.check()
-        in_flight = [row.request for plan in self._plans for row in plan.rows]
-        ended = [request for request in in_flight if request.finish_reason is not None]
-        order = list(self._requests.values())  # a dict keeps the order of arrival
-        assert [r for r in order if r not in ended] == [*self._running, *self._waiting]
-        refs = [0] * pool.num_blocks
-        for block in [b for request in order for b in request.block_table]:
-            refs[block] += 1
-        for source in [source for plan in self._plans for source, _, _ in plan.copies]:
-            refs[source] += 1
-        assert refs == [pool.num_refs(block) for block in range(pool.num_blocks)], "a block leaked or is held too often"
-        for request in self._waiting:
-            assert request.num_computed == 0
-            assert not request.block_table
-        assert len(self._running) <= min(self.max_num_seqs, self.max_num_batched_tokens)
-        if not self._plans:
-            in_time = self._running[:-1]
-            assert all(request.num_remaining == 1 or not request.takes_drafts for request in in_time)
-            assert sum(request.num_remaining for request in in_time) < self.max_num_batched_tokens
-            for request in self._running:
-                assert len(request.block_table) <= pool.blocks_for(len(request.ids)), "a rejected draft keeps its block"
-        for request in self._running:
-            assert 0 <= request.num_computed < len(request.ids)
-            assert len(request.block_table) * pool.block_size >= request.num_computed
-            writable = request.block_table[request.num_sealed :]
-            assert all(pool.num_refs(block) == 1 for block in writable), "a block that is still written is shared"

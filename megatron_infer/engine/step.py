@@ -45,16 +45,8 @@ class Step:
         header = [len(self.token_ids_T), len(self.query_lens_S), len(self.copies_C3), flags]
         size = len(header) + header[0] + 4 * header[1] + 3 * header[2] + sum(table_lens_S)
         flat = np.zeros(size + size % 2, dtype=np.int32)
-        parts: tuple[Sequence[int] | Ints, ...] = (
-            header,
-            table_lens_S,
-            self.query_lens_S,
-            self.context_lens_S,
-            self.num_samples_S,
-            self.token_ids_T,
-            self.copies_C3.reshape(-1),
-            *self.block_tables,
-        )
+        parts: list[Sequence[int] | Ints] = [header, table_lens_S, self.query_lens_S, self.context_lens_S]
+        parts += [self.num_samples_S, self.token_ids_T, self.copies_C3.reshape(-1), *self.block_tables]
         start = 0
         for part in parts:
             flat[start : start + len(part)] = part

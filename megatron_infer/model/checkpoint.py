@@ -6,8 +6,10 @@ Knows no layers, no ranks of the running engine and no kernels.
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -131,12 +133,14 @@ def open_checkpoint(model_dir: str | Path, model_name: str = DEFAULT_MODEL_NAME,
     directory = Path(model_dir)
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give a local checkpoint directory (nothing is downloaded)")
+    open_hf = partial(_open_hf, "hf-safetensors", SafetensorsFile)
+    open_hf_bin = partial(_open_hf, "hf-bin", partial(PickleFile, unwrap=False))
     candidates: list[tuple[str, list[Path], Callable[[Path, list[Path]], Checkpoint]]] = [
         ("sharded-safetensors", _shards_in(directory), _open_sharded),
-        ("hf-safetensors", _hf_entry(directory, "model", ".safetensors"), _open_hf_safetensors),
+        ("hf-safetensors", _hf_entry(directory, "model", ".safetensors"), open_hf),
         ("megatron-pt", _existing(directory / f"{model_name}.pt"), _open_pt),
-        ("megatron-pt-shards", sorted(directory.glob(f"{_glob_literal(model_name)}_states_*.pt")), _open_pt_shards),
-        ("hf-bin", _hf_entry(directory, "pytorch_model", ".bin"), _open_hf_bin),
+        ("megatron-pt-shards", sorted(directory.glob(f"{glob.escape(model_name)}_states_*.pt")), _open_pt_shards),
+        ("hf-bin", _hf_entry(directory, "pytorch_model", ".bin"), open_hf_bin),
     ]
     found = [(kind, paths, opener) for kind, paths, opener in candidates if paths]
     if not found:
@@ -188,15 +192,7 @@ def _check_listing(directory: Path, manifest: Manifest, pieces: _Pieces) -> None
     refuse(problems, f"{directory / MANIFEST_NAME} says otherwise; copy the checkpoint again")
 
 
-def _open_hf_safetensors(directory: Path, entry: list[Path]) -> Checkpoint:
-    return _open_hf("hf-safetensors", directory, entry, SafetensorsFile)
-
-
-def _open_hf_bin(directory: Path, entry: list[Path]) -> Checkpoint:
-    return _open_hf("hf-bin", directory, entry, lambda path: PickleFile(path, unwrap=False))
-
-
-def _open_hf(kind: str, directory: Path, entry: list[Path], open_file: Callable[[Path], TensorFile]) -> Checkpoint:
+def _open_hf(kind: str, open_file: Callable[[Path], TensorFile], directory: Path, entry: list[Path]) -> Checkpoint:
     paths, weight_map = _hf_files(entry)
     config = _plain_config(directory)
     files = [open_file(path) for path in paths]
@@ -270,10 +266,6 @@ def _existing(path: Path) -> list[Path]:
     return [path] if path.is_file() else []
 
 
-def _glob_literal(text: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in text)
-
-
 def _hf_entry(directory: Path, stem: str, suffix: str) -> list[Path]:
     """What announces a Hugging Face checkpoint: its single file, else its index, else shards that lack one."""
     found = _existing(directory / f"{stem}{suffix}") or _existing(directory / f"{stem}{suffix}.index.json")
@@ -284,10 +276,8 @@ def _hf_files(entry: list[Path]) -> tuple[list[Path], dict[str, str]]:
     """Files to read, and the index's map of tensor name to file name (empty for a single file)."""
     index = entry[0]
     if index.suffix != ".json":
-        refuse(
-            [f"{path} lies there without an index" for path in entry if "-of-" in path.name],
-            "Download the .index.json file too",
-        )
+        unlisted = [f"{path} lies there without an index" for path in entry if "-of-" in path.name]
+        refuse(unlisted, "Download the .index.json file too")
         return entry, {}
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

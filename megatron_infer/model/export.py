@@ -193,7 +193,6 @@ def save_hf(
     plans = [_hf_plan(read, name, shape, dtype) for name, shape in expected_tensors(config).items()]
     groups = _groups(plans, max_file_bytes)
     weight_map: dict[str, str] = {}
-    total_bytes = sum(plan.num_bytes for plan in plans)
     metadata = {"format": "pt"}
     num_bytes = sum(safetensors_bytes(group, metadata) for group in groups) + _small_bytes(extra_files)
     with appearing(out_dir, num_bytes, force=force) as directory, ThreadPoolExecutor(1) as reading:
@@ -205,8 +204,8 @@ def save_hf(
                     writer.write(plan, progress or _silent)
             weight_map |= dict.fromkeys((plan.name for plan in group), file_name)
         if len(groups) > 1:
-            index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-            _write_json(directory / "model.safetensors.index.json", index)
+            total = {"total_size": sum(plan.num_bytes for plan in plans)}
+            _write_json(directory / "model.safetensors.index.json", {"metadata": total, "weight_map": weight_map})
         _write_config(directory, config, _dtype_name(_find(plans, hf_name("tok_embeddings.weight")).dtype))
         _copy(extra_files, directory)
 
@@ -234,21 +233,14 @@ def _shard_plans(
 ) -> list[TensorPlan]:
     """What shard `rank` of `size` holds, under Megatron names."""
     return [
-        _shard_plan(read, config, name, stored, stored.shard_shape(rank, size), rank, size, dtype)
-        for name, stored in megatron_tensors(config).items()
+        _shard_plan(read, config, name, stored, rank, size, dtype) for name, stored in megatron_tensors(config).items()
     ]
 
 
 def _shard_plan(
-    read: Reader,
-    config: ModelConfig,
-    name: str,
-    stored: StoredTensor,
-    shape: tuple[int, ...],
-    rank: int,
-    size: int,
-    dtype: torch.dtype | None,
+    read: Reader, config: ModelConfig, name: str, stored: StoredTensor, rank: int, size: int, dtype: torch.dtype | None
 ) -> TensorPlan:
+    shape = stored.shard_shape(rank, size)
     rows, cols = (0, shape[0]), None
     if stored.axis == 0:
         rows = stored.shard_range(rank, size)

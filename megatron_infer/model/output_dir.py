@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -85,7 +86,7 @@ def _clean_up_after_killed_runs(target: Path) -> None:
         shutil.rmtree(old)
     elif old.is_dir():
         os.replace(old, target)  # killed between the two renames: what was there before is still whole
-    for leftover in target.parent.glob(f"{_glob_literal(f'.{target.name}.part-')}*"):
+    for leftover in target.parent.glob(f"{glob.escape(f'.{target.name}.part-')}*"):
         lock = os.open(leftover, os.O_RDONLY)
         try:
             if not _try_lock(lock):
@@ -139,7 +140,3 @@ def _check_space(target: Path, num_bytes: int) -> None:
             f"{num_bytes} bytes are needed for {target}, and its disk has {free} free; free some space or choose "
             "another output directory"
         )
-
-
-def _glob_literal(text: str) -> str:
-    return "".join(f"[{char}]" if char in "*?[" else char for char in text)

@@ -10,7 +10,7 @@ import hashlib
 import json
 import struct
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +104,7 @@ def _aligned(plans: Sequence[TensorPlan]) -> list[TensorPlan]:
 
 
 def safetensors_bytes(plans: Sequence[TensorPlan], metadata: Mapping[str, str]) -> int:
-    """Size of the file that `write_safetensors` makes."""
+    """Size of the file that a SafetensorsWriter makes."""
     return len(_header(plans, metadata)) + sum(plan.num_bytes for plan in plans)
 
 
@@ -218,14 +218,8 @@ def _pickled_tensor(plan: TensorPlan, number: int) -> bytes:
     numel = _int(torch.Size(plan.shape).numel())
     storage = (_text("storage"), _global("torch", _STORAGE_NAMES[plan.dtype]), _text(str(number)), _text("cpu"), numel)
     no_hooks = _global("collections", "OrderedDict") + b")R"
-    arguments = (
-        _tuple(storage) + b"Q",
-        _int(0),
-        _tuple(map(_int, plan.shape)),
-        _tuple(map(_int, strides)),
-        b"\x89",
-        no_hooks,
-    )
+    shape, stride = (_tuple(map(_int, sizes)) for sizes in (plan.shape, strides))
+    arguments = (_tuple(storage) + b"Q", _int(0), shape, stride, b"\x89", no_hooks)
     return _global("torch._utils", "_rebuild_tensor_v2") + _tuple(arguments) + b"R"
 
 
@@ -233,7 +227,7 @@ def _dict(items: Sequence[tuple[str, bytes]]) -> bytes:
     return b"}(" + b"".join(_text(name) + value for name, value in items) + b"u"
 
 
-def _tuple(items: Iterator[bytes] | Sequence[bytes] | map[bytes]) -> bytes:
+def _tuple(items: Iterable[bytes]) -> bytes:
     return b"(" + b"".join(items) + b"t"
 
 

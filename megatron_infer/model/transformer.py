@@ -48,26 +48,11 @@ class Attention:
         query, kv = config.query_heads_on(tp.rank, tp.size), config.kv_heads_on(tp.rank, tp.size)
         self.ops, self.heads = ops, Heads(len(query), len(kv), dim**-0.5)
         self.norm = Norm(f"{name}_norm", config, ops=ops, device=tp.device)
-        self.qkv = ColumnParallelLinear(
-            "attention.qkv",
-            config.hidden_size,
-            [
-                Slice(f"{name}.wq", rows=(query.start * dim, query.stop * dim)),
-                Slice(f"{name}.wk", rows=(kv.start * dim, kv.stop * dim)),
-                Slice(f"{name}.wv", rows=(kv.start * dim, kv.stop * dim)),
-            ],
-            bias=config.attention_bias,
-            fmt=fmt,
-        )
-        self.out = RowParallelLinear(
-            "attention.out",
-            f"{name}.wo",
-            config.num_attention_heads * dim,
-            config.hidden_size,
-            bias=config.attention_output_bias,
-            tp=tp,
-            fmt=fmt,
-        )
+        query_rows, kv_rows = ((heads.start * dim, heads.stop * dim) for heads in (query, kv))
+        parts = [Slice(f"{name}.wq", query_rows), Slice(f"{name}.wk", kv_rows), Slice(f"{name}.wv", kv_rows)]
+        hidden, all_heads, bias = config.hidden_size, config.num_attention_heads * dim, config.attention_output_bias
+        self.qkv = ColumnParallelLinear("attention.qkv", hidden, parts, bias=config.attention_bias, fmt=fmt)
+        self.out = RowParallelLinear("attention.out", f"{name}.wo", all_heads, hidden, bias=bias, tp=tp, fmt=fmt)
 
     def add_to(self, stream: Stream, rope: Rope, batch: BatchView, kv: LayerKV) -> None:
         """Add the attention over x, the stream, to it; writes this step's keys and values into `kv`."""
@@ -85,22 +70,10 @@ class FeedForward:
         name = f"layers.{layer}.feed_forward"
         self.ops = ops
         self.norm = Norm(f"layers.{layer}.ffn_norm", config, ops=ops, device=tp.device)
-        self.down = RowParallelLinear(
-            "feed_forward.down",
-            f"{name}.w2",
-            config.intermediate_size,
-            config.hidden_size,
-            bias=config.mlp_bias,
-            tp=tp,
-            fmt=fmt,
-        )
-        self.gate_up = ColumnParallelLinear(
-            "feed_forward.gate_up",
-            config.hidden_size,
-            [Slice(f"{name}.w1", rows=self.down.part.cols), Slice(f"{name}.w3", rows=self.down.part.cols)],
-            bias=config.mlp_bias,
-            fmt=fmt,
-        )
+        hidden, ffn, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        self.down = RowParallelLinear("feed_forward.down", f"{name}.w2", ffn, hidden, bias=bias, tp=tp, fmt=fmt)
+        parts = [Slice(f"{name}.w1", self.down.part.cols), Slice(f"{name}.w3", self.down.part.cols)]
+        self.gate_up = ColumnParallelLinear("feed_forward.gate_up", hidden, parts, bias=bias, fmt=fmt)
 
     def add_to(self, stream: Stream) -> None:
         """Add the feed-forward network over x, the stream, to it."""

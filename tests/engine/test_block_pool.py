@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from megatron_infer.cache.block_pool import ROOT, BlockHash, BlockPool, Match, common_head, keyed_block_hash
+from tests.support.invariants import check_pool
 
 SIZE = 4
 
@@ -27,16 +28,16 @@ def store(pool: BlockPool, ids: list[int]) -> list[int]:
             break
         table[index] = parent = block
     pool.release(table)
-    pool.check()
+    check_pool(pool)
     return table
 
 
 def matched(pool: BlockPool, ids: list[int]) -> int:
     """How many tokens of `ids` the pool claims to hold."""
     match = pool.match(ids)
-    pool.check()
+    check_pool(pool)
     pool.release(match.held)
-    pool.check()
+    check_pool(pool)
     return len(match.blocks) * SIZE + match.tail_len
 
 
@@ -108,12 +109,12 @@ def test_two_blocks_with_the_same_content_become_one() -> None:
     first, second = pool.take(2) or ()
     assert pool.seal(first, ROOT, [1, 2, 3, 4]) == first
     assert pool.seal(second, ROOT, [1, 2, 3, 4]) == first
-    pool.check()
-    assert pool.num_refs(first) == 2
+    check_pool(pool)
+    assert pool._num_refs[first] == 2
     assert pool.num_free == 3
     pool.release([first])
     pool.release([first])
-    pool.check()
+    check_pool(pool)
 
 
 def test_a_hash_collision_is_a_miss() -> None:
@@ -166,14 +167,14 @@ def test_forget_drops_a_block_and_all_below_it() -> None:
     store(pool, [40, 41, 42, 43])
     match = pool.match([*range(8), 99])
     pool.forget(table[0])
-    pool.check()
+    check_pool(pool)
     assert matched(pool, [*range(8), 99]) == 0
     assert matched(pool, [40, 41, 42, 43, 99]) == SIZE
     fresh = pool.take(1)
     assert fresh is not None
     assert pool.seal(fresh[0], match.blocks[-1], [1, 2, 3, 4]) is None, "nothing can hang below a forgotten block"
     pool.release([*match.blocks, *fresh])
-    pool.check()
+    check_pool(pool)
     assert pool.num_free == 8
 
 
@@ -209,7 +210,7 @@ def test_check_sees_a_leak() -> None:
     pool.take(1)
     pool._num_refs[0] = 0
     with pytest.raises(AssertionError, match="partition"):
-        pool.check()
+        check_pool(pool)
 
 
 def two_bit_hash(parent: bytes, ids: tuple[int, ...]) -> bytes:
@@ -272,10 +273,10 @@ class PoolMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        self.pool.check()
+        check_pool(self.pool)
         held = [block for table in self.tables for block in table]
         assert self.pool.num_free == self.pool.num_blocks - len(set(held))
-        assert all(self.pool.num_refs(block) == held.count(block) for block in held)
+        assert all(self.pool._num_refs[block] == held.count(block) for block in held)
 
 
 class CollidingPoolMachine(PoolMachine):

@@ -19,6 +19,7 @@ from tests.support.fake_model import (
     output_of,
     prompt_of,
 )
+from tests.support.invariants import check_scheduler
 
 
 class Right:
@@ -100,9 +101,9 @@ def test_aborted_with_a_draft_in_flight() -> None:
     request_id = bench.add(lasting_prompt(7, 12), 12)
     plan = bench.schedule()
     bench.scheduler.abort(request_id)
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.commit(plan, bench.execute(plan)) == []
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.pool.num_free == bench.pool.num_blocks
     assert bench.ask([*bench.requests[request_id].ids, 5]).num_cached_tokens == 7
 
@@ -138,7 +139,7 @@ def test_an_error_is_believed_once_it_comes_without_a_draft(failing: int, is_to_
     plan = bench.schedule()
     samples, others = bench.execute(plan)
     events = bench.commit(plan, [[*samples[:failing], *[Sampled(0, error="not finite")] * (9 - failing)], others])
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert [event.error for event in events] == [None] * len(events)
     assert len(output_of(request)) == failing
     plan = bench.schedule()
@@ -207,7 +208,7 @@ def test_a_rejected_draft_gives_its_blocks_back() -> None:
     assert bench.pool.num_free == 64 - 3, "3 + 8 tokens"
     bench.commit(plan, bench.execute(plan))
     assert bench.pool.num_free == 64 - 1, "4 tokens"
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     bench.run()
     bench.verify(request_id)
 

@@ -24,6 +24,7 @@ from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 from tests.support.drafters import drafter_of
+from tests.support.invariants import check_scheduler
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -193,7 +194,7 @@ def test_an_abort_while_two_steps_are_in_flight(config, tensors, prompts) -> Non
         assert got == (output[: len(got)] if i == 2 else output)
     assert len(outputs[2]) < 24
     engine.step()
-    engine.scheduler.check()
+    check_scheduler(engine.scheduler)
     assert engine.scheduler.pool.num_free == engine.scheduler.pool.num_blocks
 
 

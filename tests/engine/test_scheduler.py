@@ -8,6 +8,7 @@ import pytest
 
 from megatron_infer.engine.request import Sampled
 from tests.support.fake_model import EOS, VOCAB, Bench, completion, ids_in, lasting_prompt, output_of, prompt_of
+from tests.support.invariants import check_scheduler
 
 # ---- the life of a request ----------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def test_an_error_fails_its_request_alone_and_leaves_nothing_in_the_cache() -> N
     assert ids_in(plan) == [bad, good]
     _, fine = bench.execute(plan)
     event = bench.commit(plan, [[Sampled(0, error="not finite")], fine])[0]
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert (event.request.request_id, event.sampled) == (bad, None)
     assert (event.finish_reason, event.error) == ("error", "not finite")
     bench.run()
@@ -87,7 +88,7 @@ def test_an_error_takes_the_earlier_chunks_out_of_the_cache_too() -> None:
     assert plan.step.num_samples_S.tolist() == [1]
     bench.execute(plan)
     bench.commit(plan, [[Sampled(0, error="not finite")]])
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.ask(prompt_of(13)).num_cached_tokens == 0
 
 
@@ -157,7 +158,7 @@ def test_an_aborted_request_leaves_what_it_computed() -> None:
     event = bench.scheduler.abort(request_id)
     assert event is not None
     assert event.finish_reason == "abort"
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.ask(prompt).num_cached_tokens == 6
 
 
@@ -248,7 +249,7 @@ def test_a_budget_below_the_number_of_sequences_still_serves_every_running_one()
     while bench.scheduler.has_work:
         plan = bench.step()
         assert plan is not None
-        assert bench.scheduler.num_running <= len(plan.rows)
+        assert len(bench.scheduler._running) <= len(plan.rows)
     for request_id in ids:
         bench.verify(request_id)
 
@@ -315,7 +316,7 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     assert bench.scheduler.abort(waiting) is not None
     assert bench.scheduler.abort(waiting) is None
     assert bench.scheduler.abort(12345) is None
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     plan = bench.schedule()
     assert flying in ids_in(plan)
     free = bench.pool.num_free
@@ -323,11 +324,11 @@ def test_abort_while_waiting_running_and_in_flight() -> None:
     assert event is not None
     assert (event.finish_reason, event.sampled) == ("abort", None)
     assert bench.pool.num_free == free, "a step in flight still writes the blocks"
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.scheduler.abort(flying) is None
     events = bench.commit(plan, bench.execute(plan))
     assert [event.request.request_id for event in events] == [running]
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.pool.num_free > free
     bench.run()
     bench.verify(running)
@@ -341,9 +342,9 @@ def test_abort_in_flight_of_a_request_that_copies_its_tail() -> None:
     plan = bench.schedule()
     assert len(plan.step.copies_C3) == 1
     bench.scheduler.abort(request_id)
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     bench.commit(plan, bench.execute(plan))
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     assert bench.pool.num_free == bench.pool.num_blocks
     assert bench.ask([*prompt, 1, 2, 3]).num_cached_tokens == 12
 
@@ -369,7 +370,7 @@ def test_a_step_ahead_computes_the_samples_of_the_step_in_flight() -> None:
     assert ids_in(ahead) == [first, second]
     assert ahead.step.token_ids_T.tolist() == [-1, -2]
     assert ahead.step.context_lens_S.tolist() == [4, 6]
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)
     ahead_sampled = bench.execute(ahead)
     bench.commit(plan, sampled)
     third = bench.scheduler.schedule_ahead()
@@ -411,4 +412,4 @@ def test_a_request_that_ended_keeps_its_blocks_until_its_step_ahead_is_over() ->
     assert bench.commit(ahead, late) == []
     assert bench.pool.num_free == bench.pool.num_blocks
     assert output_of(bench.requests[request_id]) == [EOS]
-    bench.scheduler.check()
+    check_scheduler(bench.scheduler)

@@ -15,6 +15,7 @@ from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Sampled
 from tests.support.drafters import RandomDrafter
 from tests.support.fake_model import VOCAB, Bench, continuation, extend, ids_in
+from tests.support.invariants import check_scheduler
 
 
 def two_bit_hash(parent: bytes, ids: tuple[int, ...]) -> bytes:
@@ -81,7 +82,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         ids = ids_in(plan)
         assert 1 <= int(plan.step.query_lens_S.sum()) <= scheduler.max_num_batched_tokens
         assert len(ids) <= scheduler.max_num_seqs
-        assert len(set(ids)) == len(ids) == scheduler.num_running
+        assert len(set(ids)) == len(ids) == len(scheduler._running)
         assert all(row.token_ids for row in plan.rows), "every running request progresses in every step"
         assert self.unfinished[0] in ids, "the oldest request progresses in every step"
         for request, _, end, draft in plan.rows:
@@ -139,7 +140,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def sound(self) -> None:
-        self.bench.scheduler.check()
+        check_scheduler(self.bench.scheduler)
         pool, memory = self.bench.pool, self.bench.model.memory
         ids_of: dict[int, list[int]] = {ROOT: []}
 

@@ -120,7 +120,7 @@ def test_v2_is_tokenized_as_one_string(tokenizer: Tokenizer, raw) -> None:
     ids = v2.encode(FimPrompt("# the", "\n", PATH)).ids
     assert ids[:5] == [1, 260, 262, space, 13]
     assert ids == [BOS, PRE, POST, *raw.encode("\n"), MIDDLE, *raw.encode(HEADER + "# the")]
-    assert ids == tokenizer.encode_parts([BOS, PRE, POST, "\n", MIDDLE, HEADER + "# the"])
+    assert ids == [BOS, PRE, POST, *tokenizer.encode("\n"), MIDDLE, *tokenizer.encode(HEADER + "# the")]
 
 
 def test_stop_tokens(aixcoder: FimFormat, tokenizer: Tokenizer) -> None:

@@ -281,14 +281,6 @@ def test_guard_that_is_unknown_does_not_swallow_unknown_text(tmp_path: Path, sp_
     assert tokenizer.decode([0, tokenizer.id_of("x")]) == "\ufffdx"
 
 
-def test_one_string_mode_puts_a_dummy_space_after_every_control_token(sp: Tokenizer) -> None:
-    space = sp.id_of("▁")
-    assert sp.encode_parts([1, 260, 262, "\n"]) == [1, 260, 262, space, 13]
-    assert sp.encode_parts([261, "#", " x", 262, "", 2]) == [261, *sp.encode("# x"), 262, 2]
-    assert sp.encode_parts(["</s>", 2]) == [*sp.encode("</s>"), 2]
-    assert sp.id_of("▁#") in sp.encode_parts([261, "# the"])
-
-
 def test_decode_of_ids_beyond_the_vocabulary_is_empty(sp: Tokenizer) -> None:
     assert sp.decode([sp.vocab_size, sp.vocab_size + 100]) == ""
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams
+from tests.support.invariants import check_scheduler
 
 PROMPT = FimPrompt("def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py")
 LONG = FimPrompt("x = [1, 2, 3]\n" * 40, "\n", "a.py")
@@ -29,7 +30,7 @@ def expected(llm: LLM) -> str:
 
 def free_blocks(llm: LLM) -> int:
     scheduler = llm.session._engine.scheduler
-    scheduler.check()
+    check_scheduler(scheduler)
     return scheduler.pool.num_free
 
 

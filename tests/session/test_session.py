@@ -22,6 +22,7 @@ import torch
 from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.llm import EngineDeadError
 from sess_megatron import TestInference
+from tests.support.invariants import check_scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20}
@@ -146,7 +147,7 @@ def test_a_stop_string_within_a_draft_ends_the_completion_there(session: TestInf
     drafted = session.llm.complete(prompt, sampling)
     assert (drafted.text, drafted.token_ids) == (undrafted.text, undrafted.token_ids)
     assert len(drafted.token_ids) < len(free.token_ids) and drafted.finish_reason == "stop"
-    session.llm.session._engine.scheduler.check()
+    check_scheduler(session.llm.session._engine.scheduler)
 
 
 def test_stop_token_ids_and_length(session: TestInference) -> None:

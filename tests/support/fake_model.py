@@ -17,6 +17,7 @@ from megatron_infer.engine.request import Event, Request, Sampled
 from megatron_infer.engine.scheduler import Drafter, Scheduler
 from megatron_infer.engine.step import Step
 from megatron_infer.sampling_params import SamplingParams
+from tests.support.invariants import check_scheduler
 
 EOS = 7
 VOCAB = 8
@@ -166,10 +167,10 @@ class Bench:
 
     def step(self) -> Plan | None:
         plan = self.scheduler.schedule()
-        self.scheduler.check()
+        check_scheduler(self.scheduler)
         if plan is not None:
             self.commit(plan, self.execute(plan))
-            self.scheduler.check()
+            check_scheduler(self.scheduler)
         return plan
 
     def run(self) -> list[Plan]:
