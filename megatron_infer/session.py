@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import cast
 
 from megatron_infer.completion import Completion, GrowingCompletion, Items, Timings
 from megatron_infer.engine.engine import Engine
@@ -275,7 +276,8 @@ class Session:
         self, index: int, entry: Entry, default: SamplingParams, options: FimOptions | None
     ) -> Iterator[tuple[Handle | None, GrowingCompletion | Completion]]:
         """Every sample of a prompt, with the handle that keeps it alive."""
-        prompt, sampling = _with_sampling(entry, default)
+        is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], SamplingParams)
+        prompt, sampling = cast("tuple[Prompt, SamplingParams]", entry if is_pair else (entry, default))
         try:
             handle = self.submit(prompt, sampling, options, prompt_index=index)
         except ValueError as error:
@@ -324,12 +326,6 @@ def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     if not ids or not all(0 <= i < vocab_size for i in ids):
         raise ValueError(f"a prompt of token ids must be non-empty integers from 0 to {vocab_size - 1}")
     return ids
-
-
-def _with_sampling(entry: Entry, default: SamplingParams) -> tuple[Prompt, SamplingParams]:
-    if isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], SamplingParams):
-        return entry[0], entry[1]
-    return entry, default
 
 
 def _take_finished(

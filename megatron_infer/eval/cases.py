@@ -1,6 +1,6 @@
 """What is evaluated: a Case is one hole to fill, a Task says how a benchmark's rows become cases and answers.
 
-Owns the reading of JSONL files and their refusal by line number. Knows no benchmark (tasks.py), no engine, no metric.
+Owns the reading of JSONL files and their refusal by line number. Knows no benchmark (tasks/), no engine, no metric.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Tensor parallelism: the group of ranks, and the layers that are split over it."""
+"""Tensor parallelism: how ranks meet, the group they form, and the ways they talk."""
