@@ -142,11 +142,11 @@ def test_a_stop_string_within_a_draft_ends_the_completion_there(session: TestInf
         def propose(self, request):
             return list(free.token_ids[len(request.ids) - request.num_prompt :])
 
-    monkeypatch.setattr(session.llm._engine.scheduler, "_drafter", Right())
+    monkeypatch.setattr(session.llm.session._engine.scheduler, "_drafter", Right())
     drafted = session.llm.complete(prompt, sampling)
     assert (drafted.text, drafted.token_ids) == (undrafted.text, undrafted.token_ids)
     assert len(drafted.token_ids) < len(free.token_ids) and drafted.finish_reason == "stop"
-    session.llm._engine.scheduler.check()
+    session.llm.session._engine.scheduler.check()
 
 
 def test_stop_token_ids_and_length(session: TestInference) -> None:
