@@ -14,6 +14,7 @@ from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.scheduler import Drafter
+from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.model_config import ModelConfig
@@ -153,6 +154,19 @@ def test_a_draft_that_is_not_finite_spoils_nothing(config, prompts, ops, value) 
     expected = answers()
     assert not any(token_id == 7 for output in expected for token_id, _ in output)
     assert answers(Spoiling()) == expected
+
+
+def test_a_drafter_that_raises_ends_the_engine(config, tensors, prompts) -> None:
+    """A step that is half planned has lost track of blocks; its requests would get wrong answers."""
+
+    class Broken:
+        def propose(self, request: Request) -> list[int]:
+            raise LookupError("no such draft")
+
+    engine = engine_of(config, tensors, drafter=Broken())
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="LookupError: no such draft"):
+            generate(engine, prompts, GREEDY)
 
 
 def test_negative_control_a_generous_rule_breaks_the_promise(config, tensors, prompts, alone, monkeypatch) -> None:

@@ -56,34 +56,31 @@ class Engine:
         An asynchronous runner then has the next step in flight already, wherever that could be planned.
 
         Raises:
-            EngineDeadError: a rank died or raised, with rank and cause.
+            EngineDeadError: a rank died or raised, or the drafter did, with rank and cause.
         """
         self.ensure_alive()
-        current = self._in_flight or self._start(self.scheduler.schedule())
-        if current is None:
-            return []
-        self._in_flight = self._start(self.scheduler.schedule_ahead()) if self.runner.is_asynchronous else None
-        plan, pending = current
         try:
+            current = self._in_flight or self._start(self.scheduler.schedule())
+            if current is None:
+                return []
+            self._in_flight = self._start(self.scheduler.schedule_ahead()) if self.runner.is_asynchronous else None
+            plan, pending = current
             sampled = pending.wait()
             # A GPU that no longer waits for a rank that died goes on with whatever it has.
             self.group.check()
+            return self.scheduler.commit(plan, sampled)
         except BaseException as error:
+            # KeyboardInterrupt included: a step that is torn apart leaves the ranks, or the queues, out of step.
             self._fail(error)
-        return self.scheduler.commit(plan, sampled)
 
     def _start(self, plan: Plan | None) -> tuple[Plan, Pending] | None:
         if plan is None:
             return None
         is_timed = self._profile is not None and self._profile.is_active
         step = replace(plan.step, op_by_op=True) if is_timed else plan.step
-        try:
-            if self.group.size > 1:
-                worker.send_step(self.group, step)
-            return plan, self.runner.start(step, plan.draws)
-        except BaseException as error:
-            # KeyboardInterrupt included: a step that is torn apart leaves the ranks out of step.
-            self._fail(error)
+        if self.group.size > 1:
+            worker.send_step(self.group, step)
+        return plan, self.runner.start(step, plan.draws)
 
     def _fail(self, error: BaseException) -> NoReturn:
         if isinstance(error, RankFailure):
