@@ -46,11 +46,8 @@ class TPGroup:
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: Backend | None, why: str) -> None:
         """For the constructors below."""
-        self.rank = rank
-        self.size = size
-        self.device = device
-        self.backend = backend.name if backend else "single"
-        self.why = why
+        self.rank, self.size, self.device = rank, size, device
+        self.backend, self.why = backend.name if backend else "single", why
         self._backend = backend
         # Kept alive: where no launcher does, rank 0 hosts it, also for the next group and for the user's own use.
         self._store: Store | None = None
@@ -285,11 +282,7 @@ def _nccl_refusal(meeting: Rendezvous, device: torch.device) -> str:
 
 
 def _connect_cuda(
-    meeting: Rendezvous,
-    device: torch.device,
-    channel: SharedMemoryBackend | GlooBackend,
-    why: str,
-    deterministic: bool,
+    meeting: Rendezvous, device: torch.device, channel: SharedMemoryBackend | GlooBackend, why: str, deterministic: bool
 ) -> tuple[NcclBackend, str]:
     found = SymmetricMemory.connect(meeting, device)
     if isinstance(found, SymmetricMemory):
