@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_infer.engine.batch import Batch, Layout, Uploads
+from megatron_infer.engine.batch import Batch, Draws, Layout, Uploads
 from megatron_infer.engine.step import Step
 
 MAX_QUERY_LEN = 16
@@ -135,7 +135,7 @@ class Graphs:
         key = (size, q_len, num_samples)
         return key if key in self._graphs else None
 
-    def replay(self, key: Key, step: Step, draws: Sequence[Sequence[float]]) -> tuple[Batch, Outputs]:
+    def replay(self, key: Key, step: Step, draws: Draws) -> tuple[Batch, Outputs]:
         """Run `step` in the recorded shape `key`: the padded batch, and its own rows' outputs until the next replay."""
         graph, num_seqs = self._graphs[key], len(step.query_lens_S)
         if num_seqs < key[0]:
