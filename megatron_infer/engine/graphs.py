@@ -76,18 +76,9 @@ class Graphs:
     """
 
     def __init__(
-        self,
-        run: Callable[[Batch], Outputs],
-        recorder: Recorder,
-        uploads: Uploads,
-        *,
-        keys: Sequence[Key],
-        block_size: int,
-        table_width: int,
-        padding_block: int,
-        memory_bytes: int,
-        most: Callable[[int], int],
-    ) -> None:
+        self, run: Callable[[Batch], Outputs], recorder: Recorder, uploads: Uploads, *, keys: Sequence[Key],
+        block_size: int, table_width: int, padding_block: int, memory_bytes: int, most: Callable[[int], int],
+    ) -> None:  # fmt: skip
         self._uploads, self._block_size, self._padding_block = uploads, block_size, padding_block
         self._graphs: dict[Key, _Graph] = {}
         self.memory_bytes = 0

@@ -62,16 +62,9 @@ class TPGroup:
 
     @classmethod
     def in_world(
-        cls,
-        world: World,
-        device: torch.device,
-        size: int | None = None,
-        *,
-        name: str = "default",
-        deterministic: bool = False,
-        backend: BackendName = "auto",
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-    ) -> TPGroup:
+        cls, world: World, device: torch.device, size: int | None = None, *, name: str = "default",
+        deterministic: bool = False, backend: BackendName = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> TPGroup:  # fmt: skip
         """The group of this process among those that a launcher started; a single rank where none did.
 
         Args:
@@ -107,19 +100,10 @@ class TPGroup:
 
     @classmethod
     def connect(
-        cls,
-        store: Store,
-        rank: int,
-        size: int,
-        device: torch.device,
-        name: str = "default",
-        *,
-        deterministic: bool = False,
-        backend: BackendName = "auto",
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-        is_alive: Callable[[int], bool] = lambda rank: True,
-        library_path: Path = LIBRARY_PATH,
-    ) -> TPGroup:
+        cls, store: Store, rank: int, size: int, device: torch.device, name: str = "default", *,
+        deterministic: bool = False, backend: BackendName = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        is_alive: Callable[[int], bool] = lambda rank: True, library_path: Path = LIBRARY_PATH,
+    ) -> TPGroup:  # fmt: skip
         """Meet the other ranks at any c10d store; returns when all are there.
 
         Args:

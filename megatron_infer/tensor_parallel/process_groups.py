@@ -210,13 +210,9 @@ class NcclBackend(Backend):
     is_recordable = True
 
     def __init__(
-        self,
-        meeting: Rendezvous,
-        device: torch.device,
-        control: Backend,
-        deterministic: bool,
+        self, meeting: Rendezvous, device: torch.device, control: Backend, deterministic: bool,
         symmetric: SymmetricMemory | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._size, self._device, self._control = meeting.size, device, control
         self._deterministic, self._symmetric = deterministic, symmetric
         self.adds_all_reduce = symmetric is not None

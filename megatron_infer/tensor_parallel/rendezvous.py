@@ -87,14 +87,9 @@ class Rendezvous:
     """The keys of one group in the store."""
 
     def __init__(
-        self,
-        store: Store,
-        rank: int,
-        size: int,
-        name: str,
-        timeout_seconds: float,
+        self, store: Store, rank: int, size: int, name: str, timeout_seconds: float,
         is_alive: Callable[[int], bool] = lambda rank: True,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.rank, self.size = rank, size
         self.timeout_seconds, self.is_alive = timeout_seconds, is_alive
         base = f"megatron_infer/{name}/{size}-ranks"
