@@ -40,15 +40,9 @@ class Tokenizer(ABC):
     """
 
     def __init__(
-        self,
-        texts: list[bytes],
-        ids: dict[str, int],
-        control_ids: Iterable[int],
-        *,
-        specials: Mapping[str, int | None],
-        adds_bos: bool,
-        has_dummy_prefix: bool,
-    ) -> None:
+        self, texts: list[bytes], ids: dict[str, int], control_ids: Iterable[int], *,
+        specials: Mapping[str, int | None], adds_bos: bool, has_dummy_prefix: bool,
+    ) -> None:  # fmt: skip
         self.vocab_size = len(texts)
         self.bos_id, self.eos_id, self.pad_id = (specials.get(name) for name in ("bos", "eos", "pad"))
         self.adds_bos = adds_bos and self.bos_id is not None

@@ -67,13 +67,9 @@ class BlockPool:
     """
 
     def __init__(
-        self,
-        num_blocks: int,
-        block_size: int,
-        enable_prefix_caching: bool = True,
-        *,
+        self, num_blocks: int, block_size: int, enable_prefix_caching: bool = True, *,
         block_hash: BlockHash | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"a KV cache needs blocks: got {num_blocks} blocks of {block_size} tokens")
         self.num_blocks, self.block_size = num_blocks, block_size

@@ -17,16 +17,9 @@ class KVCache:
     """
 
     def __init__(
-        self,
-        num_layers: int,
-        num_blocks: int,
-        kv_heads: int,
-        block_size: int,
-        head_dim: int,
-        *,
-        dtype: torch.dtype,
+        self, num_layers: int, num_blocks: int, kv_heads: int, block_size: int, head_dim: int, *, dtype: torch.dtype,
         device: torch.device,
-    ) -> None:
+    ) -> None:  # fmt: skip
         shape = (2, num_layers, num_blocks + 1, kv_heads, block_size, head_dim)
         # empty, not zeros: on the CPU the system hands out pages as blocks are first written.
         self.blocks = torch.empty(shape, dtype=dtype, device=device)

@@ -146,14 +146,9 @@ def _assembled(chosen: Candidate, refused: list[Candidate], replacing: list[Cand
 
 
 def select_ops(
-    device: torch.device,
-    *,
-    num_threads: int,
-    isa: str = "auto",
-    deterministic: bool = False,
-    shape: CheckShape | None = None,
-    force: str | None = None,
-) -> Ops:
+    device: torch.device, *, num_threads: int, isa: str = "auto", deterministic: bool = False,
+    shape: CheckShape | None = None, force: str | None = None,
+) -> Ops:  # fmt: skip
     """The best implementation of every op on `device`.
 
     Args:

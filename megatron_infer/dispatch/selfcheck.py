@@ -53,14 +53,9 @@ _Comparisons = Iterator[_Comparison]
 
 
 def find_fault(
-    candidate: Ops,
-    trusted: Ops,
-    device: torch.device,
-    shape: CheckShape,
-    *,
-    names: tuple[str, ...] | None = None,
+    candidate: Ops, trusted: Ops, device: torch.device, shape: CheckShape, *, names: tuple[str, ...] | None = None,
     deterministic: bool = False,
-) -> str | None:
+) -> str | None:  # fmt: skip
     """The first op among `names`, or of all, that fails or differs from the trusted one by more than BOUNDS, if any.
 
     Halves of a layer that are launches of their own are compared with the candidate's single ops. The cost, beside

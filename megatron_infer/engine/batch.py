@@ -17,6 +17,8 @@ _ZERO = np.zeros(1, dtype=np.int64)
 DRAW_FIELDS = 5
 """Numbers per sampled row; see sampler.draw_numbers."""
 
+Draws = Sequence[Sequence[float]]
+"""DRAW_FIELDS numbers for each row that the device samples."""
 Buffer = npt.NDArray[np.int64]
 
 
@@ -67,17 +69,12 @@ class Layout:
         return self.num_wide + (self.num_narrow + 1) // 2
 
     def upload(
-        self,
-        step: Step,
-        block_size: int,
-        uploads: Uploads,
-        draws: Sequence[Sequence[float]] = (),
-        into: Tensor | None = None,
+        self, step: Step, block_size: int, uploads: Uploads, draws: Draws = (), into: Tensor | None = None
     ) -> Tensor:
         """The buffer of `step` on the device, in one copy. The step has just these sizes, but for narrower tables."""
         return uploads(self.size, lambda host: self._fill(host, step, block_size, draws), into)
 
-    def _fill(self, host: Buffer, step: Step, block_size: int, draws: Sequence[Sequence[float]]) -> None:
+    def _fill(self, host: Buffer, step: Step, block_size: int, draws: Draws) -> None:
         ends = step.query_lens_S.cumsum()
         sequence_T = np.arange(self.num_seqs).repeat(step.query_lens_S)
         rows_T = np.arange(self.num_tokens)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_infer.engine.batch import Batch, Layout, Uploads
+from megatron_infer.engine.batch import Batch, Draws, Layout, Uploads
 from megatron_infer.engine.step import Step
 
 MAX_QUERY_LEN = 16
@@ -76,18 +76,9 @@ class Graphs:
     """
 
     def __init__(
-        self,
-        run: Callable[[Batch], Outputs],
-        recorder: Recorder,
-        uploads: Uploads,
-        *,
-        keys: Sequence[Key],
-        block_size: int,
-        table_width: int,
-        padding_block: int,
-        memory_bytes: int,
-        most: Callable[[int], int],
-    ) -> None:
+        self, run: Callable[[Batch], Outputs], recorder: Recorder, uploads: Uploads, *, keys: Sequence[Key],
+        block_size: int, table_width: int, padding_block: int, memory_bytes: int, most: Callable[[int], int],
+    ) -> None:  # fmt: skip
         self._uploads, self._block_size, self._padding_block = uploads, block_size, padding_block
         self._graphs: dict[Key, _Graph] = {}
         self.memory_bytes = 0
@@ -135,7 +126,7 @@ class Graphs:
         key = (size, q_len, num_samples)
         return key if key in self._graphs else None
 
-    def replay(self, key: Key, step: Step, draws: Sequence[Sequence[float]]) -> tuple[Batch, Outputs]:
+    def replay(self, key: Key, step: Step, draws: Draws) -> tuple[Batch, Outputs]:
         """Run `step` in the recorded shape `key`: the padded batch, and its own rows' outputs until the next replay."""
         graph, num_seqs = self._graphs[key], len(step.query_lens_S)
         if num_seqs < key[0]:

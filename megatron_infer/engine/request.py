@@ -55,16 +55,9 @@ class Request:
     """
 
     def __init__(
-        self,
-        request_id: int,
-        prompt_ids: Sequence[int],
-        sampling: SamplingParams,
-        max_len: int,
-        stop_token_ids: frozenset[int],
-        *,
-        seed: int = 0,
-        choice: int = 0,
-    ) -> None:
+        self, request_id: int, prompt_ids: Sequence[int], sampling: SamplingParams, max_len: int,
+        stop_token_ids: frozenset[int], *, seed: int = 0, choice: int = 0,
+    ) -> None:  # fmt: skip
         self.request_id = request_id
         self.seed, self.choice = seed, choice
         self.sampling, self.max_len = sampling, max_len

@@ -38,14 +38,9 @@ class Scheduler:
     """
 
     def __init__(
-        self,
-        pool: BlockPool,
-        *,
-        max_num_seqs: int,
-        max_num_batched_tokens: int,
-        max_model_len: int,
+        self, pool: BlockPool, *, max_num_seqs: int, max_num_batched_tokens: int, max_model_len: int,
         drafter: Drafter | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.pool, self._drafter = pool, drafter
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.max_model_len = max_model_len

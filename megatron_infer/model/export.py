@@ -52,17 +52,9 @@ from megatron_infer.model.weights import (
 from megatron_infer.model_config import ModelConfig
 
 TOKENIZER_FILES = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "generation_config.json",
-    "chat_template.jinja",
-    "example.json",
-)
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "generation_config.json", "chat_template.jinja", "example.json",
+)  # fmt: skip
 """Files beside the weights that a converted checkpoint takes along, where they exist."""
 
 _SMALL_FILES_BYTES = 1 << 20
@@ -83,16 +75,9 @@ def tokenizer_files(model_dir: str | Path) -> tuple[Path, ...]:
 
 
 def save_sharded(
-    read: Reader,
-    config: ModelConfig,
-    out_dir: str | Path,
-    num_shards: int,
-    dtype: torch.dtype | None = None,
-    extra_files: Sequence[str | Path] = (),
-    *,
-    force: bool = False,
-    progress: Progress | None = None,
-) -> Manifest:
+    read: Reader, config: ModelConfig, out_dir: str | Path, num_shards: int, dtype: torch.dtype | None = None,
+    extra_files: Sequence[str | Path] = (), *, force: bool = False, progress: Progress | None = None,
+) -> Manifest:  # fmt: skip
     """Write a sharded safetensors directory: one file per tensor-parallel rank, config.json and manifest.json.
 
     The directory appears under its name only when complete and flushed to disk.
@@ -140,17 +125,10 @@ def save_sharded(
 
 
 def save_upstream_pt(
-    read: Reader,
-    config: ModelConfig,
-    out_dir: str | Path,
-    model_name: str,
-    num_shards: int,
-    dtype: torch.dtype | None = None,
-    extra_files: Sequence[str | Path] = (),
-    *,
-    force: bool = False,
+    read: Reader, config: ModelConfig, out_dir: str | Path, model_name: str, num_shards: int,
+    dtype: torch.dtype | None = None, extra_files: Sequence[str | Path] = (), *, force: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write upstream's Megatron files: `{model_name}.pt` for one shard, else `{model_name}_states_{rank}.pt`.
 
     Tensors stand below ["model"]. Beside it stand our own facts (rank, epsilon), which upstream does not look at.
@@ -176,16 +154,10 @@ def save_upstream_pt(
 
 
 def save_hf(
-    read: Reader,
-    config: ModelConfig,
-    out_dir: str | Path,
-    dtype: torch.dtype | None = None,
-    extra_files: Sequence[str | Path] = (),
-    max_file_bytes: int = 5 << 30,
-    *,
-    force: bool = False,
+    read: Reader, config: ModelConfig, out_dir: str | Path, dtype: torch.dtype | None = None,
+    extra_files: Sequence[str | Path] = (), max_file_bytes: int = 5 << 30, *, force: bool = False,
     progress: Progress | None = None,
-) -> None:
+) -> None:  # fmt: skip
     """Write a Hugging Face directory: model.safetensors, or numbered files with an index past `max_file_bytes`.
 
     A tied head is left out, as transformers does. Arguments and errors as `save_sharded`.

@@ -118,26 +118,17 @@ class VocabParallelEmbedding:
         return self.tp.all_reduce(self.ops.gather_rows(self.table_VD, local_T))
 
 
-class VocabParallelHead:
+class VocabParallelHead(ColumnParallelLinear):
     """Output head with the vocabulary divided among the ranks: each has the logits of its own token ids."""
 
     def __init__(self, name: str, dim: int, vocab_size: int, *, tp: TPGroup, fmt: WeightFormat) -> None:
         self.vocab_size, self.tp = vocab_size, tp
         self.start, self.stop = vocab_range(vocab_size, tp.rank, tp.size)
-        self.width = -(-vocab_size // tp.size)
-        self.linear = ColumnParallelLinear("head", dim, [Slice(name, (self.start, self.stop))], bias=False, fmt=fmt)
-
-    def load(self, source: TensorSource) -> None:
-        """Read and pack this rank's rows."""
-        self.linear.load(source)
-
-    def __call__(self, hidden_SD: Tensor) -> Tensor:
-        """Local logits [S, stop - start]."""
-        return self.linear(hidden_SD)
+        super().__init__("head", dim, [Slice(name, (self.start, self.stop))], bias=False, fmt=fmt)
 
     def gather(self, local_SV: Tensor) -> Tensor:
         """All logits [S, vocab_size] on every rank."""
-        missing = self.width - local_SV.shape[1]
+        missing = -(-self.vocab_size // self.tp.size) - local_SV.shape[1]
         if missing:
             local_SV = torch.nn.functional.pad(local_SV, (0, missing))
         return self.tp.all_gather(local_SV)[:, : self.vocab_size]

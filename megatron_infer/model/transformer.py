@@ -113,16 +113,9 @@ class Transformer:
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        tp: TPGroup,
-        ops: Ops,
-        fmt: WeightFormat,
-        head_fmt: WeightFormat,
-        dtype: torch.dtype,
-        num_positions: int,
-    ) -> None:
+        self, config: ModelConfig, *, tp: TPGroup, ops: Ops, fmt: WeightFormat, head_fmt: WeightFormat,
+        dtype: torch.dtype, num_positions: int,
+    ) -> None:  # fmt: skip
         config.validate_tp(tp.size)
         self.config, self.tp, self.ops = config, tp, ops
         self.embedding = VocabParallelEmbedding(

@@ -46,11 +46,8 @@ class TPGroup:
 
     def __init__(self, rank: int, size: int, device: torch.device, backend: Backend | None, why: str) -> None:
         """For the constructors below."""
-        self.rank = rank
-        self.size = size
-        self.device = device
-        self.backend = backend.name if backend else "single"
-        self.why = why
+        self.rank, self.size, self.device = rank, size, device
+        self.backend, self.why = backend.name if backend else "single", why
         self._backend = backend
         # Kept alive: where no launcher does, rank 0 hosts it, also for the next group and for the user's own use.
         self._store: Store | None = None
@@ -65,16 +62,9 @@ class TPGroup:
 
     @classmethod
     def in_world(
-        cls,
-        world: World,
-        device: torch.device,
-        size: int | None = None,
-        *,
-        name: str = "default",
-        deterministic: bool = False,
-        backend: BackendName = "auto",
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-    ) -> TPGroup:
+        cls, world: World, device: torch.device, size: int | None = None, *, name: str = "default",
+        deterministic: bool = False, backend: BackendName = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+    ) -> TPGroup:  # fmt: skip
         """The group of this process among those that a launcher started; a single rank where none did.
 
         Args:
@@ -110,19 +100,10 @@ class TPGroup:
 
     @classmethod
     def connect(
-        cls,
-        store: Store,
-        rank: int,
-        size: int,
-        device: torch.device,
-        name: str = "default",
-        *,
-        deterministic: bool = False,
-        backend: BackendName = "auto",
-        timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
-        is_alive: Callable[[int], bool] = lambda rank: True,
-        library_path: Path = LIBRARY_PATH,
-    ) -> TPGroup:
+        cls, store: Store, rank: int, size: int, device: torch.device, name: str = "default", *,
+        deterministic: bool = False, backend: BackendName = "auto", timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS,
+        is_alive: Callable[[int], bool] = lambda rank: True, library_path: Path = LIBRARY_PATH,
+    ) -> TPGroup:  # fmt: skip
         """Meet the other ranks at any c10d store; returns when all are there.
 
         Args:
@@ -285,11 +266,7 @@ def _nccl_refusal(meeting: Rendezvous, device: torch.device) -> str:
 
 
 def _connect_cuda(
-    meeting: Rendezvous,
-    device: torch.device,
-    channel: SharedMemoryBackend | GlooBackend,
-    why: str,
-    deterministic: bool,
+    meeting: Rendezvous, device: torch.device, channel: SharedMemoryBackend | GlooBackend, why: str, deterministic: bool
 ) -> tuple[NcclBackend, str]:
     found = SymmetricMemory.connect(meeting, device)
     if isinstance(found, SymmetricMemory):

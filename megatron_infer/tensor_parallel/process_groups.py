@@ -21,7 +21,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from megatron_infer.tensor_parallel.backend import Backend, Ints
-from megatron_infer.tensor_parallel.rendezvous import UNKNOWN_RANK, ProcessIdentity, RankFailure, Rendezvous
+from megatron_infer.tensor_parallel.rendezvous import UNKNOWN_RANK, ProcessIdentity, RankFailure, Rendezvous, first_line
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 
 Result = TypeVar("Result")
@@ -53,9 +53,7 @@ class GlooBackend(Backend):
     """Groups left with a collective under way. Their destructor would wait for it, and it may never end."""
 
     def __init__(self, meeting: Rendezvous) -> None:
-        self._rank = meeting.rank
-        self._size = meeting.size
-        self._store = meeting.store
+        self._rank, self._size, self._store = meeting.rank, meeting.size, meeting.store
         self._timeout_seconds = meeting.timeout_seconds
         self._own = ProcessIdentity.own()
         self._peers = [ProcessIdentity.parse(text) for text in meeting.exchange("identity", str(self._own))]
@@ -98,13 +96,12 @@ class GlooBackend(Backend):
 
     def poll(self) -> None:
         try:
-            if self._store.check(["failure"]):
-                raise RankFailure(*json.loads(self._store.get("failure")))
-        except RankFailure:
-            raise
+            failure = self._store.get("failure") if self._store.check(["failure"]) else None
         except RuntimeError as error:
             self._raise_for_dead_peers()
-            raise RankFailure(UNKNOWN_RANK, f"the store that the ranks met at is gone ({_first_line(error)})") from None
+            raise RankFailure(UNKNOWN_RANK, f"the store that the ranks met at is gone ({first_line(error)})") from None
+        if failure is not None:
+            raise RankFailure(*json.loads(failure))
         self._raise_for_dead_peers()
 
     def abort(self, message: str) -> RankFailure:
@@ -179,13 +176,12 @@ class GlooBackend(Backend):
             except RuntimeError:
                 break
             time.sleep(0.05)
-        return self._record(UNKNOWN_RANK, f"a connection between the ranks broke ({_first_line(error)})")
+        return self._record(UNKNOWN_RANK, f"a connection between the ranks broke ({first_line(error)})")
 
     def _raise_for_dead_peers(self) -> None:
         for q, peer in enumerate(self._peers):
-            if q != self._rank and peer.host == self._own.host and peer.is_dead():
-                if self._closed_before_death(q):
-                    continue
+            is_local_peer = q != self._rank and peer.host == self._own.host
+            if is_local_peer and peer.is_dead() and not self._closed_before_death(q):
                 raise self._record(q, "its process died")
 
     def _closed_before_death(self, q: int) -> bool:
@@ -214,26 +210,18 @@ class NcclBackend(Backend):
     is_recordable = True
 
     def __init__(
-        self,
-        meeting: Rendezvous,
-        device: torch.device,
-        control: Backend,
-        deterministic: bool,
+        self, meeting: Rendezvous, device: torch.device, control: Backend, deterministic: bool,
         symmetric: SymmetricMemory | None,
-    ) -> None:
-        self._size = meeting.size
-        self._device = device
-        self._control = control
-        self._deterministic = deterministic
-        self._symmetric = symmetric
+    ) -> None:  # fmt: skip
+        self._size, self._device, self._control = meeting.size, device, control
+        self._deterministic, self._symmetric = deterministic, symmetric
         self.adds_all_reduce = symmetric is not None
         self._failure: RankFailure | None = None
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=meeting.timeout_seconds)
         options.global_ranks_in_group = list(range(meeting.size))
-        self._group: Any = c10d.ProcessGroupNCCL(
-            PrefixStore("nccl", meeting.store), meeting.rank, meeting.size, options
-        )
+        store = PrefixStore("nccl", meeting.store)
+        self._group: Any = c10d.ProcessGroupNCCL(store, meeting.rank, meeting.size, options)
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="megatron_infer-nccl-watch", daemon=True)
         self._watcher.start()
@@ -293,7 +281,7 @@ class NcclBackend(Backend):
             return launch()
         except RuntimeError as error:
             self._control.poll()
-            raise RankFailure(UNKNOWN_RANK, f"a collective on the GPU: {_first_line(error)}") from error
+            raise RankFailure(UNKNOWN_RANK, f"a collective on the GPU: {first_line(error)}") from error
 
     def _watch(self) -> None:
         while not self._stop.wait(0.5):
@@ -315,7 +303,3 @@ class NcclBackend(Backend):
         thread = threading.Thread(target=self._group.abort, name="megatron_infer-nccl-abort", daemon=True)
         thread.start()
         thread.join(_ABORT_SECONDS)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

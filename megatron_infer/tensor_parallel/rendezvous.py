@@ -87,18 +87,11 @@ class Rendezvous:
     """The keys of one group in the store."""
 
     def __init__(
-        self,
-        store: Store,
-        rank: int,
-        size: int,
-        name: str,
-        timeout_seconds: float,
+        self, store: Store, rank: int, size: int, name: str, timeout_seconds: float,
         is_alive: Callable[[int], bool] = lambda rank: True,
-    ) -> None:
-        self.is_alive = is_alive
-        self.rank = rank
-        self.size = size
-        self.timeout_seconds = timeout_seconds
+    ) -> None:  # fmt: skip
+        self.rank, self.size = rank, size
+        self.timeout_seconds, self.is_alive = timeout_seconds, is_alive
         base = f"megatron_infer/{name}/{size}-ranks"
         # A program may make groups of one name one after the other: each rank counts its own, in the same order.
         number = store.add(f"{base}/rank-{rank}", 1)
@@ -148,3 +141,8 @@ class Rendezvous:
 def first(values: Iterable[str]) -> str:
     """The first non-empty one, else the empty string."""
     return next((value for value in values if value), "")
+
+
+def first_line(error: BaseException) -> str:
+    """Of the error's text, or the name of its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

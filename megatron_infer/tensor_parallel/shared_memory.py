@@ -8,7 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +26,8 @@ from megatron_infer.kernels.cpu.collectives import (
 from megatron_infer.tensor_parallel.backend import Backend, Ints
 from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, RankFailure, Rendezvous, first
 
+R = TypeVar("R")
+
 
 class SharedMemoryBackend(Backend):
     """Collectives of one rank over the mapping; the methods of TPGroup without its checks."""
@@ -31,9 +35,7 @@ class SharedMemoryBackend(Backend):
     name = "shared memory"
 
     def __init__(self, memory: SharedMemory, rank: int, size: int) -> None:
-        self._memory = memory
-        self._rank = rank
-        self._size = size
+        self._memory, self._rank, self._size = memory, rank, size
 
     @classmethod
     def connect(cls, meeting: Rendezvous, library_path: Path = LIBRARY_PATH) -> SharedMemoryBackend | str:
@@ -59,10 +61,7 @@ class SharedMemoryBackend(Backend):
             sums = x
         else:
             sums = x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-        try:
-            self._memory.all_reduce(sums.data_ptr(), sums.numel())
-        except PeerFailure as failure:
-            raise RankFailure(failure.rank, failure.cause) from None
+        self._call(self._memory.all_reduce, sums.data_ptr(), sums.numel())
         return sums if x.dtype is torch.float32 else sums.to(x.dtype)
 
     def all_gather(self, x_SN: Tensor) -> Tensor:
@@ -71,27 +70,17 @@ class SharedMemoryBackend(Backend):
         out = local.new_empty((*local.shape[:-1], self._size * columns))
         if local.numel():
             rows, row_bytes = local.numel() // columns, columns * local.element_size()
-            try:
-                self._memory.all_gather(local.data_ptr(), out.data_ptr(), rows, row_bytes)
-            except PeerFailure as failure:
-                raise RankFailure(failure.rank, failure.cause) from None
+            self._call(self._memory.all_gather, local.data_ptr(), out.data_ptr(), rows, row_bytes)
         return out
 
     def broadcast_ints(self, ints: Ints | None) -> Ints:
-        try:
-            if ints is None:
-                received: Ints = self._memory.receive()
-                return received
-            self._memory.send(ints)
-            return ints
-        except PeerFailure as failure:
-            raise RankFailure(failure.rank, failure.cause) from None
+        if ints is None:
+            return self._call(self._memory.receive)
+        self._call(self._memory.send, ints)
+        return ints
 
     def poll(self) -> None:
-        try:
-            self._memory.poll()
-        except PeerFailure as failure:
-            raise RankFailure(failure.rank, failure.cause) from None
+        self._call(self._memory.poll)
 
     def abort(self, message: str) -> RankFailure:
         self._memory.fail(self._rank, message)
@@ -100,6 +89,14 @@ class SharedMemoryBackend(Backend):
 
     def close(self) -> None:
         self._memory.close()
+
+    @staticmethod
+    def _call(operation: Callable[..., R], *arguments: Any) -> R:
+        """Do it; the mapping's PeerFailure becomes the RankFailure of the group."""
+        try:
+            return operation(*arguments)
+        except PeerFailure as failure:
+            raise RankFailure(failure.rank, failure.cause) from None
 
 
 def _usable_library(size: int, path: Path) -> tuple[ctypes.CDLL | None, str]:

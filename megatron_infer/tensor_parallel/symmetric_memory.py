@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, Rendezvous, first
+from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, Rendezvous, first, first_line
 
 _TRIAL_SECONDS = 60.0
 """Of which most is for the slowest rank to compile the kernel."""
@@ -74,13 +74,9 @@ class CudaMemory:
     def map(self, exported: str) -> int:
         uuid, handle = exported.split()
         self._check_link(uuid)
-        address = ctypes.c_uint64()
-        self._call(
-            "cuIpcOpenMemHandle_v2",
-            ctypes.byref(address),
-            self._Handle.from_buffer_copy(bytes.fromhex(handle)),
-            ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS),
-        )
+        address, theirs = ctypes.c_uint64(), self._Handle.from_buffer_copy(bytes.fromhex(handle))
+        flags = ctypes.c_uint(_LAZY_ENABLE_PEER_ACCESS)
+        self._call("cuIpcOpenMemHandle_v2", ctypes.byref(address), theirs, flags)
         return address.value
 
     def unmap(self, address: int) -> None:
@@ -227,15 +223,11 @@ def _allocate(
         address = memory.allocate(BUFFER_BYTES)
         return memory, address, f"{memory.export(address)}\n"
     except (OSError, RuntimeError) as error:
-        return None, 0, f"\n{_one_line(error)}"
+        return None, 0, f"\n{first_line(error)}"
 
 
 def _map(memory: Memory, rank: int, address: int, exported: list[str]) -> tuple[list[int], str]:
     try:
         return [address if q == rank else memory.map(text) for q, text in enumerate(exported)], ""
     except (OSError, RuntimeError) as error:
-        return [], f"rank {rank}: {_one_line(error)}"
-
-
-def _one_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        return [], f"rank {rank}: {first_line(error)}"

@@ -108,7 +108,7 @@ def test_a_whole_model_runs_in_fp8() -> None:
     block = runner.model.blocks[0]
     for layer in (block.attention.qkv, block.attention.out, block.feed_forward.gate_up, block.feed_forward.down):
         assert layer.packed.dtype == FP8
-    assert runner.model.head.linear.packed.dtype == torch.float32
+    assert runner.model.head.packed.dtype == torch.float32
     sampling = SamplingParams(max_new_tokens=4, logprobs=0, ignore_eos=True)
     prompts = [[5, 9, 2, 7, 1, 3], [4] * 21]
     rounded = generate(make_engine(runner), prompts, sampling)
