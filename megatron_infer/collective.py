@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from megatron_infer.completion import Completion, Items
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.engine.worker import EngineDeadError, Kind, receive, send_json, serve
+from megatron_infer.engine.worker import EngineDeadError, Kind, receive, send_json
 from megatron_infer.session import Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 
@@ -35,23 +36,25 @@ class Leader:
             for item in items:
                 self._send(Kind.RESULT, item if isinstance(item, str) else item.to_json())
                 yield item
-        except GeneratorExit:
-            items.close()
-            self._tell(Kind.END)
-            raise
         except BaseException as error:
-            self._tell(Kind.REFUSED, _describe(error))
+            items.close()
+            is_left = isinstance(error, GeneratorExit)
+            # Not waited for: a garbage collection may have closed this generator, in the middle of a step.
+            self.session.soon(partial(self._tell, None if is_left else _describe(error)))
             raise
         self._send(Kind.END)
 
     def _send(self, kind: Kind, payload: Any = None) -> None:
-        with self.session.undisturbed():
-            send_json(self._group, kind, payload)
+        try:
+            with self.session.undisturbed():
+                send_json(self._group, kind, payload)
+        except RankFailure as error:
+            raise EngineDeadError(f"the engine stopped: {error}") from error
 
-    def _tell(self, kind: Kind, payload: Any = None) -> None:
-        """Send, unless a rank failed or the group is closed: the error in hand says so, and nobody is left to tell."""
+    def _tell(self, refusal: Any = None) -> None:
+        """How the call ended, unless a rank failed or the group is closed: then nobody is left to tell."""
         with suppress(RankFailure, ValueError):
-            self._send(kind, payload)
+            send_json(self._group, Kind.END if refusal is None else Kind.REFUSED, refusal)
 
     def close(self) -> None:
         """End the session, and with it the followers' part in it. Idempotent."""
@@ -62,7 +65,7 @@ class Follower:
     """A rank > 0 of a launcher: makes the same calls as rank 0, or serves whatever calls rank 0 makes."""
 
     def __init__(self, runner: ModelRunner) -> None:
-        self._runner = runner
+        self._runner, self._is_closed = runner, False
 
     def run(self, call: Callable[[Session], Items]) -> Items:
         """Executes steps and yields the items of rank 0's call. Closed early, it still follows to the call's end.
@@ -87,17 +90,19 @@ class Follower:
                 raise EngineDeadError("the engine stopped: rank 0 closed the session")
 
     def serve(self) -> None:
-        """Execute steps until rank 0 closes the session. Raises EngineDeadError: a rank died or raised."""
-        try:
-            serve(self._runner)
-        except RankFailure as error:
-            raise EngineDeadError(f"the engine stopped: {error}") from error
+        """Execute steps until rank 0 closes the session. Raises EngineDeadError: a rank failed."""
+        while self._receive()[0] is not Kind.STOP:
+            continue
+        self.close()
 
     def close(self) -> None:
         """Leave the group. Idempotent."""
+        self._is_closed = True
         self._runner.close()
 
     def _receive(self) -> tuple[Kind, Any]:
+        if self._is_closed:
+            raise EngineDeadError("the session is closed; create a new one")
         try:
             return receive(self._runner)
         except RankFailure as error:

@@ -48,7 +48,7 @@ class Timings:
 class Completion:
     """One completion of one prompt.
 
-    text: what belongs between prefix and suffix; ends before a stop string or the model's end token.
+    text: what belongs between prefix and suffix; ends before a stop string or the model's end token, or by a rule.
     token_ids: every generated id, an end token included. finish_reason: stop, length, abort or error (then
     `error` says why).
     prompt_index and sample_index: which prompt of a batch, which of its `n` samples.
@@ -102,7 +102,7 @@ Items = Generator[str | Completion, None, None]
 class GrowingCompletion:
     """Collects one request's events into text pieces and, in the end, a Completion.
 
-    One thread at a time may call receive(), and another at the same time the other methods.
+    One thread at a time may call receive(); another one may call the other methods meanwhile.
 
     Args:
         prompt: what is completed; None where it was given as token ids.
@@ -150,7 +150,9 @@ class GrowingCompletion:
         if event.finish_reason is not None:
             self._add(self._text.finish())
             self.error = event.error
-        if self._text.stopped is not None or self.trimmed_by is not None:
+        if event.finish_reason in ("error", "abort"):
+            self._finish(event.finish_reason, now)
+        elif self._text.stopped is not None or self.trimmed_by is not None:
             self._finish("stop", now)
         elif event.finish_reason is not None:
             self._finish(event.finish_reason, now)

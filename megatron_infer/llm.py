@@ -15,7 +15,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from megatron_infer import calls
 from megatron_infer.cache.block_pool import BlockPool
+from megatron_infer.calls import Entry
 from megatron_infer.collective import Follower, Leader
 from megatron_infer.completion import Completion, CompletionStream, Items, Timings, TokenLogprob
 from megatron_infer.config import EngineConfig
@@ -33,7 +35,7 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Entry, Prompt, Session
+from megatron_infer.session import Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from megatron_infer.world import World
@@ -136,11 +138,14 @@ class LLM:
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
             self._followers = Followers(self.model_dir, model_name, config)
-            weakref.finalize(self, self._followers.close)
         in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
         join = in_world if self._followers is None else self._followers.join
         try:
-            return bring_up(checkpoint, config, world, join, profile)
+            runner = bring_up(checkpoint, config, world, join, profile)
+            if self._followers is not None:
+                # As long as the runner: a stream, or the session alone, needs the followers as much as this object.
+                weakref.finalize(runner, self._followers.close)
+            return runner
         except BaseException as error:
             if self._followers is not None:
                 self._followers.close()
@@ -183,7 +188,7 @@ class LLM:
 
     @property
     def session(self) -> Session:
-        """Rank 0's submit(), step() and cancel(), for a loop that is not the caller's. The other ranks follow()."""
+        """Rank 0's submit(), step() and cancel(), for a program with a loop of its own; its other ranks follow()."""
         if not isinstance(self._member, Leader):
             raise ValueError("rank 0 alone has a session; the other ranks call follow()")
         return self._member.session
@@ -205,7 +210,7 @@ class LLM:
         self, make: Callable[[], tuple[Prompt, SamplingParams]], options: FimOptions | None = None
     ) -> Completion:
         """As `complete`, with prompt and parameters made on rank 0 alone: what `make` raises, every rank raises."""
-        (completion,) = self._completions(lambda session: session.complete(make, options, single=True))
+        (completion,) = self._completions(lambda session: calls.complete(session, make, options, single=True))
         return completion
 
     def complete_n(
@@ -213,7 +218,9 @@ class LLM:
     ) -> list[Completion]:
         """`sampling.n` completions of one prompt, whose prefix is computed once. Raises as `complete` does."""
         return list(
-            self._completions(lambda session: session.complete(lambda: (prompt, sampling), options, single=False))
+            self._completions(
+                lambda session: calls.complete(session, lambda: (prompt, sampling), options, single=False)
+            )
         )
 
     def stream(
@@ -221,7 +228,7 @@ class LLM:
     ) -> CompletionStream:
         """Text pieces as they are generated; their concatenation is `complete(...).text`, to the character."""
         sampling = SamplingParams() if sampling is None else sampling
-        return CompletionStream(self._member.run(lambda session: session.stream(prompt, sampling, options)))
+        return CompletionStream(self._member.run(lambda session: calls.stream(session, prompt, sampling, options)))
 
     def complete_batch(
         self,
@@ -237,10 +244,10 @@ class LLM:
         Completion with finish_reason "error"; the others go on.
         """
         sampling = SamplingParams() if sampling is None else sampling
-        yield from self._completions(lambda session: session.batch(prompts, sampling, options, ordered))
+        yield from self._completions(lambda session: calls.batch(session, prompts, sampling, options, ordered))
 
     def follow(self) -> None:
-        """On ranks > 0 under torchrun: serve every call that rank 0 makes, until it closes its LLM.
+        """On ranks > 0 under torchrun: serve every call that rank 0 makes. Both close together.
 
         Raises:
             ValueError: this is rank 0. EngineDeadError: a rank failed.

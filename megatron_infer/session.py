@@ -1,22 +1,21 @@
 """Rank 0's side of every call: prompts become requests, engine events become completions.
 
-submit(), step() and cancel() may be called from any thread, at any time; the calls below are built on them, and whoever
-waits advances the requests of all. Knows nothing of ranks, devices or checkpoints.
+submit(), step() and cancel() may be called from any thread, at any time. Knows nothing of ranks and devices.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import cast
+from dataclasses import dataclass
 
-from megatron_infer.completion import Completion, GrowingCompletion, Items, Timings
+from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Event, Request
@@ -26,9 +25,10 @@ from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tokenizer import Tokenizer
 
+log = logging.getLogger("megatron_infer")
+
 Prompt = FimPrompt | str | Sequence[int]
 """What can be completed: a FimPrompt, text (a prefix without suffix), or token ids as they are."""
-Entry = Prompt | tuple[Prompt, SamplingParams]
 
 
 class Handle:
@@ -48,7 +48,9 @@ class Handle:
         return [growing.result() for growing in self.completions]
 
     def __del__(self) -> None:
-        self._session.cancel(self)
+        # Nobody is told: nobody can wait for a handle that is gone.
+        session, completions = self._session, self.completions
+        session.soon(lambda: session._drop(completions, []))
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,12 @@ class Session:
     ) -> None:
         self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
-        self._max_model_len, self._max_num_seqs = max_model_len, max_num_seqs
+        self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._profile = profile
         self._ids = itertools.count()
         self._active: dict[int, tuple[GrowingCompletion, Callable[[], None]]] = {}
-        self._cancelled: deque[int] = deque()
+        self._due: deque[Callable[[], None]] = deque()
         self._turn, self._lock = threading.Lock(), threading.Lock()
-
-    # ---- from any thread --------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -106,7 +106,7 @@ class Session:
         Args:
             options: how the prompt is laid out; None as its family does.
             prompt_index: for the completions to carry.
-            notify: called, by whichever thread it was, when a completion has grown or ended; it must return at once.
+            notify: called, in the thread that found it out, when a completion has grown or ended; returns at once.
 
         Raises:
             ValueError: bad prompt or parameters; nothing was queued.
@@ -146,30 +146,32 @@ class Session:
         return handle
 
     def step(self) -> None:
-        """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank died or raised."""
+        """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed."""
         told = []
-        with self.undisturbed():
-            for event in self._engine.step():
-                request_id = event.request.request_id
-                if request_id not in self._active:
-                    continue
-                growing, notify = self._active[request_id]
-                growing.receive(event)
-                told.append(notify)
-                if growing.finish_reason is not None:
-                    del self._active[request_id]
-                    if event.finish_reason is None:  # a stop string
-                        self._engine.abort(request_id)
-            assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
-            if self._profile is not None:
-                self._profile.end_step()
-        for notify in told:
-            notify()
+        try:
+            with self.undisturbed():
+                for event in self._engine.step():
+                    request_id = event.request.request_id
+                    if request_id not in self._active:
+                        continue
+                    growing, notify = self._active[request_id]
+                    growing.receive(event)
+                    told.append(notify)
+                    if growing.finish_reason is not None:
+                        del self._active[request_id]
+                        if event.finish_reason is None:  # a stop string, or a rule
+                            self._engine.abort(request_id)
+                assert self._engine.has_work or not self._active, "a call waits for what the engine does not have"
+                if self._profile is not None:
+                    self._profile.end_step()
+        finally:
+            _notify(told)
 
     def cancel(self, handle: Handle) -> None:
         """End what is unfinished of a handle, in any state: at once, or after the step in progress. Never waits."""
-        self._cancelled.extend(g.request.request_id for g in handle.completions if g.finish_reason is None)
-        self._settle_cancelled()
+        told: list[Callable[[], None]] = []
+        self.soon(lambda: self._drop(handle.completions, told))
+        _notify(told)
 
     @property
     def has_work(self) -> bool:
@@ -179,113 +181,53 @@ class Session:
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
         """One thread at a time, in turn, and no Ctrl-C half-way: the requests of others are in hand as well."""
-        with interrupt_deferred():
-            # A loop of steps would take the lock again before anyone else wakes up, were it not for the turn.
-            with self._turn:
-                self._lock.acquire()
-            try:
-                yield
-            finally:
-                self._lock.release()
-                self._settle_cancelled()
+        is_held = False
+        try:
+            with interrupt_deferred():
+                try:
+                    # A loop of steps would take the lock again before anyone else wakes up, were it not for the turn.
+                    with self._turn:
+                        is_held = self._lock.acquire()
+                    yield
+                finally:
+                    if is_held:
+                        self._lock.release()
+        finally:
+            self._settle()
+
+    def soon(self, action: Callable[[], None]) -> None:
+        """Run `action` undisturbed: now, or once the thread that keeps others out is done, in that thread.
+
+        Never waits: a garbage collection may come here in the middle of a step. `action` must not raise.
+        """
+        self._due.append(action)
+        self._settle()
 
     def close(self) -> None:
         """Close the engine. Idempotent."""
-        self._engine.close()
+        with self.undisturbed():
+            self._engine.close()
 
-    def _settle_cancelled(self) -> None:
+    def _settle(self) -> None:
         # Whoever holds the lock comes here after releasing it, so nothing is left behind.
-        while self._cancelled and self._lock.acquire(blocking=False):
-            told = []
-            try:
-                while self._cancelled:
-                    request_id = self._cancelled.popleft()
-                    if request_id in self._active:
-                        growing, notify = self._active.pop(request_id)
-                        self._engine.abort(request_id)
-                        growing.receive(Event(growing.request, None, "abort"))
-                        told.append(notify)
-            finally:
-                self._lock.release()
-            for notify in told:
-                notify()
-
-    # ---- calls ------------------------------------------------------------------------------------------------------
-
-    def complete(
-        self, make: Callable[[], tuple[Prompt, SamplingParams]], options: FimOptions | None, *, single: bool
-    ) -> Items:
-        """The `n` completions of what `make` returns, all at once."""
-        prompt, sampling = make()
-        handle = self.submit(prompt, require_one(sampling) if single else sampling, options)
-        try:
-            while not handle.is_finished:
-                self.step()
-            yield from handle.results()
-        finally:
-            self.cancel(handle)
-
-    def stream(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None) -> Items:
-        """Pieces of text, then the completion."""
-        handle = self.submit(prompt, require_one(sampling), options)
-        (growing,) = handle.completions
-        try:
-            while True:
-                # Text last: another thread may finish the request in between.
-                is_finished = handle.is_finished
-                if piece := growing.take_new_text():
-                    yield piece
-                elif is_finished:
-                    break
-                else:
-                    self.step()
-            yield growing.result()
-        finally:
-            self.cancel(handle)
-
-    def batch(
-        self, prompts: Iterable[Entry], default: SamplingParams, options: FimOptions | None, ordered: bool
-    ) -> Items:
-        """Completions of any number of prompts, drawn as room appears."""
-        if isinstance(prompts, (str, FimPrompt)):
-            raise ValueError("complete_batch() takes an iterable of prompts; for one prompt use complete()")
-        room = self._max_num_seqs * (2 if ordered else 1)
-        waiting: deque[tuple[Handle | None, GrowingCompletion | Completion]] = deque()
-        source = enumerate(prompts)
-        is_exhausted = False
-        try:
-            while True:
-                while not is_exhausted and len(waiting) < room:
-                    entry = next(source, None)
-                    if entry is None:
-                        is_exhausted = True
-                    else:
-                        waiting.extend(self._submit_or_refuse(*entry, default, options))
-                ready = _take_finished(waiting, ordered)
-                yield from ready
-                if not waiting and is_exhausted:
+        while self._due:
+            with interrupt_deferred():
+                if not self._lock.acquire(blocking=False):
                     return
-                if not ready:
-                    self.step()
-        finally:
-            for handle, _ in waiting:
-                if handle is not None:
-                    self.cancel(handle)
+                try:
+                    while self._due:
+                        self._due.popleft()()
+                finally:
+                    self._lock.release()
 
-    def _submit_or_refuse(
-        self, index: int, entry: Entry, default: SamplingParams, options: FimOptions | None
-    ) -> Iterator[tuple[Handle | None, GrowingCompletion | Completion]]:
-        """Every sample of a prompt, with the handle that keeps it alive."""
-        is_pair = isinstance(entry, tuple) and len(entry) == 2 and isinstance(entry[1], SamplingParams)
-        prompt, sampling = cast("tuple[Prompt, SamplingParams]", entry if is_pair else (entry, default))
-        try:
-            handle = self.submit(prompt, sampling, options, prompt_index=index)
-        except ValueError as error:
-            refused = Completion("", (), "error", Timings(0.0, 0.0, 0, 0), prompt_index=index, error=str(error))
-            return ((None, replace(refused, sample_index=sample)) for sample in range(sampling.n))
-        return ((handle, growing) for growing in handle.completions)
-
-    # ---- prompts ----------------------------------------------------------------------------------------------------
+    def _drop(self, completions: Iterable[GrowingCompletion], told: list[Callable[[], None]]) -> None:
+        for growing in completions:
+            request_id = growing.request.request_id
+            if request_id in self._active:
+                _, notify = self._active.pop(request_id)
+                self._engine.abort(request_id)
+                growing.receive(Event(growing.request, None, "abort"))
+                told.append(notify)
 
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         budget = self._max_model_len - sampling.max_new_tokens
@@ -308,11 +250,13 @@ class Session:
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
 
-def require_one(sampling: SamplingParams) -> SamplingParams:
-    """For calls that return one completion. Raises ValueError: more are asked for."""
-    if isinstance(sampling, SamplingParams) and sampling.n != 1:
-        raise ValueError("complete() and stream() return one completion; for n > 1 use complete_n()")
-    return sampling
+def _notify(waiting: Iterable[Callable[[], None]]) -> None:
+    """Tell them; one that fails must not fail the call of somebody else."""
+    for notify in waiting:
+        try:
+            notify()
+        except Exception:
+            log.exception("the notify of a prompt failed")
 
 
 def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
@@ -326,22 +270,3 @@ def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:
     if not ids or not all(0 <= i < vocab_size for i in ids):
         raise ValueError(f"a prompt of token ids must be non-empty integers from 0 to {vocab_size - 1}")
     return ids
-
-
-def _take_finished(
-    waiting: deque[tuple[Handle | None, GrowingCompletion | Completion]], ordered: bool
-) -> list[Completion]:
-    """Remove and return what is finished: the head of the queue, or with ordered=False all of it."""
-    ready = []
-    for _ in range(len(waiting)):
-        handle, sample = waiting.popleft()
-        if isinstance(sample, Completion):
-            ready.append(sample)
-        elif sample.finish_reason is not None:
-            ready.append(sample.result())
-        elif ordered:
-            waiting.appendleft((handle, sample))
-            break
-        else:
-            waiting.append((handle, sample))
-    return ready

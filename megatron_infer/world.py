@@ -27,7 +27,8 @@ class World:
     """The processes that were started together, and which of them this one is; by default one that is alone.
 
     Attributes:
-        rank, size: among all processes. local_rank, local_size: among those of this host.
+        rank, size: among all processes. local_rank, local_size: among those of this host; where the launcher does not
+            tell, this process counts as the only one here.
         address: "host:port" where a launcher has the ranks meet; empty where none started this process.
         attempt: how often the launcher has restarted its workers.
     """
@@ -56,7 +57,8 @@ class World:
         Raises:
             ValueError: the launcher's variables are incomplete or contradict each other.
         """
-        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+        alone = os.environ.get("RANK", "0") == "0" and os.environ.get("WORLD_SIZE", "1") == "1"
+        if ("RANK" not in os.environ and "WORLD_SIZE" not in os.environ) or (alone and "MASTER_ADDR" not in os.environ):
             return cls()
         missing = [key for key in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(key)]
         if missing:
@@ -65,8 +67,10 @@ class World:
         if not 0 <= rank < size:
             raise ValueError(f"RANK={rank} is not below WORLD_SIZE={size}: {_REMEDY}")
         local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
-        if not 1 <= local_size <= size:
-            raise ValueError(f"LOCAL_WORLD_SIZE={local_size} does not fit WORLD_SIZE={size}: {_REMEDY}")
+        if not 1 <= local_size <= size or ("LOCAL_WORLD_SIZE" in os.environ and not 0 <= local_rank < local_size):
+            raise ValueError(
+                f"LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size} do not fit WORLD_SIZE={size}: {_REMEDY}"
+            )
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         return cls(rank, size, local_rank, local_size, address, _integer("TORCHELASTIC_RESTART_COUNT", 0))
 

@@ -46,6 +46,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("engine.follower",),
     ("completion",),
     ("session",),
+    ("calls",),
     ("collective",),
     ("llm",),
     ("options",),

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from megatron_infer import LLM, FimPrompt, SamplingParams
+from megatron_infer.completion import GrowingCompletion
 from megatron_infer.ending.ending import find_end
+from megatron_infer.engine.request import Event, Request, Sampled
 from sess_megatron import TestInference
 
 OPTIONS = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20}
@@ -82,3 +84,15 @@ def test_run_infer_is_raw_until_it_is_told_otherwise(tiny_checkpoint: Path) -> N
         assert line.run_infer(prefix, 30, suffix, "shapes.py") == find_end(prefix, suffix, whole, "python", "line")[0]
     with pytest.raises(ValueError, match="ending must be one of raw, line, block, auto"):
         SamplingParams(ending="word")
+
+
+@pytest.mark.parametrize("reason", ["error", "abort"])
+def test_what_an_error_or_a_cancellation_leaves_is_no_stop(llm: LLM, reason: str) -> None:
+    """Text that was held for a stop string comes out at the end, where a rule may cut it."""
+    sampling = SamplingParams(stop=("\n\n",), ending="line")
+    request = Request(0, [1], sampling, 100, frozenset())
+    growing = GrowingCompletion(request, PROMPTS[0], llm.tokenizer, prompt_index=0, num_dropped_tokens=0)
+    for token_id in llm.tokenizer.encode("1\n", dummy_prefix=False):
+        growing.receive(Event(request, Sampled(token_id)))
+    growing.receive(Event(request, None, reason, "NaN" if reason == "error" else None))
+    assert growing.finish_reason == reason

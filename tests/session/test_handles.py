@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams
+from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams, calls, collective
+from megatron_infer.engine.worker import Kind
+from megatron_infer.llm import EngineDeadError
 from tests.support.invariants import check_scheduler
 
 PROMPT = FimPrompt("def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py")
@@ -167,3 +170,86 @@ def test_options_belong_to_a_call(llm: LLM) -> None:
     (batched,) = llm.complete_batch([PROMPT], sampling, FimOptions(order="psm"))
     assert streamed.completion is not None
     assert streamed.completion.prompt_token_ids == batched.prompt_token_ids == ids["psm"]
+
+
+def test_ctrl_c_in_the_step_that_ends_a_prompt_still_tells_who_waits(llm: LLM, monkeypatch) -> None:
+    told = threading.Event()
+    handle = llm.session.submit(PROMPT, SamplingParams(max_new_tokens=1), notify=told.set)
+    plain = llm.session._engine.step
+
+    def interrupted() -> list:
+        signal.raise_signal(signal.SIGINT)
+        return plain()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.session._engine, "step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.session.step()
+    assert handle.is_finished and told.is_set()
+
+
+def test_a_notify_that_fails_costs_nobody_else_anything(llm: LLM, expected: str, caplog) -> None:
+    def fail() -> None:
+        raise RuntimeError("Event loop is closed")
+
+    told = threading.Event()
+    doomed = llm.session.submit(PROMPT, SAMPLING, notify=fail)
+    bystander = llm.session.submit(PROMPT, SAMPLING, notify=told.set)
+    finish(llm)
+    assert told.is_set() and bystander.results()[0].text == doomed.results()[0].text == expected
+    assert "notify" in caplog.text
+
+
+def test_a_shared_stream_that_is_collected_in_the_middle_of_a_step_ends_the_call_after_it(llm, monkeypatch) -> None:
+    """Rank 0 tells the others that the call is over; waiting for its own step to end would be for ever."""
+    sent = []
+    monkeypatch.setattr(collective, "send_json", lambda group, kind, payload=None: sent.append(kind))
+    leader = collective.Leader(llm.session, llm._runner.tp, shares_results=True)
+    stream = leader.run(lambda session: calls.stream(session, PROMPT, SAMPLING))
+    next(stream)
+    plain = llm.session._engine.step
+
+    def collecting() -> list:
+        stream.close()
+        assert sent[-1] is Kind.RESULT
+        return plain()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.session._engine, "step", collecting)
+        llm.session.step()
+    assert sent[-1] is Kind.END
+    assert not llm.session.has_work
+
+
+def test_a_stream_alone_keeps_the_followers_alive(tiny_checkpoint: Path) -> None:
+    options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20}
+    stream = LLM(tiny_checkpoint, tensor_parallel_size=2, **options).stream(PROMPT, SAMPLING)
+    gc.collect()
+    text = "".join(stream)
+    assert stream.completion is not None and stream.completion.text == text
+
+
+def test_closing_waits_for_the_step_of_another_thread(tiny_checkpoint: Path, monkeypatch) -> None:
+    with LLM(tiny_checkpoint, device="cpu", kv_cache_memory_bytes=4 << 20) as short:
+        engine, is_closing = short.session._engine, threading.Event()
+        plain = engine.step
+
+        def step() -> list:
+            closing.start()
+            is_closing.wait(10)
+            assert engine.alive
+            return plain()
+
+        def close() -> None:
+            is_closing.set()
+            short.close()
+
+        closing = threading.Thread(target=close)
+        handle = short.session.submit(PROMPT, SAMPLING)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "step", step)
+            short.session.step()
+        closing.join()
+        assert not handle.is_finished
+        with pytest.raises(EngineDeadError, match="the session is closed"):
+            short.session.step()
