@@ -20,7 +20,7 @@ from torch import Tensor
 
 Range = tuple[int, int]
 
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BF16": "bfloat16",
     "F16": "float16",
     "F32": "float32",
@@ -28,6 +28,7 @@ _SAFETENSORS_DTYPES = {
     "I8": "int8",
     "U8": "uint8",
 }
+"""The format's name of a dtype -> torch's."""
 _LFS_POINTER = b"version https://git-lfs"
 _REMAP_BYTES = 256 << 20
 PT_METADATA_KEY = "megatron_infer"
@@ -192,7 +193,7 @@ def _load_pickle(path: Path) -> Any:
 
 def _info(view: Any) -> TensorInfo:
     dtype = str(view.get_dtype())
-    return TensorInfo(tuple(view.get_shape()), _SAFETENSORS_DTYPES.get(dtype, dtype))
+    return TensorInfo(tuple(view.get_shape()), SAFETENSORS_DTYPES.get(dtype, dtype))
 
 
 def _unreadable(path: Path, reason: str) -> ValueError:

@@ -19,16 +19,12 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_infer.model.tensor_files import SAFETENSORS_DTYPES
+
 BLOCK_BYTES = 4 << 20
 """Tensors are read, converted and written in blocks of rows of about this size."""
 
-_SAFETENSORS_NAMES = {
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float32: "F32",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-}
+_SAFETENSORS_NAMES = {getattr(torch, dtype): name for name, dtype in SAFETENSORS_DTYPES.items()}
 _STORAGE_NAMES = {torch.bfloat16: "BFloat16Storage", torch.float16: "HalfStorage", torch.float32: "FloatStorage"}
 _ZIP_ALIGNMENT = 64
 _ZIP_HEADER_BYTES = 30 + 20 + 4
