@@ -120,8 +120,7 @@ def _attempt(job: Job, handout: Handout, plan: Mapping[str, Any]) -> None:
         size = llm.config.tensor_parallel_size or 1
         replica, num_replicas = job.world.rank // size, max(1, job.world.size // size)
         if llm.max_model_len != llm.config.max_model_len:
-            # Of a ValueError rank 0 alone would speak, and this may be another replica.
-            raise EngineDeadError(
+            raise ValueError(
                 f"the KV cache holds {llm.max_model_len} tokens, less than the context of {llm.config.max_model_len}: "
                 "answers would depend on free memory. Lower --max_model_len or raise --kv_cache_memory_bytes"
             )
