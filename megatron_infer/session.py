@@ -48,9 +48,7 @@ class Handle:
         return [growing.result() for growing in self.completions]
 
     def __del__(self) -> None:
-        # Nobody is told: nobody can wait for a handle that is gone.
-        session, completions = self._session, self.completions
-        session.soon(lambda: session._drop(completions, []))
+        self._session.cancel(self)
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,10 @@ class Session:
         self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._profile = profile
         self._ids = itertools.count()
-        self._active: dict[int, tuple[GrowingCompletion, Callable[[], None]]] = {}
+        self._active: dict[int, tuple[GrowingCompletion, Callable[[], None] | None]] = {}
         self._due: deque[Callable[[], None]] = deque()
+        self._grown: deque[Callable[[], None]] = deque()
+        """Of completions that have grown or ended since those who wait for them were told."""
         self._turn, self._lock = threading.Lock(), threading.Lock()
 
     def submit(
@@ -99,14 +99,15 @@ class Session:
         options: FimOptions | None = None,
         *,
         prompt_index: int = 0,
-        notify: Callable[[], None] = lambda: None,
+        notify: Callable[[], None] | None = None,
     ) -> Handle:
         """Encode, validate and queue a prompt: one request per sample.
 
         Args:
             options: how the prompt is laid out; None as its family does.
             prompt_index: for the completions to carry.
-            notify: called, in the thread that found it out, when a completion has grown or ended; returns at once.
+            notify: called, in the thread that found it out, when a completion has grown or ended. It returns at once
+                and waits for no lock: that thread may be in a garbage collection.
 
         Raises:
             ValueError: bad prompt or parameters; nothing was queued.
@@ -147,31 +148,28 @@ class Session:
 
     def step(self) -> None:
         """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed."""
-        told = []
-        try:
-            with self.undisturbed():
-                for event in self._engine.step():
-                    request_id = event.request.request_id
-                    if request_id not in self._active:
-                        continue
-                    growing, notify = self._active[request_id]
-                    growing.receive(event)
-                    told.append(notify)
-                    if growing.finish_reason is not None:
-                        del self._active[request_id]
-                        if event.finish_reason is None:  # a stop string, or a rule
-                            self._engine.abort(request_id)
-                assert self._engine.has_work or not self._active, "a call waits for what the engine does not have"
-                if self._profile is not None:
-                    self._profile.end_step()
-        finally:
-            _notify(told)
+        with self.undisturbed():
+            for event in self._engine.step():
+                request_id = event.request.request_id
+                if request_id not in self._active:
+                    continue
+                growing, notify = self._active[request_id]
+                growing.receive(event)
+                if notify is not None:
+                    self._grown.append(notify)
+                if growing.finish_reason is not None:
+                    del self._active[request_id]
+                    if event.finish_reason is None:  # a stop string, or a rule
+                        self._engine.abort(request_id)
+            assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
+            if self._profile is not None:
+                self._profile.end_step()
 
     def cancel(self, handle: Handle) -> None:
         """End what is unfinished of a handle, in any state: at once, or after the step in progress. Never waits."""
-        told: list[Callable[[], None]] = []
-        self.soon(lambda: self._drop(handle.completions, told))
-        _notify(told)
+        if not handle.is_finished:
+            completions = handle.completions  # not the handle, which may be on its way out
+            self.soon(lambda: self._drop(completions))
 
     @property
     def has_work(self) -> bool:
@@ -209,25 +207,35 @@ class Session:
             self._engine.close()
 
     def _settle(self) -> None:
-        # Whoever holds the lock comes here after releasing it, so nothing is left behind.
-        while self._due:
-            with interrupt_deferred():
-                if not self._lock.acquire(blocking=False):
-                    return
+        """Do what is due, and tell who waits. Whoever holds the lock comes here after releasing it."""
+        if not (self._due or self._grown):
+            return
+        with interrupt_deferred():
+            while self._due and self._lock.acquire(blocking=False):
                 try:
                     while self._due:
                         self._due.popleft()()
                 finally:
                     self._lock.release()
+            while True:
+                try:
+                    notify = self._grown.popleft()
+                except IndexError:
+                    return
+                try:
+                    notify()
+                except Exception:  # it must not fail the call of somebody else
+                    log.exception("the notify of a prompt failed")
 
-    def _drop(self, completions: Iterable[GrowingCompletion], told: list[Callable[[], None]]) -> None:
+    def _drop(self, completions: Iterable[GrowingCompletion]) -> None:
         for growing in completions:
             request_id = growing.request.request_id
             if request_id in self._active:
                 _, notify = self._active.pop(request_id)
                 self._engine.abort(request_id)
                 growing.receive(Event(growing.request, None, "abort"))
-                told.append(notify)
+                if notify is not None:
+                    self._grown.append(notify)
 
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         budget = self._max_model_len - sampling.max_new_tokens
@@ -248,15 +256,6 @@ class Session:
                 f"{self._max_model_len} tokens"
             )
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
-
-
-def _notify(waiting: Iterable[Callable[[], None]]) -> None:
-    """Tell them; one that fails must not fail the call of somebody else."""
-    for notify in waiting:
-        try:
-            notify()
-        except Exception:
-            log.exception("the notify of a prompt failed")
 
 
 def _token_ids(prompt: Sequence[int], vocab_size: int) -> list[int]:

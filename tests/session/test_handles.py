@@ -85,20 +85,21 @@ def test_a_dropped_handle_is_cancelled(llm: LLM) -> None:
 
 def test_cancelling_in_the_middle_of_a_step_takes_effect_after_it(llm: LLM, monkeypatch, expected: str) -> None:
     """As a garbage collection does that drops a handle, in the very thread that steps."""
-    doomed = llm.session.submit(PROMPT, SamplingParams(max_new_tokens=200, ignore_eos=True))
+    told = threading.Event()
+    doomed = llm.session.submit(PROMPT, SamplingParams(max_new_tokens=200, ignore_eos=True), notify=told.set)
     bystander = llm.session.submit(PROMPT, SAMPLING)
     engine = llm.session._engine
     plain = engine.step
 
     def step() -> list:
         llm.session.cancel(doomed)
-        assert not doomed.is_finished
+        assert not doomed.is_finished and not told.is_set()
         return plain()
 
     with monkeypatch.context() as patch:
         patch.setattr(engine, "step", step)
         llm.session.step()
-    assert doomed.is_finished
+    assert doomed.is_finished and told.is_set()
     finish(llm)
     assert bystander.results()[0].text == expected
 
