@@ -109,14 +109,9 @@ class GrowingCompletion:
     """
 
     def __init__(
-        self,
-        request: Request,
-        prompt: FimPrompt | None,
-        tokenizer: Tokenizer,
-        *,
-        prompt_index: int,
+        self, request: Request, prompt: FimPrompt | None, tokenizer: Tokenizer, *, prompt_index: int,
         num_dropped_tokens: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.request = request
         self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
         self._text = TextStream(tokenizer, request.sampling.stop)

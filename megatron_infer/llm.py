@@ -95,16 +95,9 @@ class LLM:
     """
 
     def __init__(
-        self,
-        model_dir: str | Path,
-        config: EngineConfig | None = None,
-        *,
-        model_name: str = DEFAULT_MODEL_NAME,
-        fim: str | None = None,
-        profile: Profile | None = None,
-        world: World | None = None,
-        **options: Any,
-    ) -> None:
+        self, model_dir: str | Path, config: EngineConfig | None = None, *, model_name: str = DEFAULT_MODEL_NAME,
+        fim: str | None = None, profile: Profile | None = None, world: World | None = None, **options: Any,
+    ) -> None:  # fmt: skip
         if not str(model_dir):
             raise ValueError("model_dir is empty; give a checkpoint directory")
         self.model_dir = Path(model_dir)
@@ -161,11 +154,9 @@ class LLM:
                 self.max_model_len, config.max_model_len,
             )  # fmt: skip
         scheduler = Scheduler(
-            BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching),
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=self.max_model_len,
-        )
+            BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching), max_num_seqs=config.max_num_seqs,
+            max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=self.max_model_len,
+        )  # fmt: skip
         session = Session(
             Engine(self._runner, scheduler, profile), self.tokenizer, self.fim, self.model_config,
             max_model_len=self.max_model_len, max_num_seqs=config.max_num_seqs, profile=profile,
@@ -231,13 +222,9 @@ class LLM:
         return CompletionStream(self._member.run(lambda session: calls.stream(session, prompt, sampling, options)))
 
     def complete_batch(
-        self,
-        prompts: Iterable[Entry],
-        sampling: SamplingParams | None = None,
-        options: FimOptions | None = None,
-        *,
+        self, prompts: Iterable[Entry], sampling: SamplingParams | None = None, options: FimOptions | None = None, *,
         ordered: bool = True,
-    ) -> Iterator[Completion]:
+    ) -> Iterator[Completion]:  # fmt: skip
         """Complete many prompts; yields `n` completions for each, in order or (ordered=False) as they finish.
 
         Prompts are drawn from the iterable as room appears, so it may be endless. A prompt that is refused gives a

@@ -71,16 +71,9 @@ class Session:
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        fim: FimFormat,
-        model: ModelConfig,
-        *,
-        max_model_len: int,
-        max_num_seqs: int,
-        profile: Profile | None = None,
-    ) -> None:
+        self, engine: Engine, tokenizer: Tokenizer, fim: FimFormat, model: ModelConfig, *, max_model_len: int,
+        max_num_seqs: int, profile: Profile | None = None,
+    ) -> None:  # fmt: skip
         self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
         self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
@@ -93,14 +86,9 @@ class Session:
         self._turn, self._lock = threading.Lock(), threading.Lock()
 
     def submit(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        options: FimOptions | None = None,
-        *,
-        prompt_index: int = 0,
+        self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None, *, prompt_index: int = 0,
         notify: Callable[[], None] | None = None,
-    ) -> Handle:
+    ) -> Handle:  # fmt: skip
         """Encode, validate and queue a prompt: one request per sample.
 
         Args:

@@ -32,12 +32,9 @@ log = logging.getLogger("megatron_infer")
 
 
 def bring_up(
-    checkpoint: Checkpoint,
-    config: EngineConfig,
-    world: World,
-    join: Callable[[torch.device], TPGroup],
+    checkpoint: Checkpoint, config: EngineConfig, world: World, join: Callable[[torch.device], TPGroup],
     profile: Profile | None = None,
-) -> ModelRunner:
+) -> ModelRunner:  # fmt: skip
     """Join the group, load this rank's share of the model and allocate its KV cache; collective over the group.
 
     Args:
@@ -62,13 +59,9 @@ def build_runner(
     use_device(group.device)
     model_config = checkpoint.config
     ops = select_ops(
-        group.device,
-        num_threads=config.num_threads or 1,
-        isa=config.cpu_isa,
-        deterministic=config.deterministic,
-        shape=_check_shape(config, model_config, group),
-        force=None if config.ops == "auto" else config.ops,
-    )
+        group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa, deterministic=config.deterministic,
+        shape=_check_shape(config, model_config, group), force=None if config.ops == "auto" else config.ops,
+    )  # fmt: skip
     if group.rank == 0:
         for chosen, names in _grouped(ops.report).items():
             log.info("ops: %s: %s", chosen, ", ".join(names))
@@ -77,14 +70,10 @@ def build_runner(
         group.wrap(lambda backend: profile.timed_backend(backend, group.device))
     model = _load(checkpoint, config, group, ops)
     kv = KVCache(
-        model_config.num_hidden_layers,
-        num_kv_blocks(config, model_config, world, group),
-        len(model_config.kv_heads_on(group.rank, group.size)),
-        config.block_size,
-        model_config.head_dim,
-        dtype=TORCH_DTYPES[config.kv_cache_dtype],
-        device=group.device,
-    )
+        model_config.num_hidden_layers, num_kv_blocks(config, model_config, world, group),
+        len(model_config.kv_heads_on(group.rank, group.size)), config.block_size, model_config.head_dim,
+        dtype=TORCH_DTYPES[config.kv_cache_dtype], device=group.device,
+    )  # fmt: skip
     runner = ModelRunner(model, kv)
     if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
         _record_graphs(runner, config)
@@ -96,13 +85,7 @@ def _load(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, ops: Ops
     fmt, head_fmt = weight_formats(ops, model_config, dtype, config.quantization, group.device)
     assert config.max_model_len is not None
     model = Transformer(
-        model_config,
-        tp=group,
-        ops=ops,
-        fmt=fmt,
-        head_fmt=head_fmt,
-        dtype=dtype,
-        num_positions=config.max_model_len,
+        model_config, tp=group, ops=ops, fmt=fmt, head_fmt=head_fmt, dtype=dtype, num_positions=config.max_model_len
     )
     # disable=None: a bar on a terminal only. Rank 0 speaks for all.
     steps = model_config.num_hidden_layers + 2

@@ -88,15 +88,9 @@ class TPGroup:
             return cls.single(device)
         index, rank = divmod(world.rank, size)
         return cls.connect(
-            launcher_store(world, timeout_seconds),
-            rank,
-            size,
-            device,
-            f"{name}/replica-{index}",
-            deterministic=deterministic,
-            backend=backend,
-            timeout_seconds=timeout_seconds,
-        )
+            launcher_store(world, timeout_seconds), rank, size, device, f"{name}/replica-{index}",
+            deterministic=deterministic, backend=backend, timeout_seconds=timeout_seconds,
+        )  # fmt: skip
 
     @classmethod
     def connect(
