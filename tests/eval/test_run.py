@@ -13,9 +13,9 @@ import pytest
 
 from megatron_infer.eval import command
 from megatron_infer.eval.run import command as run_command
-from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.records import GIVEN_UP, LONE_CRASHES, SHARED_CRASHES
 from megatron_infer.eval.run.replica import in_prefix_order, seed_of
+from megatron_infer.eval.run.work_queue import WorkQueue
 from megatron_infer.eval.tasks.registry import task
 from megatron_infer.world import World
 from tests.eval.killed_runs import PYTHON, command_of, shapes, write_cases
@@ -358,11 +358,11 @@ def test_neighbours_in_the_order_of_work_share_a_beginning(data: Path) -> None:
 
 
 def test_units_are_claimed_once_and_rank_0_speaks_for_all() -> None:
-    handout = Handout(World())
-    assert [handout.claim() for _ in range(3)] == [0, 1, 2]
-    handout.count("tokens", 5)
-    handout.count("tokens", 2)
-    assert handout.counts(["tokens", "others"]) == {"tokens": 7, "others": 0}
-    assert handout.tell(lambda: {"a": [1]}) == {"a": [1]}
+    queue = WorkQueue(World())
+    assert [queue.claim() for _ in range(3)] == [0, 1, 2]
+    queue.count("tokens", 5)
+    queue.count("tokens", 2)
+    assert queue.counts(["tokens", "others"]) == {"tokens": 7, "others": 0}
+    assert queue.tell(lambda: {"a": [1]}) == {"a": [1]}
     with pytest.raises(ValueError, match="no"):
-        handout.tell(lambda: (_ for _ in ()).throw(ValueError("no")))
+        queue.tell(lambda: (_ for _ in ()).throw(ValueError("no")))

@@ -1,7 +1,7 @@
 """The command `eval run`: complete every case of a benchmark, on any number of ranks, however often it is interrupted.
 
 World rank 0 checks everything, plans the attempt and merges in the end; the leader of each replica computes. The
-directory is records.py's, the sharing handout.py's, the work replica.py's.
+directory is records.py's, the sharing work_queue.py's, the work replica.py's.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from torch.distributed import DistError
 
 from megatron_infer.config import EngineConfig
 from megatron_infer.eval.cases import Case
-from megatron_infer.eval.run.handout import Handout
 from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
-from megatron_infer.eval.run.records import Key, Part, RunDirectory
+from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory
 from megatron_infer.eval.run.replica import Progress, Replica, Settings
+from megatron_infer.eval.run.work_queue import WorkQueue
 from megatron_infer.eval.tasks import registry as tasks
 from megatron_infer.fim import FimOptions
 from megatron_infer.llm import LLM, EngineDeadError
@@ -100,12 +100,12 @@ def _run(job: Job, command: Sequence[str]) -> int:
     log_to_stderr(job.world, logging.WARNING)
     with ExitStack() as stack:
         stack.enter_context(_troubles_explained(job.out))
-        handout = Handout(job.world)
+        queue = WorkQueue(job.world)
         if job.world.is_first:
             stack.enter_context(job.out.locked())
-        plan = handout.tell(lambda: plan_attempt(job, command))
+        plan = queue.tell(lambda: plan_attempt(job, command))
         if plan["success"] is None:
-            _attempt(job, handout, plan)
+            _attempt(job, queue, plan)
         elif job.world.is_first:
             _show(job, plan["success"])
     return 0
@@ -114,7 +114,7 @@ def _run(job: Job, command: Sequence[str]) -> int:
 # ---- every rank -----------------------------------------------------------------------------------------------------
 
 
-def _attempt(job: Job, handout: Handout, plan: Mapping[str, Any]) -> None:
+def _attempt(job: Job, queue: WorkQueue, plan: Mapping[str, Any]) -> None:
     with LLM(job.model_dir, job.config, model_name=job.model_name, fim=job.fim, world=job.world) as llm:
         began = time.monotonic()
         size = llm.config.tensor_parallel_size or 1
@@ -127,16 +127,16 @@ def _attempt(job: Job, handout: Handout, plan: Mapping[str, Any]) -> None:
         if not llm.is_leader:
             llm.follow()
             return
-        cases, progress = _lead(job, handout, plan, llm, replica)
-    handout.announce(f"replica {replica} finished")
+        cases, progress = _lead(job, queue, plan, llm, replica)
+    queue.announce(f"replica {replica} finished")
     if job.world.is_first:
         for other in range(num_replicas):
-            handout.await_announced(f"replica {other} finished", progress.show)
+            queue.await_announced(f"replica {other} finished", progress.show)
         progress.close()
         _finish(job, cases, progress.counts(), time.monotonic() - began)
 
 
-def _lead(job: Job, handout: Handout, plan: Mapping[str, Any], llm: LLM, replica: int) -> tuple[list[Case], Progress]:
+def _lead(job: Job, queue: WorkQueue, plan: Mapping[str, Any], llm: LLM, replica: int) -> tuple[list[Case], Progress]:
     """Do this replica's share."""
     try:
         cases = job.cases()
@@ -150,8 +150,8 @@ def _lead(job: Job, handout: Handout, plan: Mapping[str, Any], llm: LLM, replica
     work = job.work(cases)
     done = np.unpackbits(np.frombuffer(bytes.fromhex(plan["done"]), np.uint8), count=len(work)).astype(bool)
     part = job.out.open_part(plan["attempt"], replica)
-    progress = Progress(handout, len(work), int(done.sum()), is_shown=job.world.is_first)
-    leader = Replica(llm, part, handout, progress, job.settings, {"attempt": plan["attempt"], "replica": replica})
+    progress = Progress(queue, len(work), int(done.sum()), is_shown=job.world.is_first)
+    leader = Replica(llm, part, queue, progress, job.settings, {"attempt": plan["attempt"], "replica": replica})
     with _ended_in_good_order(part):
         if replica == 0:
             leader.give_up([work[i] for i in plan["poison"]])
@@ -188,7 +188,7 @@ def _show(job: Job, success: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _ended_in_good_order(part: Part) -> Iterator[None]:
+def _ended_in_good_order(part: AttemptLog) -> Iterator[None]:
     """Close the part; where the prompts in hand are not to blame for the end, it says so."""
     try:
         yield

@@ -146,9 +146,9 @@ class RunDirectory:
         path = self.path / SUCCESS
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def open_part(self, attempt: int, replica: int) -> Part:
+    def open_part(self, attempt: int, replica: int) -> AttemptLog:
         """The file that one replica of an attempt writes."""
-        return Part(self.path / _PARTS / f"{attempt:04d}-{replica:04d}.jsonl")
+        return AttemptLog(self.path / _PARTS / f"{attempt:04d}-{replica:04d}.jsonl")
 
     def state(self) -> State:
         """Read all parts; of a torn line nothing counts."""
@@ -204,7 +204,7 @@ class RunDirectory:
             flush(self.path)
 
 
-class Part:
+class AttemptLog:
     """What one replica did in one attempt: keys as they are begun, their results, and how it ended."""
 
     def __init__(self, path: Path) -> None:

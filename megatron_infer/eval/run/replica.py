@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from megatron_infer.completion import Completion, Timings
 from megatron_infer.eval.cases import Case
-from megatron_infer.eval.run.handout import Handout
-from megatron_infer.eval.run.records import GIVEN_UP, Key, Part
+from megatron_infer.eval.run.records import GIVEN_UP, AttemptLog, Key
+from megatron_infer.eval.run.work_queue import WorkQueue
 from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.sampling_params import SamplingParams
@@ -62,8 +62,8 @@ class Progress:
     NAMES = ("completions", "new_tokens", "prompt_tokens", "cached_tokens")
     _REFRESH_SECONDS = 0.5
 
-    def __init__(self, handout: Handout, total: int, already_done: int, *, is_shown: bool) -> None:
-        self._handout = handout
+    def __init__(self, queue: WorkQueue, total: int, already_done: int, *, is_shown: bool) -> None:
+        self._queue = queue
         self._began = self._shown = time.monotonic()
         self._already_done = already_done
         self._bar = None
@@ -76,7 +76,7 @@ class Progress:
         timings = completion.timings
         amounts = (1, timings.num_new_tokens, timings.num_prompt_tokens, completion.num_cached_tokens)
         for name, amount in zip(self.NAMES, amounts, strict=True):
-            self._handout.count(name, amount)
+            self._queue.count(name, amount)
         self.show()
 
     def show(self) -> None:
@@ -93,7 +93,7 @@ class Progress:
 
     def counts(self) -> dict[str, int]:
         """What all replicas of this attempt did so far."""
-        return self._handout.counts(self.NAMES)
+        return self._queue.counts(self.NAMES)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -105,10 +105,16 @@ class Replica:
     """The leader of one replica at work; the other ranks of its tensor-parallel group follow."""
 
     def __init__(
-        self, llm: LLM, part: Part, handout: Handout, progress: Progress, settings: Settings, names: dict[str, int]
+        self,
+        llm: LLM,
+        part: AttemptLog,
+        queue: WorkQueue,
+        progress: Progress,
+        settings: Settings,
+        names: dict[str, int],
     ) -> None:
         """`names`: what a timing line says about who computed it ("attempt", "replica")."""
-        self._llm, self._part, self._handout, self._progress = llm, part, handout, progress
+        self._llm, self._part, self._queue, self._progress = llm, part, queue, progress
         self._settings, self._names = settings, names
 
     def give_up(self, work: Sequence[Work]) -> None:
@@ -120,7 +126,7 @@ class Replica:
         """Compute keys one at a time; then let the other replicas begin."""
         for item in work:
             self._complete(self._begun([item], alone=True))
-        self._handout.announce(SUSPECTS_DONE)
+        self._queue.announce(SUSPECTS_DONE)
 
     def run(self, work: Sequence[Work]) -> None:
         """Compute all of `work` that no other replica claims."""
@@ -131,8 +137,8 @@ class Replica:
         return next(iter(self._llm.fim.orders), "psm")
 
     def _claimed(self, work: Sequence[Work]) -> Iterator[Work]:
-        self._handout.await_announced(SUSPECTS_DONE)
-        while (start := _UNIT_KEYS * self._handout.claim()) < len(work):
+        self._queue.await_announced(SUSPECTS_DONE)
+        while (start := _UNIT_KEYS * self._queue.claim()) < len(work):
             yield from self._begun(work[start : start + _UNIT_KEYS], alone=False)
 
     def _begun(self, work: Sequence[Work], *, alone: bool) -> Sequence[Work]:

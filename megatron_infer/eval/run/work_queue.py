@@ -20,7 +20,7 @@ _STORE_TIMEOUT_SECONDS = 30.0
 _POLL_SECONDS = 0.2
 
 
-class Handout:
+class WorkQueue:
     """One process's view of the run. A plain process is alone in its world."""
 
     def __init__(self, world: World) -> None:
