@@ -5,14 +5,14 @@ Owns how results travel; JSON stands here alone. What a call does is session.py'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 from megatron_infer.completion import Completion, Items
 from megatron_infer.engine.runner import ModelRunner
-from megatron_infer.engine.worker import EngineDeadError, Kind, receive, send_json
+from megatron_infer.engine.worker import EngineDeadError, Kind, receive, send_json, serve
 from megatron_infer.session import Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 
@@ -45,11 +45,8 @@ class Leader:
         self._send(Kind.END)
 
     def _send(self, kind: Kind, payload: Any = None) -> None:
-        try:
-            with self.session.undisturbed():
-                send_json(self._group, kind, payload)
-        except RankFailure as error:
-            raise EngineDeadError(f"the engine stopped: {error}") from error
+        with _failures_end_the_engine(), self.session.undisturbed():
+            send_json(self._group, kind, payload)
 
     def _tell(self, refusal: Any = None) -> None:
         """How the call ended, unless a rank failed or the group is closed: then nobody is left to tell."""
@@ -91,9 +88,10 @@ class Follower:
 
     def serve(self) -> None:
         """Execute steps until rank 0 closes the session. Raises EngineDeadError: a rank failed."""
-        while self._receive()[0] is not Kind.STOP:
-            continue
-        self.close()
+        self._ensure_open()
+        with _failures_end_the_engine():
+            serve(self._runner)
+        self._is_closed = True
 
     def close(self) -> None:
         """Leave the group. Idempotent."""
@@ -101,12 +99,22 @@ class Follower:
         self._runner.close()
 
     def _receive(self) -> tuple[Kind, Any]:
+        self._ensure_open()
+        with _failures_end_the_engine():
+            return receive(self._runner)
+
+    def _ensure_open(self) -> None:
         if self._is_closed:
             raise EngineDeadError("the session is closed; create a new one")
-        try:
-            return receive(self._runner)
-        except RankFailure as error:
-            raise EngineDeadError(f"the engine stopped: {error}") from error
+
+
+@contextmanager
+def _failures_end_the_engine() -> Iterator[None]:
+    """A RankFailure within becomes the error that users know."""
+    try:
+        yield
+    except RankFailure as error:
+        raise EngineDeadError(f"the engine stopped: {error}") from error
 
 
 def _describe(error: BaseException) -> dict[str, str]:

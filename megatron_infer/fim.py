@@ -107,9 +107,13 @@ class Language:
 
 def language_of(prompt: FimPrompt) -> str:
     """The name of the prompt's language, by its path where it does not say; "" where that does not tell either."""
-    match = _EXTENSION.search(prompt.path)
-    language = load_languages().get(match[0]) if match else None
+    language = _language_at(prompt.path)
     return prompt.language or (language.name if language else "")
+
+
+def _language_at(path: str) -> Language | None:
+    match = _EXTENSION.search(path)
+    return load_languages().get(match[0]) if match else None
 
 
 @functools.cache
@@ -166,7 +170,7 @@ class FimFormat:
         self._layouts: dict[str, list[str]] = {order: words.split() for order, words in family["orders"].items()}
         self._plain: list[str] = family["plain"].split()
         self._frames_empty_suffix: bool = family["empty_suffix"] == "frame"
-        self._languages = load_languages() if family.get("comment_header") else {}
+        self._has_header = bool(family.get("comment_header"))
         self._dummy_prefix: list[str] = family.get("dummy_prefix", "").split()
         self._files: Mapping[str, Any] | None = family.get("files")
         found = {role: tokenizer.id_of(piece) for role, piece in family["tokens"].items()}
@@ -215,9 +219,8 @@ class FimFormat:
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""
-        match = _EXTENSION.search(path)
-        language = self._languages.get(match[0]) if match else None
-        if language is None or which == "none":
+        language = _language_at(path) if self._has_header and which != "none" else None
+        if language is None:
             return ""
         lines = [f"the file path is: {path}"] if which == "full" else []
         lines.append(f"the code file is written by {language.name}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -47,21 +47,23 @@ log = logging.getLogger("megatron_infer")
 
 @dataclass(frozen=True)
 class Preview:
-    """What an LLM will have, as far as no weight need be read: `config` is resolved.
-
-    file_hashes: size in bytes and SHA-256 of the files that the checkpoint's own manifest lists.
-    """
+    """What an LLM will have, as far as no weight need be read: `config` is resolved."""
 
     tokenizer: Tokenizer
     fim: FimFormat
     config: EngineConfig
-    file_hashes: Mapping[str, tuple[int, str]]
 
 
 def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str | None, world: World) -> Preview:
     """What `LLM` with these arguments will have. Raises ValueError as it does, but for memory."""
     with open_checkpoint(model_dir, model_name) as checkpoint:
         return _preview(checkpoint, model_dir, config, fim, world)
+
+
+def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
+    """Size in bytes and SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
+    manifest = Manifest.load(model_dir)
+    return {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
 
 
 def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
@@ -71,9 +73,7 @@ def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim:
             f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "
             "do not belong together"
         )
-    manifest = Manifest.load(model_dir)
-    hashes = {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
-    return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world), hashes)
+    return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
 
 
 class LLM:

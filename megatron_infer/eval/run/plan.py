@@ -24,7 +24,7 @@ from megatron_infer.eval.run.records import RunDirectory
 from megatron_infer.eval.run.replica import Settings, Work
 from megatron_infer.eval.tasks.retrieval import read_source_tree, with_context
 from megatron_infer.files import sha256_of
-from megatron_infer.llm import preview
+from megatron_infer.llm import listed_hashes, preview
 from megatron_infer.options import say
 from megatron_infer.world import World
 
@@ -86,7 +86,7 @@ def plan_attempt(job: Job, command: Sequence[str]) -> dict[str, Any]:
             f"{config.max_model_len} tokens; lower it"
         )
     known = job.out.manifest()
-    files = model_files(job.model_dir, known["model_files"] if known else {}, known_model.file_hashes)
+    files = model_files(job.model_dir, known["model_files"] if known else {}, listed_hashes(job.model_dir))
     fingerprint = _fingerprint(job, config, files, cases)
     if known is not None:
         job.out.check(known, fingerprint)
