@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from peers import machine
 
-from megatron_infer.model.export import save_sharded
+from checkpoints_convert.export import save_sharded
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.model_config import ModelConfig
 

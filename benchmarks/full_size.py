@@ -21,8 +21,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from checkpoints_convert.export import save_sharded
 from megatron_infer import LLM, SamplingParams
-from megatron_infer.model.export import save_sharded
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.model_config import ModelConfig
 

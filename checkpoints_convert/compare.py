@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_convert.tensor_writers import BLOCK_BYTES
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import unpack_int4
-from megatron_infer.model.tensor_writers import BLOCK_BYTES
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.model_config import ModelConfig
 

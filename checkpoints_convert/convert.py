@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from checkpoints_convert.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
 from checkpoints_convert.lora import Adapter, MergedReader
+from checkpoints_convert.tensor_writers import Progress
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
-from megatron_infer.model.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
-from megatron_infer.model.tensor_writers import Progress
 from megatron_infer.model.weights import expected_tensors, stored_dtype
 from megatron_infer.model_config import DEFAULT_MODEL_NAME, FLOAT_DTYPES, ModelConfig
 

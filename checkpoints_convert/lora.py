@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints_convert.export import converted
 from megatron_infer.files import read_json_object
 from megatron_infer.model.checkpoint import Checkpoint
-from megatron_infer.model.export import converted
 from megatron_infer.model.tensor_files import SafetensorsFile
 from megatron_infer.model.weights import expected_tensors, hf_name
 from megatron_infer.model_config import ModelConfig

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from checkpoints_convert.convert import Change, Options, Summary, convert, refuse_quantized
+from checkpoints_convert.export import Reader
 from checkpoints_convert.gptq import CalibratedReader
 from checkpoints_convert.texts import read_texts
 from megatron_infer.model.checkpoint import Checkpoint
-from megatron_infer.model.export import Reader
 from megatron_infer.model.formats import pack_int4, row_blocks
 from megatron_infer.model.formats import quantize as quantize_block
 from megatron_infer.model.weights import expected_tensors, stored_dtype

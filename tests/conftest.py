@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_infer.model.export import save_sharded
+from checkpoints_convert.export import save_sharded
 from tests.support.tiny_models import random_tensors, tiny_config
 from tests.support.tiny_tokenizer import build_tiny_tokenizer
 

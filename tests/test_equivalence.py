@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from checkpoints_convert.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
 from megatron_infer.engine.scheduler import Drafter
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.model.checkpoint import open_checkpoint
-from megatron_infer.model.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infer.model.export import save_hf, save_sharded
+from checkpoints_convert.export import save_hf, save_sharded
 from megatron_infer.model.weights import expected_tensors
 from megatron_infer.model_config import ModelConfig
 

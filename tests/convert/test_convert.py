@@ -23,12 +23,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import sess_huggingface
-from checkpoints_convert import Options, hf2megatron, inspect, megatron2hf, merge_lora, reshard
+from checkpoints_convert import Options, hf2megatron, inspect, megatron2hf, merge_lora, reshard, tensor_writers
 from checkpoints_convert.__main__ import main
+from checkpoints_convert.export import save_hf
 from megatron_infer.fim import FimPrompt
-from megatron_infer.model import tensor_writers
 from megatron_infer.model.checkpoint import open_checkpoint
-from megatron_infer.model.export import save_hf
 from megatron_infer.model.weights import expected_tensors, hf_name
 from megatron_infer.model_config import ModelConfig
 from sess_megatron import TestInference
@@ -182,7 +181,7 @@ import os, signal, sys
 import torch
 from pathlib import Path
 from checkpoints_convert import Options, reshard
-from megatron_infer.model import tensor_writers
+from checkpoints_convert import tensor_writers
 
 torch.set_num_threads(1)
 source, out, force = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "force"
@@ -365,7 +364,7 @@ from pathlib import Path
 import torch
 from checkpoints_convert import Options, hf2megatron, megatron2hf
 from megatron_infer.model.checkpoint import open_checkpoint
-from megatron_infer.model.export import converted
+from checkpoints_convert.export import converted
 
 def anonymous_kib():
     return int(next(line for line in open("/proc/self/status") if line.startswith("RssAnon")).split()[1])

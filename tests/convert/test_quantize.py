@@ -25,16 +25,17 @@ from checkpoints_convert import (
     merge_lora,
     quantize,
     reshard,
+    tensor_writers,
 )
 from checkpoints_convert.__main__ import main
+from checkpoints_convert.export import save_sharded
 from checkpoints_convert.gptq import gptq, inverse_factor
 from checkpoints_convert.quantization import RoundedReader
 from megatron_infer import LLM, SamplingParams
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.resolve import resolve
-from megatron_infer.model import formats, tensor_writers
+from megatron_infer.model import formats
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
-from megatron_infer.model.export import save_sharded
 from megatron_infer.model.weights import memory_estimate
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import INT4

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_infer.model import export
+from checkpoints_convert import export
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.manifest import verify_manifest
 from tests.support.checkpoint_cases import HF, MODEL, NAME, PT, W1, assert_same, save

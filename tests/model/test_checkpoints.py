@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_infer.model import export
+from checkpoints_convert import export
 from megatron_infer.model.checkpoint import KINDS, open_checkpoint
 from megatron_infer.model.weights import expected_tensors, megatron_tensors, memory_estimate
 from megatron_infer.model_config import ModelConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_infer.model import export
+from checkpoints_convert import export
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.weights import expected_tensors, hf_name
 from megatron_infer.model_config import ModelConfig

@@ -19,6 +19,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from checkpoints_convert.output_dir import appearing
+from checkpoints_convert.tensor_writers import (
+    BLOCK_BYTES,
+    Progress,
+    SafetensorsWriter,
+    TensorPlan,
+    pt_bytes,
+    safetensors_bytes,
+    write_pt,
+)
 from megatron_infer.files import sha256_of
 from megatron_infer.model.manifest import (
     FORMAT_VERSION,
@@ -29,17 +39,7 @@ from megatron_infer.model.manifest import (
     shard_identity,
     shard_name,
 )
-from megatron_infer.model.output_dir import appearing
 from megatron_infer.model.tensor_files import PT_METADATA_KEY
-from megatron_infer.model.tensor_writers import (
-    BLOCK_BYTES,
-    Progress,
-    SafetensorsWriter,
-    TensorPlan,
-    pt_bytes,
-    safetensors_bytes,
-    write_pt,
-)
 from megatron_infer.model.weights import (
     StoredTensor,
     check_num_shards,
