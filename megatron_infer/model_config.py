@@ -187,8 +187,8 @@ class ModelConfig:
             path = path.with_name("generation_config.json")
             if not path.exists():
                 return config
-            ends = _token_ids(read_json_object(path).get("eos_token_id"))
-            return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *ends))))
+            more = replace(config, eos_token_ids=_token_ids(read_json_object(path).get("eos_token_id")))
+            return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more.eos_token_ids))))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
