@@ -92,7 +92,7 @@ class PickleFile:
         unwrap: look for the tensors below Megatron's wrappers (["model"]["module"]["llama_model"], dotted prefixes).
     """
 
-    _WRAPPERS = ("model", "module", "llama_model", "language_model")
+    _WRAPPERS = ("model", "module", "llama_model", "language_model", "_orig_mod")
 
     def __init__(self, path: Path, *, unwrap: bool) -> None:
         self.path = path
