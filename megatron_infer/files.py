@@ -30,13 +30,19 @@ def flush(path: Path) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Parse a JSON file that holds an object (ValueError naming the file)."""
+    """Parse a JSON file that holds an object, with or without a byte order mark (ValueError naming the file)."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); it may be truncated, copy or download it again"
-        ) from None
+        raw = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
+        raise broken_file(path, f"is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise broken_file(path, "must hold a JSON object")
     return raw
+
+
+def broken_file(path: Path, why: str) -> ValueError:
+    """The error for a model's file that is not what it should be, with the remedy."""
+    remedy = "it may be truncated, copy it again from the model's original files"
+    if path.is_file() and path.read_bytes()[:40].startswith(b"version https://git-lfs"):
+        why, remedy = "cannot be read (it is a Git LFS pointer)", "fetch the real file with `git lfs pull`"
+    return ValueError(f"{path} {' '.join(why.split())[:300]}; {remedy}")

@@ -67,7 +67,8 @@ def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
 
 
 def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
-    tokenizer, model = load_tokenizer(model_dir), checkpoint.config
+    model = checkpoint.config
+    tokenizer = load_tokenizer(model_dir, model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "

@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
@@ -108,6 +108,9 @@ class Session:
         if too_high:
             raise ValueError(f"stop_token_ids {too_high} are outside the vocabulary of {self._vocab_size}")
         encoded = self._encode(prompt, sampling, options)
+        # A control token has no text that a stop string could be found in.
+        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
+        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
