@@ -170,6 +170,8 @@ class LLM:
             is_default = given == getattr(EngineConfig(), name)
             source = ("default" if is_default else "given") if given == value else f"resolved from {given or 'nothing'}"
             log.info("config: %s = %s (%s)", name, value, source)
+        model, fim = self.model_config.eos_token_ids, sorted(self.fim.stop_token_ids)
+        log.info("end tokens: %s of the checkpoint's settings, %s of its tokenizer and FIM family", list(model), fim)
         group = self._runner.tp
         log.info("tensor parallel: %d rank(s) over %s (%s)", group.size, group.backend, group.why)
 

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "megatron_infer"
 LAYERS: list[tuple[str, ...]] = [
     ("checks", "world", "files", "languages"),
     ("ending",),
-    ("quantization", "tokenizer_files"),
+    ("quantization", "rope_scaling", "tokenizer_files"),
     ("model_config", "sampling_params", "tokenizer"),
     ("config", "text_stream", "fim_prompt", "fim_cut"),
     ("fim",),
@@ -62,6 +62,7 @@ NO_TORCH = (
     "ending.rules",
     "ending.ending",
     "quantization",
+    "rope_scaling",
     "model_config",
     "sampling_params",
     "config",
