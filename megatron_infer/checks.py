@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -36,6 +38,12 @@ def finite(name: str, value: Any, *, low: float, high: float = math.inf) -> None
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field whose help text the command lines show."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field whose help text the command lines show; `parse` reads it, or an item of it, from there."""
+    return field(default=default, metadata={"help": text, "parse": parse})
+
+
+def unescaped(text: str) -> str:
+    r"""Text typed into a shell, in which \n, \r, \t, \\ and \xNN stand for characters."""
+    known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\]|x[0-9a-fA-F]{2})", lambda m: known.get(m[1]) or chr(int(m[1][1:], 16)), text)
