@@ -7,6 +7,7 @@ fim.py's business. What the files mean is tokenizer_files.py's.
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -92,6 +93,11 @@ class Tokenizer(ABC):
         """UTF-8 bytes of one token, possibly a part of a character; empty for special tokens and padding rows."""
         assert token_id >= 0, token_id
         return self._texts[token_id] if token_id < len(self._texts) else b""
+
+    def gaps(self, num_rows: int) -> list[tuple[int, int]]:
+        """Ranges [start, stop) of the ids below `num_rows` that stand for no piece: a model's padding rows."""
+        known = sorted({-1, *(i for i in self._ids.values() if i < num_rows), num_rows})
+        return [(low + 1, high) for low, high in itertools.pairwise(known) if high > low + 1]
 
     def id_of(self, piece: str) -> int | None:
         """Id of a vocabulary entry by its exact name, control tokens included."""
