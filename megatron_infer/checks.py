@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -49,6 +51,23 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field whose help text the command lines show."""
-    return field(default=default, metadata={"help": text})
+def check_text(text: str, name: str = "text") -> None:
+    """Raise ValueError where `text` cannot be written as UTF-8, i.e. holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}; read the file "
+            'with errors="replace", or cut text only between whole characters'
+        ) from None
+
+
+def option(default: Any, text: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field whose help text the command lines show; `parse` reads it, or an item of it, from there."""
+    return field(default=default, metadata={"help": text, "parse": parse})
+
+
+def unescaped(text: str) -> str:
+    r"""Text typed into a shell, in which \n, \r, \t, \\ and \xNN stand for characters."""
+    known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\]|x[0-9a-fA-F]{2})", lambda m: known.get(m[1]) or chr(int(m[1][1:], 16)), text)

@@ -43,10 +43,18 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it is not a file of at most {_MAX_JSON_BYTES >> 20} MiB")
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); it may be truncated, copy or download it again"
-        ) from None
+    except (ValueError, RecursionError, OSError) as error:  # UnicodeDecodeError is a ValueError
+        raise broken_file(path, f"is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
-        raise ValueError(f"{path} must hold a JSON object")
+        raise broken_file(path, "must hold a JSON object")
     return raw
+
+
+def broken_file(path: Path, why: str) -> ValueError:
+    """The error for a model's file that is not what it should be, with the remedy."""
+    remedy = "it may be truncated, copy it again from the model's original files"
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                why, remedy = "cannot be read (it is a Git LFS pointer)", "fetch the real file with `git lfs pull`"
+    return ValueError(f"{path} {' '.join(why.split())[:300]}; {remedy}")
