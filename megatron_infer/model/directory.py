@@ -15,7 +15,9 @@ from megatron_infer.model.pieces import refuse
 
 def shards_in(directory: Path) -> list[Path]:
     """Our shards, by their names."""
-    return sorted(path for path in directory.glob("model-rank*.safetensors") if parse_shard_name(path.name))
+    return sorted(
+        path for path in directory.glob("model-rank*.safetensors") if path.is_file() and parse_shard_name(path.name)
+    )
 
 
 def existing(path: Path) -> list[Path]:
@@ -45,8 +47,8 @@ def hf_files(entry: list[Path]) -> tuple[list[Path], dict[str, str]]:
         raise ValueError(f"{index} has no weight_map; download it again")
     paths: dict[str, Path] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} points outside its directory ({name!r}); refused")
+        if not isinstance(name, str) or Path(name).name != name or len(name.encode()) > 255:
+            raise ValueError(f"{index} points outside its directory, or at no file ({name!r:.80}); refused")
         paths[name] = index.parent / name
         if not paths[name].is_file():
             raise ValueError(f"{index} says tensor {tensor!r} is in {name}, which does not exist; download {name}")
