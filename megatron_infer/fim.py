@@ -123,6 +123,11 @@ class FimFormat:
         ids = before + [i for word in layout for i in (texts[word] if word in texts else self._ids[word])]
         return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix)
 
+    @property
+    def interactive(self) -> FimOptions:
+        """For typing: suffix first where the family knows it, so that what stands before the prefix stays computed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None)
+
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""
         language = language_at(path) if self._has_header and which != "none" else None
