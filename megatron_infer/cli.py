@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_infer.completion import Completion, CompletionStream
 from megatron_infer.config import EngineConfig
-from megatron_infer.fim import MAX_PROMPT_BYTES, FimOptions, FimPrompt
+from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
     Parser,

@@ -67,7 +67,8 @@ def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
 
 
 def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
-    tokenizer, model = load_tokenizer(model_dir), checkpoint.config
+    model = checkpoint.config
+    tokenizer = load_tokenizer(model_dir, model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "
@@ -170,6 +171,8 @@ class LLM:
             is_default = given == getattr(EngineConfig(), name)
             source = ("default" if is_default else "given") if given == value else f"resolved from {given or 'nothing'}"
             log.info("config: %s = %s (%s)", name, value, source)
+        model, fim = self.model_config.eos_token_ids, sorted(self.fim.stop_token_ids)
+        log.info("end tokens: %s of the checkpoint's settings, %s of its tokenizer and FIM family", list(model), fim)
         group = self._runner.tp
         log.info("tensor parallel: %d rank(s) over %s (%s)", group.size, group.backend, group.why)
 

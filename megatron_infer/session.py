@@ -14,7 +14,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
@@ -120,6 +120,9 @@ class Session:
                 "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
                 "(said once)", sampling.max_new_tokens, room, self._max_model_len, len(encoded.ids),
             )  # fmt: skip
+        # A control token has no text that a stop string could be found in.
+        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
+        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
