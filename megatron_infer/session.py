@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Event, Request
 from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
+from megatron_infer.healing import Healing, TokenTable, heal
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -60,6 +62,7 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    healing: Healing | None = None
 
 
 class Session:
@@ -127,7 +130,7 @@ class Session:
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice, bad_words=bad_words,
+                seed=seed, choice=choice, bad_words=bad_words, guide=encoded.healing,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -135,6 +138,7 @@ class Session:
             GrowingCompletion(
                 request, encoded.prompt, self._tokenizer,
                 prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
+                skip_bytes=len(encoded.healing.text) if encoded.healing is not None else 0,
             )
             for request in requests
         )  # fmt: skip
@@ -251,6 +255,10 @@ class Session:
             raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
         return words
 
+    @cached_property
+    def _token_table(self) -> TokenTable:
+        return TokenTable(self._tokenizer)
+
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
@@ -258,7 +266,10 @@ class Session:
             longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
+            ids, healing = encoding.ids, None
+            if options is not None and options.token_healing and fim_prompt.prefix:
+                ids, healing = heal(ids, encoding.prefix, self._token_table)
+            return _Encoded(fim_prompt, ids, self._end_ids | encoding.stop_token_ids, num_dropped, healing)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
