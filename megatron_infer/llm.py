@@ -76,6 +76,13 @@ def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim:
     return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
 
 
+def _release(group: TPGroup, followers: Followers | None) -> None:
+    """What a runner that nobody closed holds outside of Python."""
+    if followers is not None:
+        followers.close(patience_seconds=0)
+    group.close()
+
+
 class LLM:
     """A loaded model that completes FIM prompts.
 
@@ -135,9 +142,8 @@ class LLM:
         join = in_world if self._followers is None else self._followers.join
         try:
             runner = bring_up(checkpoint, config, world, join, profile)
-            if self._followers is not None:
-                # As long as the runner: a stream, or the session alone, needs the followers as much as this object.
-                weakref.finalize(runner, self._followers.close)
+            # As long as the runner: a stream, or the session alone, needs the ranks as much as this object.
+            weakref.finalize(runner, _release, runner.tp, self._followers)
             return runner
         except BaseException as error:
             if self._followers is not None:

@@ -5,14 +5,18 @@ A World is read once and passed down. How its ranks form groups is tensor_parall
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import os
+import re
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from queue import Empty, Queue
 from threading import Thread
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 log = logging.getLogger("megatron_infer")
@@ -67,6 +71,8 @@ class World:
         if not 0 <= rank < size:
             raise ValueError(f"RANK={rank} is not below WORLD_SIZE={size}: {_REMEDY}")
         local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
+        if "LOCAL_RANK" not in os.environ and os.environ.get("SLURM_PROCID") == str(rank):
+            local_rank, local_size = _integer("SLURM_LOCALID"), _slurm_tasks_here()
         if not 1 <= local_size <= size or ("LOCAL_WORLD_SIZE" in os.environ and not 0 <= local_rank < local_size):
             raise ValueError(
                 f"LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size} do not fit WORLD_SIZE={size}: {_REMEDY}"
@@ -83,6 +89,28 @@ def _integer(key: str, default: int | None = None) -> int:
         raise ValueError(f"{key}={text!r} is not an integer: {_REMEDY}") from None
 
 
+def _slurm_tasks_here() -> int:
+    """Of "2(x3),1": three hosts with two tasks each, then one with one (srun(1), SLURM_STEP_TASKS_PER_NODE)."""
+    counts: list[int] = []
+    for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(tasks)] * int(repeats or 1)
+    node = _integer("SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else _integer("SLURM_LOCALID") + 1
+
+
+def _host_on_loopback(world: World, timeout: timedelta) -> Store | None:
+    """Where rank 0 hosts the store itself and all ranks meet at this host's loopback address: a store that listens
+    there alone. torch's own listens on every interface, and asks nobody who he is."""
+    host, _, port = world.address.rpartition(":")
+    if not world.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    with suppress(OSError):  # no such host, which torch explains; or the program has a store there, which torch finds
+        if ipaddress.ip_address(address := socket.gethostbyname(host)).is_loopback:
+            fd = socket.create_server((address, int(port))).detach()
+            return TCPStore(host, int(port), world.size, True, timeout, multi_tenant=True, master_listen_fd=fd)
+    return None
+
+
 def launcher_store(world: World, timeout_seconds: float) -> Store:
     """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers.
 
@@ -95,8 +123,8 @@ def launcher_store(world: World, timeout_seconds: float) -> Store:
 
     def connect() -> None:
         try:
-            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
-            found.put(store)
+            timeout = timedelta(seconds=timeout_seconds)
+            found.put(_host_on_loopback(world, timeout) or next(iter(rendezvous("env://", timeout=timeout)))[0])
         except Exception as error:
             found.put(error)
 

@@ -7,6 +7,7 @@ counts, neither tensors nor how the ranks found each other. The contract is in c
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -20,6 +21,10 @@ WINDOW_BYTES = 512 * 1024
 MAX_RANKS = 64
 _OK, _AGAIN, _GROW = 0, 1, 3
 _SMALL_INTS = 4096
+# Linux's fcntl.h; named in Python's fcntl from 3.12 on only where the C library has them.
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+_SEALS = 0x1 | 0x2 | 0x4
+"""F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW: nobody changes the size, or these."""
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -64,20 +69,32 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
 
 def create_file(library: ctypes.CDLL, size: int) -> int:
     """File descriptor of a zero-filled anonymous file for `size` ranks. Having no name, it cannot be left behind."""
-    fd = os.memfd_create("megatron_infer", os.MFD_CLOEXEC)
+    fd = os.memfd_create("megatron_infer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Reserves the pages now: a host without memory fails here, not with a bus error in the middle of a step.
         os.posix_fallocate(fd, 0, library.mi_coll_mapping_bytes(size, WINDOW_BYTES))
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
+def check_file(library: ctypes.CDLL, fd: int, size: int) -> None:
+    """Refuse a descriptor that create_file() cannot have made for `size` ranks (OSError). Writes nothing."""
+    try:
+        # A file of the disk has no seals, and one that is sealed cannot shrink below a mapping.
+        is_ours = fcntl.fcntl(fd, _F_GET_SEALS) == _SEALS
+    except OSError:
+        is_ours = False
+    if not is_ours or os.fstat(fd).st_size != library.mi_coll_mapping_bytes(size, WINDOW_BYTES):
+        raise OSError("what was handed over is not the group's shared memory")
+
+
 class SharedMemory:
     """One rank's end of the mapping. Not thread-safe, except poll() and fail().
 
-    Owns `fd` from here on. `identity` tells processes apart (the same for threads of one process).
+    Owns `fd` once it stands. `identity` tells processes apart (the same for threads of one process).
     Methods raise PeerFailure when the group has failed; rank and cause are the same on every rank.
     """
 
@@ -89,7 +106,6 @@ class SharedMemory:
         self._is_root = rank == 0
         self._context = library.mi_coll_attach(fd, rank, size, WINDOW_BYTES, identity)
         if not self._context:
-            os.close(fd)
             raise OSError(ctypes.get_errno(), f"cannot map shared memory: {os.strerror(ctypes.get_errno())}")
         self._small = np.empty(_SMALL_INTS, dtype=np.int64)
         self._length = ctypes.c_int64()
