@@ -38,7 +38,7 @@ from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.session import Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher
 
 __all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
 
@@ -110,6 +110,7 @@ class LLM:
         self.model_dir = Path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
+        end_with_launcher(world)
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
@@ -138,7 +139,10 @@ class LLM:
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
             self._followers = Followers(self.model_dir, model_name, config)
-        in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
+        in_world = partial(
+            TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic,
+            timeout_seconds=config.start_timeout_seconds,
+        )  # fmt: skip
         join = in_world if self._followers is None else self._followers.join
         try:
             runner = bring_up(checkpoint, config, world, join, profile)

@@ -20,7 +20,7 @@ from torch.distributed import DistError
 import megatron_infer
 from megatron_infer.llm import EngineDeadError
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher
 
 
 def _find_demo() -> Path:
@@ -55,6 +55,7 @@ def run_command(command: Callable[[World], int]) -> int:
     world = World()  # every rank reports what is wrong with its own environment
     try:
         world = World.from_env()
+        end_with_launcher(world)
         return command(world)
     except ValueError as error:
         if world.is_first:

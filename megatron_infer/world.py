@@ -9,7 +9,10 @@ import ipaddress
 import logging
 import os
 import re
+import signal
 import socket
+import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +26,8 @@ log = logging.getLogger("megatron_infer")
 
 _PATIENCE_SECONDS = 4.0
 """So long nothing is said about ranks that have not come."""
+_LOOK_SECONDS, _FAREWELL_SECONDS = 0.5, 5.0
+_LAUNCHER_WATCH = "megatron_infer-launcher"
 _REMEDY = "start with `torchrun --nproc_per_node N ...`, or unset RANK and WORLD_SIZE to run as a single process"
 
 
@@ -109,6 +114,35 @@ def _host_on_loopback(world: World, timeout: timedelta) -> Store | None:
             fd = socket.create_server((address, int(port))).detach()
             return TCPStore(host, int(port), world.size, True, timeout, multi_tenant=True, master_listen_fd=fd)
     return None
+
+
+def end_with_launcher(world: World) -> None:
+    """Have this process end when torchrun does: a torchrun that was killed cannot stop its ranks. Idempotent.
+
+    First as SIGTERM ends it, and for certain a few seconds later. Other launchers end their processes themselves.
+    """
+    if not world.is_launched or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and not _is_orphan(parent):
+            time.sleep(_LOOK_SECONDS)
+        os.write(2, f"rank {world.rank} ends: its launcher is gone\n".encode())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_FAREWELL_SECONDS)
+        os._exit(1)
+
+    if not any(thread.name == _LAUNCHER_WATCH for thread in threading.enumerate()):
+        Thread(target=watch, daemon=True, name=_LAUNCHER_WATCH).start()
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether torchrun, a Python program, was gone before anyone looked. In a container it may be process 1 itself."""
+    try:
+        return parent == 1 and "python" not in os.readlink("/proc/1/exe")
+    except OSError:
+        return True  # of another user
 
 
 def launcher_store(world: World, timeout_seconds: float) -> Store:

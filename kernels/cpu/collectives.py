@@ -9,8 +9,8 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -94,15 +94,17 @@ def check_file(library: ctypes.CDLL, fd: int, size: int) -> None:
 class SharedMemory:
     """One rank's end of the mapping. Not thread-safe, except poll() and fail().
 
-    Owns `fd` once it stands. `identity` tells processes apart (the same for threads of one process).
+    Owns `fd` once it stands. `identity` tells processes apart (the same for threads of one process). `waiting` is
+    entered with the name of an operation that waits; what it yields says why a late rank is given up, or nothing.
     Methods raise PeerFailure when the group has failed; rank and cause are the same on every rank.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, fd: int, rank: int, size: int, identity: int, timeout_seconds: float
-    ) -> None:
+        self, library: ctypes.CDLL, fd: int, rank: int, size: int, identity: int,
+        waiting: Callable[[str], AbstractContextManager[Callable[[int], str]]],
+    ) -> None:  # fmt: skip
         self._library = library
-        self._timeout_seconds = timeout_seconds
+        self._waiting = waiting
         self._is_root = rank == 0
         self._context = library.mi_coll_attach(fd, rank, size, WINDOW_BYTES, identity)
         if not self._context:
@@ -163,11 +165,10 @@ class SharedMemory:
 
     def _retry(self, name: str, function: Callable[..., int], *arguments: int, limited: bool = True) -> int:
         """Continue a call that did not complete at once; between the calls Python runs its signal handlers."""
-        start = time.monotonic()
-        while (rc := function(self._context, *arguments)) == _AGAIN:
-            if limited and time.monotonic() - start > self._timeout_seconds:
-                late = self._library.mi_coll_late_rank(self._context)
-                self.fail(late, f"it is alive but did not reach {name} within {self._timeout_seconds:g} s")
-        if rc not in (_OK, _GROW):
-            raise self.failure()
+        with self._waiting(name) as over:
+            while (rc := function(self._context, *arguments)) == _AGAIN:
+                if limited and (cause := over(late := self._library.mi_coll_late_rank(self._context))):
+                    self.fail(late, cause)
+            if rc not in (_OK, _GROW):
+                raise self.failure()
         return rc

@@ -77,6 +77,7 @@ def build_runner(
     runner = ModelRunner(model, kv)
     if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
         _record_graphs(runner, config)
+    group.set_patience(config.rank_timeout_seconds)
     return runner
 
 

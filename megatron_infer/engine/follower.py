@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import FileStore
@@ -69,7 +70,7 @@ class Followers:
         store_fd = os.memfd_create("megatron_infer-store", os.MFD_CLOEXEC)
         self._store = _store_in(store_fd)
         weakref.finalize(self._store, os.close, store_fd)
-        self._deterministic = config.deterministic
+        self._config = config
         root = str(Path(__file__).resolve().parents[2])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
         specs = [
@@ -86,7 +87,8 @@ class Followers:
         """Rank 0's group with them."""
         return TPGroup.connect(
             self._store, 0, self._size, device, "local",
-            deterministic=self._deterministic, is_alive=self._is_alive,
+            deterministic=self._config.deterministic, timeout_seconds=self._config.start_timeout_seconds,
+            is_alive=self._is_alive,
         )  # fmt: skip
 
     def _is_alive(self, rank: int) -> bool:
@@ -113,8 +115,10 @@ def main() -> None:
     world = World(spec.rank, spec.size, spec.rank, spec.size)
 
     def join(device: torch.device) -> TPGroup:
-        deterministic = spec.config.deterministic
-        return TPGroup.connect(store, spec.rank, spec.size, device, "local", deterministic=deterministic)
+        return TPGroup.connect(
+            store, spec.rank, spec.size, device, "local",
+            deterministic=spec.config.deterministic, timeout_seconds=spec.config.start_timeout_seconds,
+        )  # fmt: skip
 
     with open_checkpoint(spec.model_dir, spec.model_name) as checkpoint:
         runner = bring_up(checkpoint, spec.config, world, join)
@@ -132,7 +136,7 @@ def _start_and_stay(
     """Start the followers, and live as long as they may: the kernel kills them when this very thread ends."""
     try:
         # A session of their own: Ctrl-C in a terminal or notebook is for rank 0 to handle.
-        settings = {"stdin": subprocess.DEVNULL, "env": env, "start_new_session": True}
+        settings: dict[str, Any] = {"stdin": subprocess.DEVNULL, "env": env, "start_new_session": True}
         commands = [[sys.executable, "-c", _MAIN, spec.to_json()] for spec in specs]
         started.set_result([subprocess.Popen(c, pass_fds=[specs[0].store_fd], **settings) for c in commands])
     except BaseException as error:

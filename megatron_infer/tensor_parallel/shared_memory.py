@@ -10,7 +10,9 @@ import os
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +29,7 @@ from megatron_infer.kernels.cpu.collectives import (
     load_library,
 )
 from megatron_infer.tensor_parallel.backend import Backend, Ints
-from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, RankFailure, Rendezvous, first
+from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, RankFailure, Rendezvous, Wait, first
 
 R = TypeVar("R")
 _SENT_SECONDS = 10.0
@@ -40,6 +42,7 @@ class SharedMemoryBackend(Backend):
     name = "shared memory"
 
     def __init__(self, memory: SharedMemory, rank: int, size: int) -> None:
+        """For connect()."""
         self._memory, self._rank, self._size = memory, rank, size
 
     @classmethod
@@ -137,7 +140,7 @@ def _share_file(
         else:
             return None, ""  # rank 0 reports why
         number = ProcessIdentity.own().number
-        return SharedMemory(library, fd, meeting.rank, meeting.size, number, meeting.timeout_seconds), ""
+        return SharedMemory(library, fd, meeting.rank, meeting.size, number, partial(_waiting, meeting)), ""
     except BaseException as error:
         if fd >= 0:
             os.close(fd)
@@ -146,6 +149,12 @@ def _share_file(
         if not isinstance(error, OSError):
             raise
         return None, f"rank {meeting.rank} cannot share memory: {error}"
+
+
+@contextmanager
+def _waiting(meeting: Rendezvous, name: str) -> Iterator[Callable[[int], str]]:
+    with Wait(meeting.rank, f"reach {name}", meeting.patience) as wait:
+        yield wait.over
 
 
 def _send(fd: int, address: str) -> None:

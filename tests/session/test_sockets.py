@@ -66,6 +66,14 @@ def ranks_of(process: psutil.Popen) -> list[psutil.Process]:
     return [one for one in tree if "torch.distributed.run" not in one.cmdline()]
 
 
+def wait_for_progress(process: psutil.Popen, out: Path) -> None:
+    """Until `eval run` has written a line."""
+    deadline = time.monotonic() + 100
+    while not any(path.stat().st_size for path in out.glob("parts/*.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_a_session_with_followers_listens_nowhere(tiny_checkpoint: Path) -> None:
     with LLM(tiny_checkpoint, tensor_parallel_size=2, device="cpu", kv_cache_memory_bytes=4 << 20) as llm:
         llm.complete("x = ", SamplingParams(max_new_tokens=2))
@@ -107,10 +115,7 @@ def test_replicas_of_an_evaluation_listen_on_loopback_alone(tiny_checkpoint: Pat
     arguments = ["--task", "fim", "--data", str(data), "--model_dir", str(tiny_checkpoint), "--max_new_tokens", "6"]
     command = command_of(shapes("-m", "megatron_infer")[3], *arguments, "--out", str(out))
     with running(command) as process:
-        deadline = time.monotonic() + 100
-        while not any(path.stat().st_size for path in out.glob("parts/*.jsonl")):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for_progress(process, out)
         ranks = ranks_of(process)
         assert len(ranks) == 4
         assert not {address for rank in ranks for address in listening(rank)} - set(LOOPBACK)
