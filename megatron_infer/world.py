@@ -6,6 +6,7 @@ A World is read once and passed down. How its ranks form groups is tensor_parall
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 
@@ -135,6 +137,14 @@ def end_with_launcher(world: World) -> None:
 
     if not any(thread.name == _LAUNCHER_WATCH for thread in threading.enumerate()):
         Thread(target=watch, daemon=True, name=_LAUNCHER_WATCH).start()
+
+
+def tell_launcher(error: str) -> None:
+    """What the report of torchrun shall end with, in the format of torch.distributed.elastic.multiprocessing.errors."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": error, "extraInfo": {"py_callstack": error, "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def _is_orphan(parent: int) -> bool:
