@@ -169,6 +169,14 @@ class TPGroup:
         numbers_1R = self.all_gather(torch.tensor([[own]], dtype=torch.int64, device=self.device))
         return [int(number) for number in numbers_1R[0].tolist()]
 
+    def gather_text(self, own: str) -> list[str]:
+        """Every rank's text, in rank order. Waits for all ranks."""
+        data = own.encode()
+        longest = max(self.gather_number(len(data)))
+        padded_1C = torch.tensor([list(data.ljust(longest, b"\0"))], dtype=torch.uint8, device=self.device)
+        rows = self.all_gather(padded_1C)[0].reshape(self.size, longest).tolist()
+        return [bytes(row).rstrip(b"\0").decode() for row in rows]
+
     def broadcast_ints(self, ints: Ints | None) -> Ints:
         """Rank 0 passes a 1-D int64 array of any length, the others None; every rank returns rank 0's array.
 
