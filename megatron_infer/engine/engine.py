@@ -65,7 +65,8 @@ class Engine:
                 return []
             self._in_flight = self._start(self.scheduler.schedule_ahead()) if self.runner.is_asynchronous else None
             plan, pending = current
-            sampled = pending.wait()
+            with self.group.waiting():
+                sampled = pending.wait()
             # A GPU that no longer waits for a rank that died goes on with whatever it has.
             self.group.check()
             return self.scheduler.commit(plan, sampled)
