@@ -87,13 +87,15 @@ class FimOptions:
 class FimEncoding:
     """A prompt's token ids, the ids that end its completion, and how many tokens of either side did not fit.
 
-    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters.
+    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters. prefix_span: where in
+    `ids` the prefix lies, with the header.
     """
 
     ids: list[int]
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
+    prefix_span: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -214,8 +216,11 @@ class FimFormat:
                 header, prefix, texts, budget_tokens - num_fixed
             )
             cut_prefix, cut_suffix = cut_prefix + dropped_p, cut_suffix + dropped_s
-        ids = before + [i for word in layout for i in (texts[word] if word in texts else self._ids[word])]
-        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix)
+        parts = {**self._ids, **texts}
+        ids = before + [i for word in layout for i in parts[word]]
+        start = len(before) + sum(len(parts[word]) for word in layout[: layout.index("prefix")])
+        span = start, start + len(parts["prefix"])
+        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix, span)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""

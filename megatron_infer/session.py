@@ -10,6 +10,7 @@ import logging
 import operator
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +60,7 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    prefix_span: tuple[int, int] | None = None
 
 
 class Session:
@@ -68,16 +70,17 @@ class Session:
         max_model_len: prompt and completion together, in tokens.
         max_num_seqs: sequences the engine computes together; a batch that must stay in order keeps twice as many.
         profile: told when a step is over.
+        clock: in seconds.
     """
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, fim: FimFormat, model: ModelConfig, *, max_model_len: int,
-        max_num_seqs: int, profile: Profile | None = None,
+        max_num_seqs: int, profile: Profile | None = None, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
         self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self._profile = profile
+        self._profile, self._clock = profile, clock
         self._ids = itertools.count()
         self._active: dict[int, tuple[GrowingCompletion, Callable[[], None] | None]] = {}
         self._due: deque[Callable[[], None]] = deque()
@@ -101,6 +104,7 @@ class Session:
             ValueError: bad prompt or parameters; nothing was queued.
             EngineDeadError: a rank failed.
         """
+        submitted = self._clock()
         self._engine.ensure_alive()
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
@@ -112,7 +116,7 @@ class Session:
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice,
+                seed=seed, choice=choice, prefix_span=encoded.prefix_span,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -120,6 +124,7 @@ class Session:
             GrowingCompletion(
                 request, encoded.prompt, self._tokenizer,
                 prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
+                submitted=submitted,
             )
             for request in requests
         )  # fmt: skip
@@ -137,12 +142,13 @@ class Session:
     def step(self) -> None:
         """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed."""
         with self.undisturbed():
-            for event in self._engine.step():
+            events, now = self._engine.step(), self._clock()
+            for event in events:
                 request_id = event.request.request_id
                 if request_id not in self._active:
                     continue
                 growing, notify = self._active[request_id]
-                growing.receive(event)
+                growing.receive(event, now)
                 if notify is not None:
                     self._grown.append(notify)
                 if growing.finish_reason is not None:
@@ -221,7 +227,7 @@ class Session:
             if request_id in self._active:
                 _, notify = self._active.pop(request_id)
                 self._engine.abort(request_id)
-                growing.receive(Event(growing.request, None, "abort"))
+                growing.receive(Event(growing.request, None, "abort"), self._clock())
                 if notify is not None:
                     self._grown.append(notify)
 
@@ -236,7 +242,8 @@ class Session:
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
             encoding = self._fim.encode(fim_prompt, budget_tokens=budget, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
+            ends = self._end_ids | encoding.stop_token_ids
+            return _Encoded(fim_prompt, encoding.ids, ends, num_dropped, encoding.prefix_span)
         ids = _token_ids(prompt, self._vocab_size)
         if len(ids) > budget:
             raise ValueError(

@@ -13,14 +13,14 @@ import torch
 from checkpoints_convert.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
-from megatron_infer.engine.request import Request
+from megatron_infer.engine.request import Draft, Request
 from megatron_infer.engine.scheduler import Drafter
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
-from tests.support.drafters import accept_generously, drafter_of
+from tests.support.drafters import Untimed, accept_generously, drafter_of
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -147,9 +147,9 @@ def test_a_draft_that_is_not_finite_spoils_nothing(config, prompts, ops, value) 
         runner = make_runner(config, spoilt, TPGroup.single(CPU), ops=table, dtype=torch.bfloat16)
         return generate(make_engine(runner, drafter=drafter), clean, sampling)
 
-    class Spoiling:
-        def propose(self, request: Request) -> list[int]:
-            return [7, 5, 7]
+    class Spoiling(Untimed):
+        def propose(self, request: Request) -> Draft:
+            return Draft([7, 5, 7])
 
     expected = answers()
     assert not any(token_id == 7 for output in expected for token_id, _ in output)
@@ -159,8 +159,8 @@ def test_a_draft_that_is_not_finite_spoils_nothing(config, prompts, ops, value) 
 def test_a_drafter_that_raises_ends_the_engine(config, tensors, prompts) -> None:
     """A step that is half planned has lost track of blocks; its requests would get wrong answers."""
 
-    class Broken:
-        def propose(self, request: Request) -> list[int]:
+    class Broken(Untimed):
+        def propose(self, request: Request) -> Draft:
             raise LookupError("no such draft")
 
     engine = engine_of(config, tensors, drafter=Broken())

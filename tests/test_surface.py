@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "text_stream"),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
-    ("engine.block_table", "engine.shared_prefill"),
+    ("engine.block_table", "engine.shared_prefill", "engine.drafter"),
     ("engine.plan",),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
@@ -72,6 +72,7 @@ NO_TORCH = (
     "engine.request",
     "engine.block_table",
     "engine.shared_prefill",
+    "engine.drafter",
     "engine.plan",
     "engine.scheduler",
 )

@@ -85,7 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(ids)) == len(ids) == len(scheduler._running)
         assert all(row.token_ids for row in plan.rows), "every running request progresses in every step"
         assert self.unfinished[0] in ids, "the oldest request progresses in every step"
-        for request, _, end, draft in plan.rows:
+        for request, _, end, draft, _ in plan.rows:
             assert not draft or len(request.ids) == end <= request.longest_len - 1 - len(draft)
         self.in_flight.append((plan, self.bench.execute(plan)))
 
