@@ -20,7 +20,7 @@ from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
-from tests.support.drafters import Untimed, accept_generously, drafter_of
+from tests.support.drafters import Untimed, UntimedLookup, accept_generously, drafter_of
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -132,6 +132,37 @@ def test_drafts_change_nothing_at_any_tensor_parallel_degree(config, tensors, pr
     drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, 0.7)
     outputs = generate_on_ranks(size, config, tensors, prompts, sampling, dtype=torch.bfloat16, drafter=drafter)
     assert outputs == alone[sampling]
+    looked_up = UntimedLookup()
+    twice = generate_on_ranks(
+        size, config, tensors, prompts * 2, sampling, dtype=torch.bfloat16, drafter=looked_up, max_num_seqs=len(prompts)
+    )
+    assert twice == alone[sampling] * 2
+    assert looked_up.counts("typed")[1] > 50
+
+
+@BOTH
+def test_looked_up_drafts_change_nothing(config, tensors, prompts, alone, sampling) -> None:
+    """From the prompt and recent answers, while typing along, in batches, chunks, and while requests are preempted."""
+    drafter = UntimedLookup()
+    engine = engine_of(config, tensors, drafter=drafter)
+    for _ in range(3):
+        assert generate(engine, prompts, sampling) == alone[sampling]
+    assert [generate(engine, [prompt], sampling)[0] for prompt in prompts] == alone[sampling]
+    samples = replace(sampling, temperature=0.7)
+    undrafted = engine_of(config, tensors)
+    for seed in range(4):
+        assert generate(engine, prompts, samples, seed=seed) == generate(undrafted, prompts, samples, seed=seed)
+    typed = [p + ids[:5] for p, ids in zip(prompts, ids_of(alone[sampling]), strict=True)]
+    assert generate(engine, typed, sampling) == generate(engine_of(config, tensors), typed, sampling)
+    tokens, accepted = drafter.counts("typed")
+    assert tokens > accepted > 200, "right drafts and wrong ones"
+    for options in ({"max_num_batched_tokens": 11}, {"num_blocks": 14}):
+        drafter = UntimedLookup()
+        engine = engine_of(config, tensors, drafter=drafter, **options)
+        for _ in range(2):
+            assert generate(engine, prompts, sampling) == alone[sampling]
+        assert drafter.counts("typed")[1] > 50
+    assert engine.scheduler.num_preemptions > 0, "the pool was large enough: this showed nothing"
 
 
 @pytest.mark.parametrize(("ops", "value"), [("native", "nan"), ("native", "inf"), ("reference", "nan")])
@@ -175,6 +206,9 @@ def test_negative_control_a_generous_rule_breaks_the_promise(config, tensors, pr
     for sampling in (GREEDY, SEEDED):
         drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, 0.9)
         assert generate(engine_of(config, tensors, drafter=drafter), prompts, sampling) != alone[sampling]
+        engine = engine_of(config, tensors, drafter=UntimedLookup())
+        generate(engine, prompts, SEEDED, seed=8)
+        assert generate(engine, prompts, sampling) != alone[sampling]
 
 
 @BOTH

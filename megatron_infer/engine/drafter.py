@@ -146,7 +146,7 @@ class LookupDrafter:
         self._most, self._clock = num_draft_tokens, clock
         self._recent = Ngrams()
         self._progress: dict[Request, _Progress] = {}
-        self._hits: dict[tuple[str, int], float] = {("typed", MAX_MATCH.bit_length()): 0.9}
+        self._hits: dict[tuple[str, int], float] = {("typed", MAX_MATCH.bit_length()): 0.98}
         """As _Progress.hits, of all requests"""
         self._num_seqs = 1
         self._plain_seconds: dict[int, float] = {}

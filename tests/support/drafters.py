@@ -1,10 +1,11 @@
-"""Drafters that know the answers, and spoil them at will."""
+"""Drafters that know the answers, and spoil them at will; the real one without its clock; a wrong rule to accept by."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
 
+from megatron_infer.engine.drafter import LookupDrafter
 from megatron_infer.engine.request import Draft, Event, Request, Sampled
 from tests.support.tiny_models import Output
 
@@ -28,6 +29,23 @@ class Untimed:
 
     def observe(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
         """Nothing."""
+
+
+class UntimedLookup(Untimed, LookupDrafter):
+    """The real one; what it drafts depends on no time."""
+
+    def __init__(self, num_draft_tokens: int = 15) -> None:
+        super().__init__(num_draft_tokens, clock=lambda: 0.0)
+        self._requests: set[Request] = set()
+
+    def propose(self, request: Request) -> Draft:
+        self._requests.add(request)
+        return super().propose(request)
+
+    def counts(self, source: str) -> tuple[int, int]:
+        """Tokens drafted from a source so far, and those accepted."""
+        counts = [request.drafts[source] for request in self._requests if source in request.drafts]
+        return sum(n for n, _ in counts), sum(n for _, n in counts)
 
 
 class RandomDrafter(Untimed):
