@@ -22,6 +22,7 @@ from megatron_infer.collective import Follower, Leader
 from megatron_infer.completion import Completion, CompletionStream, Items, Timings, TokenLogprob
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.bring_up import bring_up
+from megatron_infer.engine.drafter import LookupDrafter
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.follower import Followers
 from megatron_infer.engine.memory import check_memory
@@ -168,6 +169,7 @@ class LLM:
         scheduler = Scheduler(
             BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching), max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=self.max_model_len,
+            drafter=LookupDrafter(config.num_draft_tokens) if config.num_draft_tokens else None,
         )  # fmt: skip
         session = Session(
             Engine(self._runner, scheduler, profile), self.tokenizer, self.fim, self.model_config,

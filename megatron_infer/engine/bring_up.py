@@ -156,7 +156,7 @@ def _record_graphs(runner: ModelRunner, config: EngineConfig) -> None:
     assert config.max_model_len is not None
     runner.record_graphs(
         CudaRecorder(runner.tp.device),
-        graph_keys(config.max_num_seqs),
+        graph_keys(config.max_num_seqs, has_drafts=bool(config.num_draft_tokens)),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         memory_bytes=config.cuda_graph_memory_bytes,
