@@ -52,6 +52,16 @@ class Handle:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What the engine is busy with: requests that compute, requests that wait, and KV-cache blocks."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_blocks: int
+
+
+@dataclass(frozen=True)
 class _Encoded:
     """A prompt as the engine takes it. `prompt`: None where it was token ids."""
 
@@ -163,6 +173,13 @@ class Session:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.has_work
+
+    @property
+    def load(self) -> Load:
+        """At this moment; during a step, of somewhere within it."""
+        scheduler = self._engine.scheduler
+        num_blocks = scheduler.pool.num_blocks
+        return Load(scheduler.num_running, scheduler.num_waiting, num_blocks - scheduler.pool.num_free, num_blocks)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

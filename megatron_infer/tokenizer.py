@@ -76,6 +76,20 @@ class Tokenizer(ABC):
         assert token_id >= 0, token_id
         return self._texts[token_id] if token_id < len(self._texts) else b""
 
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, but control tokens written out in `text`, with or without their "▁", become those tokens."""
+        names = {name: i for piece, i in self.control_pieces.items() for name in {piece, piece.lstrip(SPACE_MARK)}}
+        marks = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        ids: list[int] = []
+        for part in re.split(f"({marks})", text) if marks else [text]:
+            ids += [names[part]] if part in names else self.encode(part, dummy_prefix=not ids)
+        return ids
+
+    @property
+    def control_pieces(self) -> Mapping[str, int]:
+        """Control tokens by name."""
+        return {piece: i for piece, i in self._ids.items() if i in self.control_ids}
+
     def id_of(self, piece: str) -> int | None:
         """Id of a vocabulary entry by its exact name, control tokens included."""
         return self._ids.get(piece)

@@ -1,0 +1,92 @@
+"""What a request may be refused for, and the form in which each dialect says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+
+from megatron_infer.llm import EngineDeadError
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    501: "not_supported_error",
+    503: "unavailable_error",
+}
+
+
+class Refusal(Exception):
+    """A request that gets no completion: HTTP status, and the reason for the user.
+
+    fields: (place in the body, reason, kind) where the body itself is wrong. retry_after_seconds: when to come again.
+    """
+
+    def __init__(
+        self, status: int, message: str, *, fields: tuple[tuple[list[str], str, str], ...] = (),
+        retry_after_seconds: float | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(message)
+        self.status, self.message, self.fields = status, message, fields
+        self.retry_after_seconds = retry_after_seconds
+
+    @classmethod
+    def of(cls, error: Exception) -> Refusal:
+        """What the client may know of an error. An error of our own tells nothing: its text may hold code."""
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, ValidationError):
+            details = error.errors(include_url=False, include_context=False, include_input=False)
+            # Of a union each member complains; the first says enough.
+            fields = tuple((["body", *map(str, d["loc"])], d["msg"], d["type"]) for d in details[:8])
+            return cls(400, "; ".join(f"{'.'.join(place[1:])}: {text}" for place, text, _ in fields), fields=fields)
+        if isinstance(error, ValueError):
+            return cls(400, str(error))
+        if isinstance(error, EngineDeadError):
+            return cls(503, "the engine has stopped; the server is about to exit")
+        return cls(500, "internal error; the server's log has its cause")
+
+
+def envelope(dialect: str, refusal: Refusal) -> Any:
+    """The body, as JSON or text, in which clients of `dialect` expect an error."""
+    status, message = refusal.status, refusal.message
+    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    if dialect == "ollama":
+        return {"error": message}
+    if dialect == "tabby":
+        return message
+    if dialect == "llama.cpp":
+        return {"error": {"code": status, "message": message, "type": kind}}
+    if dialect == "mistral":
+        if refusal.fields:
+            return {"detail": [{"loc": place, "msg": text, "type": type_} for place, text, type_ in refusal.fields]}
+        return {"object": "error", "message": message, "type": kind, "param": None, "code": str(status)}
+    param = ".".join(refusal.fields[0][0][1:]) if refusal.fields else None
+    return {"error": {"message": message, "type": kind, "param": param or None, "code": status}}
+
+
+def error_response(dialect: str, refusal: Refusal) -> Response:
+    """The whole answer to a refused request."""
+    body = envelope(dialect, refusal)
+    status = 422 if dialect == "mistral" and refusal.fields else refusal.status
+    headers = {}
+    if refusal.retry_after_seconds is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(refusal.retry_after_seconds)))
+    return PlainTextResponse(body, status, headers) if isinstance(body, str) else JSONResponse(body, status, headers)
+
+
+def dialect_of(path: str) -> str:
+    """Whose clients call `path`. (Tabby's `/v1/completions` is known by its body.)"""
+    if path.startswith("/api/"):
+        return "ollama"
+    if path.startswith("/v1/fim/"):
+        return "mistral"
+    if path in ("/v1/health", "/v1/events") or path.startswith("/v1beta/"):
+        return "tabby"
+    if path.startswith(("/v1/", "/beta/")):
+        return "openai"
+    return "llama.cpp"
