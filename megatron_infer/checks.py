@@ -36,6 +36,17 @@ def finite(name: str, value: Any, *, low: float, high: float = math.inf) -> None
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}")
 
 
+def check_text(text: str, name: str = "text") -> None:
+    """Raise ValueError where `text` cannot be written as UTF-8, i.e. holds half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}; read the file "
+            'with errors="replace", or cut text only between whole characters'
+        ) from None
+
+
 def option(default: Any, text: str) -> Any:
     """A dataclass field whose help text the command lines show."""
     return field(default=default, metadata={"help": text})

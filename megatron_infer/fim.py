@@ -1,86 +1,32 @@
 """Fill-in-the-middle prompts: FimPrompt -> token ids, laid out as the model family was trained.
 
-Owns header lines, PSM and SPM order, and what is cut when a prompt exceeds its budget. The families are data
-(fim_templates.json), and so are the languages (languages.json). Text becomes ids segment by segment, never parsed.
+Owns the families (data: fim_templates.json), header lines, PSM and SPM order. What a long prompt loses is planned in
+fim_cut.py. Text becomes ids segment by segment, never parsed.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_infer.checks import one_of, option
-from megatron_infer.tokenizer import Tokenizer, check_text
+from megatron_infer.fim_cut import REACH, plan_cut, plan_reach
+from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt, check_size, language_of
+from megatron_infer.languages import language_at
+from megatron_infer.tokenizer import Tokenizer
 
-MAX_PROMPT_BYTES = 8 << 20
-"""More UTF-8 text than this is refused before it is tokenized; 32,768 tokens of code are about 0.1 MB."""
-
-_REACH = 32
-"""Characters per budget token: text further from the cursor is not tokenized. Code has about 4 to a token."""
-
-_EXTENSION = re.compile(r"\.\w+$")
-_HEADERS = ("full", "language", "none")
-_ORDERS = ("spm", "psm")
-
-
-@dataclass(frozen=True)
-class FimPrompt:
-    """The code around a cursor.
-
-    path: of the file, as it should appear to the model; it selects the comment header of models that have one.
-    extra_files: (path, text) pairs of the same repository, the most relevant last. repository: its name.
-    language: of the code, a key or name of languages.json, where the path does not tell. Never part of the prompt: it
-    is for the rules that end a completion.
-    """
-
-    prefix: str
-    suffix: str = ""
-    path: str = ""
-    extra_files: tuple[tuple[str, str], ...] = ()
-    repository: str = ""
-    language: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("prefix", "suffix", "path", "repository", "language"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
-        object.__setattr__(self, "extra_files", tuple(tuple(pair) for pair in self.extra_files))
-        for pair in self.extra_files:
-            if len(pair) != 2 or not all(isinstance(item, str) for item in pair):
-                raise ValueError("extra_files must be pairs of strings: ((path, text), ...)")
-        for path in (self.path, self.repository, *(path for path, _ in self.extra_files)):
-            if "\n" in path or "\r" in path:
-                raise ValueError(f"the path {path!r} has a line break, which would end its comment line; rename it")
-
-
-@dataclass(frozen=True)
-class FimOptions:
-    """How a prompt is laid out, where that differs from the family's habit; presets are instances of this.
-
-    header: "full" (path line and language line), "language" or "none"; only for families with comment headers.
-    frame_empty_suffix: write the FIM frame even around an empty suffix, where the family would continue plain text.
-    prefix_tokens, suffix_tokens: cut each side to so many tokens and encode the rest again, as FIM-Eval does.
-    """
-
-    order: str | None = option(None, "spm (suffix first) or psm (prefix first) (default: the family's)")
-    header: str = option("full", "comment lines of models that have them: full (path and language), language or none")
-    frame_empty_suffix: bool = option(False, "write the FIM frame even around an empty suffix")
-    prefix_tokens: int | None = option(None, "cut the prefix to so many tokens (default: what the context leaves)")
-    suffix_tokens: int | None = option(None, "cut the suffix to so many tokens (default: what the context leaves)")
-
-    def __post_init__(self) -> None:
-        one_of("header", self.header, _HEADERS)
-        one_of("order", self.order, (None, *_ORDERS))
-        for name in ("prefix_tokens", "suffix_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+__all__ = [
+    "MAX_PROMPT_BYTES",
+    "FimEncoding",
+    "FimFormat",
+    "FimOptions",
+    "FimPrompt",
+    "language_of",
+    "load_fim",
+    "load_preset",
+]
 
 
 @dataclass(frozen=True)
@@ -94,37 +40,6 @@ class FimEncoding:
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Language:
-    """A language as the header lines name it: `open` and `close` enclose a comment line."""
-
-    name: str
-    open: str
-    close: str
-
-
-def language_of(prompt: FimPrompt) -> str:
-    """The name of the prompt's language, by its path where it does not say; "" where that does not tell either."""
-    language = _language_at(prompt.path)
-    return prompt.language or (language.name if language else "")
-
-
-def _language_at(path: str) -> Language | None:
-    match = _EXTENSION.search(path)
-    return load_languages().get(match[0]) if match else None
-
-
-@functools.cache
-def load_languages() -> Mapping[str, Language]:
-    """File extension (with its dot, case-sensitive) -> language. Where an extension is missing there is no header."""
-    table = json.loads(Path(__file__).with_name("languages.json").read_text(encoding="utf-8"))
-    return {
-        extension: Language(entry["name"], entry["open"], entry["close"])
-        for entry in table.values()
-        for extension in entry["extensions"].split()
-    }
 
 
 def load_preset(name: str) -> FimOptions:
@@ -200,7 +115,7 @@ class FimFormat:
         know, other files where it has no format for them, an empty prompt, more than MAX_PROMPT_BYTES of text.
         """
         options = options or FimOptions()
-        _check_size(prompt)
+        check_size(prompt)
         layout = self._layout(prompt, options)
         before, header = self._other_files(prompt)
         header += self.header(prompt.path, options.header)
@@ -211,7 +126,7 @@ class FimFormat:
         if budget_tokens is not None:
             far_prefix, far_suffix = plan_reach(len(prefix), len(suffix), budget_tokens)
             prefix, suffix = prefix[far_prefix:], suffix[: len(suffix) - far_suffix]
-            cut_prefix, cut_suffix = cut_prefix + -(-far_prefix // _REACH), cut_suffix + -(-far_suffix // _REACH)
+            cut_prefix, cut_suffix = cut_prefix + -(-far_prefix // REACH), cut_suffix + -(-far_suffix // REACH)
         texts = {"prefix": self._encode("prefix", header + prefix), "suffix": self._encode("suffix", suffix)}
         num_fixed = len(before) + sum(len(self._ids[word]) for word in layout if word not in texts)
         if budget_tokens is not None and num_fixed + sum(map(len, texts.values())) > budget_tokens:
@@ -224,7 +139,7 @@ class FimFormat:
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""
-        language = _language_at(path) if self._has_header and which != "none" else None
+        language = language_at(path) if self._has_header and which != "none" else None
         if language is None:
             return ""
         lines = [f"the file path is: {path}"] if which == "full" else []
@@ -296,45 +211,3 @@ class FimFormat:
         suffix = texts["suffix"]
         drop_prefix, drop_suffix = plan_cut(len(body), len(suffix), room)
         return head + body[drop_prefix:], drop_prefix, suffix[: len(suffix) - drop_suffix], drop_suffix
-
-
-def plan_reach(num_prefix: int, num_suffix: int, budget_tokens: int) -> tuple[int, int]:
-    """How many characters to leave out of a long prefix and suffix before they are tokenized, to bound the work.
-
-    The prefix starts at a multiple of the reach, so that its start, and with it every cut, stays while one types.
-    """
-    reach = max(1, budget_tokens) * _REACH
-    return max(0, num_prefix // reach - 1) * reach, max(0, num_suffix - reach)
-
-
-def plan_cut(num_prefix: int, num_suffix: int, room: int) -> tuple[int, int]:
-    """How many tokens to drop from the prefix's head and from the suffix's tail, so that the rest fits into `room`.
-
-    Three quarters of the room are the prefix's, and either side may use what the other leaves. Drops are whole
-    multiples of a step of about an eighth of the room: while one types, the cuts stay where they are for a step's
-    length, and the KV cache of everything behind them stays valid.
-    """
-    if num_prefix + num_suffix <= room:
-        return 0, 0
-    step = max(1, room // 8)
-    if step >= 64:
-        step -= step % 64
-    prefix_share = room - room // 4
-    prefix_room = max(prefix_share, room - num_suffix)
-    suffix_room = max(room - prefix_share, room - num_prefix)
-    drop_prefix = math.ceil(max(0, num_prefix - prefix_room) / step) * step
-    drop_suffix = math.ceil(max(0, num_suffix - suffix_room) / step) * step
-    return min(drop_prefix, num_prefix), min(drop_suffix, num_suffix)
-
-
-def _check_size(prompt: FimPrompt) -> None:
-    texts = [(name, str(getattr(prompt, name))) for name in ("prefix", "suffix", "path", "repository")]
-    texts += [(f"extra file {i}", item) for i, pair in enumerate(prompt.extra_files) for item in pair]
-    size = 0
-    for name, text in texts:
-        check_text(text, name)
-        size += len(text.encode())
-    if size > MAX_PROMPT_BYTES:
-        raise ValueError(
-            f"the prompt has {size} bytes of text, and {MAX_PROMPT_BYTES} are allowed; send the part around the cursor"
-        )

@@ -18,6 +18,8 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
+from megatron_infer.checks import check_text
+
 GUARD = "☺"
 """Encoded in front of a text and cut off again, so that the dummy space sticks to the guard and not to the text."""
 
@@ -93,17 +95,6 @@ class Tokenizer(ABC):
     def id_of(self, piece: str) -> int | None:
         """Id of a vocabulary entry by its exact name, control tokens included."""
         return self._ids.get(piece)
-
-
-def check_text(text: str, name: str = "text") -> None:
-    """Raise ValueError where `text` cannot be written as UTF-8, i.e. holds half of a surrogate pair."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}; read the file "
-            'with errors="replace", or cut text only between whole characters'
-        ) from None
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:

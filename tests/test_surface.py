@@ -17,11 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("checks", "world", "files"),
+    ("checks", "world", "files", "languages"),
     ("ending",),
     ("quantization",),
     ("model_config", "sampling_params", "tokenizer"),
-    ("config", "text_stream"),
+    ("config", "text_stream", "fim_prompt", "fim_cut"),
     ("fim",),
     ("engine.step", "engine.request", "cache.block_pool"),
     ("engine.block_table", "engine.shared_prefill"),
@@ -66,6 +66,9 @@ NO_TORCH = (
     "sampling_params",
     "config",
     "tokenizer",
+    "languages",
+    "fim_prompt",
+    "fim_cut",
     "fim",
     "cache.block_pool",
     "engine.step",

@@ -21,10 +21,10 @@ from megatron_infer.fim import (
     FimOptions,
     FimPrompt,
     load_fim,
-    load_languages,
     load_preset,
-    plan_cut,
 )
+from megatron_infer.fim_cut import plan_cut
+from megatron_infer.languages import load_languages
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer
 
