@@ -9,15 +9,14 @@ from megatron_infer import bench, cli
 from megatron_infer.eval import command
 
 
-
-def _serve(arguments: Sequence[str]) -> int:
+def _serve(arguments: Sequence[str] | None = None) -> int:
     """The web framework is an extra."""
     try:
-        from megatron_infer.serve.command import main as serve
+        from megatron_infer.serve import command as serving
     except ModuleNotFoundError as error:
         print(f"error: serve needs the package {error.name}: pip install 'megatron_infer[serve]'", file=sys.stderr)
         return 2
-    return serve(arguments)
+    return serving.main(arguments)
 
 
 _COMMANDS = {

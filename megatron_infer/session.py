@@ -47,18 +47,21 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def __del__(self) -> None:
+    def cancel(self) -> None:
+        """As Session.cancel."""
         self._session.cancel(self)
+
+    def __del__(self) -> None:
+        self.cancel()
 
 
 @dataclass(frozen=True)
 class Load:
-    """What the engine is busy with: requests that compute, requests that wait, and KV-cache blocks."""
+    """Requests that compute and that wait, and the share of the KV cache in use."""
 
     num_running: int
     num_waiting: int
-    num_used_blocks: int
-    num_blocks: int
+    kv_usage: float
 
 
 @dataclass(frozen=True)
@@ -178,8 +181,8 @@ class Session:
     def load(self) -> Load:
         """At this moment; during a step, of somewhere within it."""
         scheduler = self._engine.scheduler
-        num_blocks = scheduler.pool.num_blocks
-        return Load(scheduler.num_running, scheduler.num_waiting, num_blocks - scheduler.pool.num_free, num_blocks)
+        pool = scheduler.pool
+        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

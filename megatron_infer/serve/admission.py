@@ -11,9 +11,8 @@ _WEIGHT = 0.1
 class Admission:
     """Counts completions from admission to their end. For one thread.
 
-    Args:
-        max_running: what the engine computes together. max_queued: what may wait beside that.
-        max_wait_seconds: the patience of a client that does not say.
+    max_running: what the engine computes together. max_queued: what may wait beside that. max_wait_seconds: the
+    patience of a client that does not say.
     """
 
     def __init__(self, max_running: int, max_queued: int, max_wait_seconds: float) -> None:
@@ -22,22 +21,13 @@ class Admission:
         self.mean_seconds = 0.0
         self.is_draining = False
 
-    @property
-    def num_queued(self) -> int:
-        """Completions that wait for one to end, as far as the limit on running ones tells."""
-        return max(0, self.num_in_hand - self._max_running)
-
     def expected_wait_seconds(self, num_more: int) -> float:
         """Until the last of `num_more` completions would start, if all take as long as they did lately."""
         num_ahead = max(0, self.num_in_hand + num_more - self._max_running)
         return -(-num_ahead // self._max_running) * self.mean_seconds
 
     def enter(self, num_completions: int, patience_seconds: float | None) -> None:
-        """Take all or none of `num_completions` in.
-
-        Raises:
-            ValueError: they never fit. Refusal: not now (503, with the time after which to come again).
-        """
+        """Take all of them in, or none. Raises ValueError: they never fit. Refusal: not now (503)."""
         capacity = self._max_running + self._max_queued
         if num_completions > capacity:
             raise ValueError(f"{num_completions} completions in one request; this server takes {capacity} at most")
@@ -45,7 +35,7 @@ class Admission:
             raise Refusal(503, "the server is shutting down", retry_after_seconds=5)
         wait = self.expected_wait_seconds(num_completions)
         if self.num_in_hand + num_completions > capacity:
-            raise Refusal(503, f"the queue is full ({self.num_queued} wait)", retry_after_seconds=wait)
+            raise Refusal(503, "the queue is full", retry_after_seconds=wait)
         patience = self._max_wait_seconds if patience_seconds is None else patience_seconds
         if wait > patience:
             raise Refusal(503, f"the expected wait is {wait:.1f} s, more than {patience:g} s", retry_after_seconds=wait)

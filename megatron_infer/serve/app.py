@@ -8,11 +8,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
-from pydantic import ValidationError
+from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
@@ -38,7 +35,7 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
     app = FastAPI(title="megatron_infer", lifespan=lifespan, docs_url=None, redoc_url=None)
     for dialect in (openai, mistral, llama_cpp, ollama, tabby):
         dialect.add_routes(app, service)
-    for kind in (Refusal, ValueError, ValidationError, EngineDeadError, HTTPException, Exception):
+    for kind in (Refusal, ValueError, EngineDeadError, HTTPException, Exception):
         app.exception_handler(kind)(_answer)
 
     @app.get("/health")
@@ -53,7 +50,7 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
 
     if (PLAYGROUND / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
-    return Gate(app, service.settings, keys)
+    return Gate(app, keys, service.settings.max_body_bytes)
 
 
 async def _answer(request: Request, error: Exception) -> Response:

@@ -7,7 +7,6 @@ import asyncio
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +14,9 @@ from types import FrameType
 
 import uvicorn
 
+from megatron_infer import options
 from megatron_infer.config import EngineConfig
 from megatron_infer.llm import LLM
-from megatron_infer.options import (
-    Parser,
-    add_model_options,
-    add_option,
-    add_options_of,
-    build,
-    model_dir_of,
-    run_command,
-    say,
-)
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.serve.app import make_app
 from megatron_infer.serve.metrics import JsonLines
@@ -35,23 +25,23 @@ from megatron_infer.serve.settings import Settings
 from megatron_infer.world import World
 
 _MAX_HEADER_BYTES = 32 << 10
+_CLIENTS = Path(__file__).with_name("clients.txt")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `python -m megatron_infer serve`. Returns the exit status: 1 where the engine has died."""
-    return run_command(lambda world: _run(_parser(world).parse_args(argv), world))
+    return options.run_command(lambda world: _run(_parser(world).parse_args(argv), world))
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
-    settings, defaults = build(Settings, args), build(SamplingParams, args)
+    settings, defaults = options.build(Settings, args), options.build(SamplingParams, args)
     keys = (*settings.api_key, *_keys_in(settings.api_key_file))
     if world.is_first:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonLines())
         logging.basicConfig(handlers=[handler], level=logging.INFO)
-    with LLM(
-        model_dir_of(args), build(EngineConfig, args), model_name=args.model_name, fim=args.fim, world=world
-    ) as llm:
+    model_dir, config = options.model_dir_of(args), options.build(EngineConfig, args)
+    with LLM(model_dir, config, model_name=args.model_name, fim=args.fim, world=world) as llm:
         if not llm.is_leader:
             # The launcher passes a signal on to every rank; this one goes when rank 0 has finished.
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -59,10 +49,9 @@ def _run(args: argparse.Namespace, world: World) -> int:
             llm.follow()
             return 0
         service = Service(llm, settings, defaults, args.ending)
-        server = Server(service, keys)
-        asyncio.run(server.run_until_told())
+        Server(service, keys).run_until_told()
         if not service.stop():
-            say("a step did not come back; the ranks are ended by force")
+            options.say("a step did not come back; the ranks are ended by force")
             os._exit(1)
         return 1 if service.engine.failure is not None else 0
 
@@ -94,11 +83,14 @@ class Server(uvicorn.Server):
         self._service = service
         service.on_failure = self.end
 
-    async def run_until_told(self) -> None:
-        """Listen until a signal, or until the engine dies."""
+    def run_until_told(self) -> None:
+        """Listen until a signal, or until the engine dies; first say where, and what to tell each client."""
         listening = self.config.bind_socket()
-        announce(self._service, listening)
-        await self.serve([listening])
+        host, port = listening.getsockname()[:2]
+        reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+        clients = _CLIENTS.read_text(encoding="utf-8")
+        options.say(clients.format(base=f"http://{reached}:{port}", model=self._service.model_name))
+        asyncio.run(self.serve([listening]))
 
     def end(self) -> None:
         """Take no more requests, let those in hand finish, then end."""
@@ -112,34 +104,15 @@ class Server(uvicorn.Server):
         self.end()
 
 
-def announce(service: Service, listening: socket.socket) -> None:
-    """Where it listens, and what to tell each client."""
-    host, port = listening.getsockname()[:2]
-    base = f"http://{'127.0.0.1' if host in ('0.0.0.0', '::') else f'[{host}]' if ':' in host else host}:{port}"
-    name = service.model_name
-    say(f"\n{name} at {base}\n")
-    for client, first, second in (
-        ("llama.vim", f"let g:llama_config = {{'endpoint_fim': '{base}/infill'}}", "  (before the plugin is loaded)"),
-        ("llama.vscode", f'"llama-vscode.endpoint": "{base}"', "  (settings.json)"),
-        ("Continue", f"provider: mistral, model: {name}", f"apiBase: {base}/v1/"),
-        ("Tabby plugins", f'endpoint = "{base}"', "  ([server] in ~/.tabby-client/agent/config.toml)"),
-        ("minuet-ai.nvim", "provider = 'openai_fim_compatible'", f"end_point = '{base}/v1/completions'"),
-        ("OpenAI clients", f'base_url="{base}/v1"', "completions.create(model=..., prompt=..., suffix=...)"),
-        ("Ollama clients", f"OLLAMA_HOST={base}", f"ollama.generate(model='{name}', prompt=..., suffix=...)"),
-    ):
-        say(f"  {client:<16}{first}\n  {'':<16}{second}")
-    say("")
-
-
-def _parser(world: World) -> Parser:
-    parser = Parser(
+def _parser(world: World) -> options.Parser:
+    parser = options.Parser(
         world,
         "python -m megatron_infer serve",
         "Serve code completions to editors: the APIs of OpenAI, Mistral (FIM), llama.cpp, Ollama and Tabby on one "
         "port. Under torchrun all ranks serve together. The options of sampling hold where a request does not say.",
     )
-    add_option(add_model_options(parser), "fim", help="FIM prompt family (default: from config.json or the tokenizer)")
-    add_options_of(Settings, parser, "server")
-    add_options_of(SamplingParams, parser, "sampling")
-    add_options_of(EngineConfig, parser, "engine")
+    model = options.add_model_options(parser)
+    options.add_option(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")
+    for kind, title in ((Settings, "server"), (SamplingParams, "sampling"), (EngineConfig, "engine")):
+        options.add_options_of(kind, parser, title)
     return parser

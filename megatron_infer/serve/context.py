@@ -1,14 +1,12 @@
-"""Code from elsewhere in the repository, laid out before the prompt within a budget; what did not fit is counted.
-
-In the format that the model's family documents, or else as comment lines before the prefix.
-"""
+"""Code from elsewhere in the repository before the prompt: in the family's own format, or else as comment lines."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_infer.fim import FimPrompt, load_languages
+from megatron_infer.fim_prompt import FimPrompt
+from megatron_infer.languages import language_at
 from megatron_infer.llm import LLM
 
 _SHARE = 2
@@ -27,47 +25,37 @@ class Snippet:
     text: str
 
 
-@dataclass(frozen=True)
-class WithContext:
-    """A prompt with what fitted of its context, and how many snippets did not."""
-
-    prompt: FimPrompt
-    num_dropped: int = 0
-
-
-def with_context(llm: LLM, prompt: FimPrompt, snippets: Sequence[Snippet], max_new_tokens: int) -> WithContext:
-    """`snippets`, the most relevant last, before `prompt`. Tokenizes: not for the event loop."""
+def with_context(
+    llm: LLM, prompt: FimPrompt, snippets: Sequence[Snippet], max_new_tokens: int
+) -> tuple[FimPrompt, int]:
+    """`snippets`, the most relevant last, before `prompt`, and how many did not fit. Takes its time: it tokenizes."""
     wanted = [snippet for snippet in snippets if snippet.text.strip()]
-    room = (llm.max_model_len - max_new_tokens) // _SHARE
-    comment = None if llm.fim.takes_extra_files else _comment(prompt, wanted)
+    room = (llm.max_model_len - min(max_new_tokens, llm.max_model_len // 2)) // _SHARE
+    mark, close = ("", "") if llm.fim.takes_extra_files else _comment(prompt, wanted)
     kept: list[tuple[str, str]] = []
     for snippet in reversed(wanted):
         path = " ".join(snippet.path.split()) or _NAMELESS
-        text = snippet.text if comment is None else comment_lines(path, snippet.text, *comment)
-        if len(text) > room * _CHARACTERS_PER_TOKEN:
-            break
-        num_tokens = len(llm.tokenizer.encode(f"{path}\n{text}\n"))
-        if num_tokens > room:
-            break
-        room -= num_tokens
-        kept.insert(0, (path, text))
-    num_dropped = len(wanted) - len(kept)
+        text = comment_lines(path, snippet.text, mark, close) if mark else snippet.text
+        if len(text) <= room * _CHARACTERS_PER_TOKEN:
+            room -= len(llm.tokenizer.encode(f"{path}\n{text}\n"))
+            if room >= 0:
+                kept.insert(0, (path, text))
+                continue
+        break
     if not kept:
-        return WithContext(prompt, num_dropped)
-    if comment is None:
-        path = prompt.path or _NAMELESS
-        return WithContext(replace(prompt, path=path, extra_files=tuple(kept)), num_dropped)
-    return WithContext(replace(prompt, prefix="".join(text for _, text in kept) + prompt.prefix), num_dropped)
+        return prompt, len(wanted)
+    if mark:
+        prompt = replace(prompt, prefix="".join(text for _, text in kept) + prompt.prefix)
+    else:
+        prompt = replace(prompt, path=prompt.path or _NAMELESS, extra_files=tuple(kept))
+    return prompt, len(wanted) - len(kept)
 
 
 def _comment(prompt: FimPrompt, snippets: Sequence[Snippet]) -> tuple[str, str]:
     """What opens and closes a comment line, by the first path that tells."""
-    languages = load_languages()
-    for path in [prompt.path, *(snippet.path for snippet in reversed(snippets))]:
-        dot = path.rfind(".")
-        if dot >= 0 and (language := languages.get(path[dot:])):
-            return language.open, language.close
-    return "# ", ""
+    paths = [prompt.path, *(snippet.path for snippet in reversed(snippets))]
+    language = next(filter(None, map(language_at, paths)), None)
+    return (language.open, language.close) if language else ("# ", "")
 
 
 def comment_lines(path: str, text: str, mark: str, close: str) -> str:

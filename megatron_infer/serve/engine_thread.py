@@ -10,17 +10,13 @@ from megatron_infer.llm import LLM, EngineDeadError
 
 
 class EngineThread:
-    """Steps while there is work. `failure`: why it stopped for good, or None.
-
-    Args:
-        on_failure: called in this thread once the engine can no longer step.
-    """
+    """Steps while there is work. `failure`: why it stopped for good; `on_failure` is then called in this thread."""
 
     def __init__(self, llm: LLM, on_failure: Callable[[], None]) -> None:
         self._session, self._on_failure = llm.session, on_failure
         self._work = threading.Event()
         self._is_stopping = False
-        self._step_began: float | None = None
+        self._step_began = 0.0
         self.num_steps = 0
         self.failure: str | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -44,7 +40,7 @@ class EngineThread:
     def step_seconds(self) -> float:
         """How long the step in progress has taken so far; 0 while there is nothing to do."""
         began = self._step_began
-        return 0.0 if began is None else time.monotonic() - began
+        return time.monotonic() - began if began else 0.0
 
     def _run(self) -> None:
         try:
@@ -55,9 +51,9 @@ class EngineThread:
                     self._step_began = time.monotonic()
                     self._session.step()
                     self.num_steps += 1
-                self._step_began = None
+                self._step_began = 0.0
         except BaseException as error:
-            self._step_began = None
+            self._step_began = 0.0
             self.failure = str(error) if isinstance(error, EngineDeadError) else type(error).__name__
             self._on_failure()
             if not isinstance(error, EngineDeadError):

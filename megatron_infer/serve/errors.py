@@ -10,14 +10,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from megatron_infer.llm import EngineDeadError
 
-_KINDS = {
-    400: "invalid_request_error",
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    501: "not_supported_error",
-    503: "unavailable_error",
-}
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 501: "not_supported_error"}
+_PATHS = (
+    ("/api/", "ollama"), ("/v1/fim/", "mistral"), ("/v1/health", "tabby"), ("/v1/events", "tabby"),
+    ("/v1beta/", "tabby"), ("/v1/", "openai"), ("/beta/", "openai"),
+)  # fmt: skip
 
 
 class Refusal(Exception):
@@ -54,7 +51,7 @@ class Refusal(Exception):
 def envelope(dialect: str, refusal: Refusal) -> Any:
     """The body, as JSON or text, in which clients of `dialect` expect an error."""
     status, message = refusal.status, refusal.message
-    kind = _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "unavailable_error")
     if dialect == "ollama":
         return {"error": message}
     if dialect == "tabby":
@@ -73,20 +70,11 @@ def error_response(dialect: str, refusal: Refusal) -> Response:
     """The whole answer to a refused request."""
     body = envelope(dialect, refusal)
     status = 422 if dialect == "mistral" and refusal.fields else refusal.status
-    headers = {}
-    if refusal.retry_after_seconds is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(refusal.retry_after_seconds)))
+    later = refusal.retry_after_seconds
+    headers = {} if later is None else {"Retry-After": str(max(1, math.ceil(later)))}
     return PlainTextResponse(body, status, headers) if isinstance(body, str) else JSONResponse(body, status, headers)
 
 
 def dialect_of(path: str) -> str:
     """Whose clients call `path`. (Tabby's `/v1/completions` is known by its body.)"""
-    if path.startswith("/api/"):
-        return "ollama"
-    if path.startswith("/v1/fim/"):
-        return "mistral"
-    if path in ("/v1/health", "/v1/events") or path.startswith("/v1beta/"):
-        return "tabby"
-    if path.startswith(("/v1/", "/beta/")):
-        return "openai"
-    return "llama.cpp"
+    return next((dialect for start, dialect in _PATHS if path.startswith(start)), "llama.cpp")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ipaddress
+from contextlib import suppress
 from dataclasses import dataclass
 
-from megatron_infer.checks import finite, int_in, option, positive_int
+from megatron_infer.checks import finite, int_in, option
 
 
 @dataclass(frozen=True)
@@ -25,31 +26,25 @@ class Settings:
     late_seconds: float = option(30.0, "/health answers 503 while a step takes longer")
     drain_seconds: int = option(30, "how long requests in hand may go on after SIGTERM")
     ping_seconds: float = option(5.0, "a stream without news says so this often")
-    allow_origin: tuple[str, ...] = option((), "origin of another web page that may call this server")
 
     def __post_init__(self) -> None:
         int_in("port", self.port, 0, 65535)
-        int_in("max_queued", self.max_queued, 0, 2**31 - 1)
-        int_in("drain_seconds", self.drain_seconds, 0, 2**31 - 1)
-        positive_int("max_choices", self.max_choices)
-        positive_int("max_body_bytes", self.max_body_bytes)
+        for name, low in (("max_queued", 0), ("drain_seconds", 0), ("max_choices", 1), ("max_body_bytes", 1)):
+            int_in(name, getattr(self, name), low, 2**31 - 1)
         for name in ("max_wait_seconds", "late_seconds", "ping_seconds"):
             finite(name, getattr(self, name), low=0.001)
         for key in self.api_key:
             if not key.strip() or not key.isascii():
                 raise ValueError("an API key must be ASCII text, and not empty")
-        if not self.is_loopback and not (self.api_key or self.api_key_file):
+        if not is_loopback(self.host) and not (self.api_key or self.api_key_file):
             raise ValueError(
                 f"--host {self.host} can be reached by others; give --api_key_file FILE (or --api_key KEY), or listen "
                 "on 127.0.0.1"
             )
 
-    @property
-    def is_loopback(self) -> bool:
-        """Whether this host alone can connect."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+
+def is_loopback(host: str) -> bool:
+    """Whether this machine alone can connect."""
+    with suppress(ValueError):
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    return False
