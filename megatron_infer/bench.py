@@ -7,7 +7,6 @@ stderr, and stdout carries one JSON line.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import resource
@@ -36,6 +35,7 @@ from megatron_infer.options import (
     percentile,
     run_command,
     say,
+    to_json,
 )
 from megatron_infer.profile import ATTENTION, COLLECTIVES, PhaseTotals, Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -194,7 +194,7 @@ def _report(figures: dict[str, Any], workload: Workload, profile: Profile, args:
     for line in lines:
         show(line)
     if args.json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print(to_json(figures))
     sys.stdout.flush()
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_infer.ending.ending import Ending
 from megatron_infer.engine.request import Event, Request
-from megatron_infer.fim import FimPrompt, language_of
+from megatron_infer.fim_prompt import FimPrompt, language_of
 from megatron_infer.text_stream import TextStream
 from megatron_infer.tokenizer import Tokenizer
 

@@ -13,20 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infer.fim_cut import REACH, plan_cut, plan_reach
-from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt, check_size, language_of
+from megatron_infer.fim_prompt import FimOptions, FimPrompt, check_size
 from megatron_infer.languages import language_at
 from megatron_infer.tokenizer import Tokenizer
 
-__all__ = [
-    "MAX_PROMPT_BYTES",
-    "FimEncoding",
-    "FimFormat",
-    "FimOptions",
-    "FimPrompt",
-    "language_of",
-    "load_fim",
-    "load_preset",
-]
+__all__ = ["FimEncoding", "FimFormat", "FimOptions", "FimPrompt", "load_fim", "load_preset"]
 
 
 @dataclass(frozen=True)

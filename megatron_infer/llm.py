@@ -69,7 +69,8 @@ def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
 
 
 def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
-    tokenizer, model = load_tokenizer(model_dir), checkpoint.config
+    model = checkpoint.config
+    tokenizer = load_tokenizer(model_dir, model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "
@@ -130,13 +131,14 @@ class LLM:
         if not world.is_launched:
             world = World(0, size, 0, size)
         check_memory(config, checkpoint.config, world)
+        gaps = self.tokenizer.gaps(checkpoint.config.vocab_size)
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
-            self._followers = Followers(self.model_dir, model_name, config)
+            self._followers = Followers(self.model_dir, model_name, config, gaps)
         in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
         join = in_world if self._followers is None else self._followers.join
         try:
-            runner = bring_up(checkpoint, config, world, join, profile)
+            runner = bring_up(checkpoint, config, world, join, profile, gaps=gaps)
             if self._followers is not None:
                 # As long as the runner: a stream, or the session alone, needs the followers as much as this object.
                 weakref.finalize(runner, self._followers.close)
@@ -171,6 +173,8 @@ class LLM:
             is_default = given == getattr(EngineConfig(), name)
             source = ("default" if is_default else "given") if given == value else f"resolved from {given or 'nothing'}"
             log.info("config: %s = %s (%s)", name, value, source)
+        model, fim = self.model_config.eos_token_ids, sorted(self.fim.stop_token_ids)
+        log.info("end tokens: %s of the checkpoint's settings, %s of its tokenizer and FIM family", list(model), fim)
         group = self._runner.tp
         log.info("tensor parallel: %d rank(s) over %s (%s)", group.size, group.backend, group.why)
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import operator
 import secrets
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
@@ -89,8 +90,10 @@ class Session:
     ) -> None:  # fmt: skip
         self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
+        self._num_pieces = model.vocab_size - sum(stop - start for start, stop in tokenizer.gaps(model.vocab_size))
         self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
         self._profile = profile
+        self._has_said_clamped = False
         self._ids = itertools.count()
         self._active: dict[int, tuple[GrowingCompletion, Callable[[], None] | None]] = {}
         self._due: deque[Callable[[], None]] = deque()
@@ -117,15 +120,27 @@ class Session:
         self._engine.ensure_alive()
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
-        too_high = [i for i in sampling.stop_token_ids if i >= self._vocab_size]
-        if too_high:
-            raise ValueError(f"stop_token_ids {too_high} are outside the vocabulary of {self._vocab_size}")
+        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", dict(sampling.logit_bias))):
+            too_high = [i for i in ids if i >= self._vocab_size]
+            if too_high:
+                raise ValueError(f"{name} {too_high} are outside the vocabulary of {self._vocab_size}")
+        bad_words = self._bad_words(sampling)
         encoded = self._encode(prompt, sampling, options)
+        # A control token has no text that a stop string could be found in.
+        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
+        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
+        room = self._max_model_len - len(encoded.ids)
+        if 0 < room < sampling.max_new_tokens and not self._has_said_clamped:
+            self._has_said_clamped = True
+            log.warning(
+                "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
+                "(said once)", sampling.max_new_tokens, room, self._max_model_len, len(encoded.ids),
+            )  # fmt: skip
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice,
+                seed=seed, choice=choice, bad_words=bad_words,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -245,24 +260,26 @@ class Session:
                 if notify is not None:
                     self._grown.append(notify)
 
+    def _bad_words(self, sampling: SamplingParams) -> list[tuple[int, ...]]:
+        """Every word as ids, as it stands and behind a space. Raises ValueError: no token could ever be drawn."""
+        texts = {start + word for word in sampling.bad_words for start in ("", "" if word[0].isspace() else " ")}
+        words = [tuple(self._tokenizer.encode(text, dummy_prefix=False)) for text in sorted(texts)]
+        forbidden = {word[-1] for word in words} | {i for i, bias in sampling.logit_bias if bias == -math.inf}
+        if sampling.min_new_tokens:
+            forbidden |= self._end_ids | set(sampling.stop_token_ids)
+        if sampling.edits_logits and self._num_pieces <= len(forbidden):
+            raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
+        return words
+
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
-        budget = self._max_model_len - sampling.max_new_tokens
-        if budget < 1:
-            raise ValueError(
-                f"max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in a context of "
-                f"{self._max_model_len} tokens; lower it or raise max_model_len"
-            )
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
-            encoding = self._fim.encode(fim_prompt, budget_tokens=budget, options=options)
+            # The completion takes at most half of the context away from a long prompt; the engine clamps it.
+            longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
+            encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
             return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
         ids = _token_ids(prompt, self._vocab_size)
-        if len(ids) > budget:
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} exceed the context of "
-                f"{self._max_model_len} tokens"
-            )
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class FollowerSpec:
     model_dir: str
     model_name: str
     config: EngineConfig
+    gaps: Sequence[tuple[int, int]]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -50,7 +52,7 @@ class FollowerSpec:
 class Followers:
     """The other ranks of a session as child processes; they die with this process, which is rank 0."""
 
-    def __init__(self, model_dir: Path, model_name: str, config: EngineConfig) -> None:
+    def __init__(self, model_dir: Path, model_name: str, config: EngineConfig, gaps: Sequence[tuple[int, int]]) -> None:
         self._size = size = config.tensor_parallel_size or 1
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         self._deterministic = config.deterministic
@@ -58,7 +60,7 @@ class Followers:
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
         self.processes: list[subprocess.Popen[bytes]] = []
         for rank in range(1, size):
-            spec = FollowerSpec(self._store.port, rank, size, str(model_dir), model_name, config)
+            spec = FollowerSpec(self._store.port, rank, size, str(model_dir), model_name, config, gaps)
             command = [sys.executable, "-c", _MAIN, spec.to_json()]
             # A session of its own: Ctrl-C in a terminal or notebook is for rank 0 to handle.
             process = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
@@ -99,7 +101,7 @@ def main() -> None:
         return TPGroup.connect(store, spec.rank, spec.size, device, "local", deterministic=deterministic)
 
     with open_checkpoint(spec.model_dir, spec.model_name) as checkpoint:
-        runner = bring_up(checkpoint, spec.config, world, join)
+        runner = bring_up(checkpoint, spec.config, world, join, gaps=spec.gaps)
     worker.serve(runner)
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_infer.engine.logits import Edit, Guide, Processor
 from megatron_infer.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -18,12 +19,21 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What a row is sampled with: its parameters, the request's own seed, and how many tokens are generated before."""
+    """What a row is sampled with: its parameters, the request's own seed, and how many tokens are generated before.
+
+    edit: what is changed of its logits first.
+    """
 
     params: SamplingParams
     seed: int
     choice: int
     position: int
+    edit: Edit | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more than the arg-max of the row is wanted."""
+        return self.edit is not None or not self.params.greedy_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +61,14 @@ class Request:
 
     `stop_token_ids` are the model's end tokens; `sampling.stop_token_ids` end it too, and `sampling.ignore_eos` leaves
     only those. `max_len` bounds prompt + completion. The token that ends a completion is part of `ids`. `seed` and
-    `choice` are what its random draws depend on, beside the position.
+    `choice` are what its random draws depend on, beside the position. `bad_words` are those of `sampling` as ids, and
+    `guide` says what the first tokens must be.
     """
 
     def __init__(
         self, request_id: int, prompt_ids: Sequence[int], sampling: SamplingParams, max_len: int,
         stop_token_ids: frozenset[int], *, seed: int = 0, choice: int = 0,
+        bad_words: Sequence[tuple[int, ...]] = (), guide: Guide | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.seed, self.choice = seed, choice
@@ -64,6 +76,8 @@ class Request:
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else stop_token_ids
         )
+        is_edited = sampling.edits_logits or guide is not None
+        self._processor = Processor(sampling, self.stop_token_ids, bad_words, guide) if is_edited else None
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
         self.finish_reason: FinishReason | None = None
@@ -93,9 +107,18 @@ class Request:
         """The most tokens, prompt included, that this request can come to."""
         return min(self.max_len, self.num_prompt + self.sampling.max_new_tokens)
 
-    def draw(self, length: int) -> Draw:
-        """How the token behind the first `length` is drawn."""
-        return Draw(self.sampling, self.seed, self.choice, length - self.num_prompt)
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next tokens can only be drawn once all before them are known."""
+        return self._processor is not None and self._processor.needs_history(self.ids[self.num_prompt :])
+
+    def draw(self, length: int, draft: Sequence[int] = ()) -> Draw:
+        """How the token behind the first `length`, the last of which are those of `draft`, is drawn."""
+        num_new = length - self.num_prompt
+        edit = None
+        if self._processor is not None:
+            edit = self._processor.edit([*self.ids, *draft], self.num_prompt, num_new)
+        return Draw(self.sampling, self.seed, self.choice, num_new, edit)
 
     def accept(self, sampled: Sequence[Sampled], draft: Sequence[int] = ()) -> list[Event]:
         """Take the samples of a step, and decide whether the request is finished.

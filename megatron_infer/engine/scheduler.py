@@ -139,7 +139,8 @@ class Scheduler:
     def schedule_ahead(self) -> Plan | None:
         """Plan the step after the one in flight, whose samples are not known yet; None where they must be.
 
-        That is so for a drafter, which goes on from them, and unless all rows are sampled and nobody could be admitted.
+        That is so for a drafter and for what edits logits by history, which go on from them, and unless all rows are
+        sampled and nobody could be admitted.
         The new step computes the samples themselves, of those requests that need not end with them: id -1 - j is the
         j-th sample of the step in flight. A request that turns out to have ended has its row computed for nothing.
         """
@@ -152,7 +153,7 @@ class Scheduler:
             request, end = row.request, len(row.request.ids) + 1
             if request.finish_reason is not None or end >= request.longest_len:
                 continue
-            if not grow(self.pool, request, end):
+            if request.needs_history or not grow(self.pool, request, end):
                 return None
             rows.append(Row(request, [-1 - j], end))
         if not rows:

@@ -16,7 +16,6 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_infer import fim as fim_module
 from megatron_infer.fim import (
-    MAX_PROMPT_BYTES,
     FimFormat,
     FimOptions,
     FimPrompt,
@@ -24,6 +23,7 @@ from megatron_infer.fim import (
     load_preset,
 )
 from megatron_infer.fim_cut import plan_cut
+from megatron_infer.fim_prompt import MAX_PROMPT_BYTES
 from megatron_infer.languages import load_languages
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer

@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams, calls, co
 from megatron_infer.engine.worker import Kind
 from megatron_infer.llm import EngineDeadError
 from tests.support.invariants import check_scheduler
+from tests.support.tiny_tokenizer import CONTROL_PIECES
 
 PROMPT = FimPrompt("def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py")
 LONG = FimPrompt("x = [1, 2, 3]\n" * 40, "\n", "a.py")
@@ -66,6 +68,19 @@ def test_cancelling_gives_the_blocks_back_and_disturbs_nobody(llm, expected, pro
     finish(llm)
     assert bystander.results()[0].text == expected
     assert free_blocks(llm) == before
+
+
+def test_a_stop_string_that_names_a_control_token_ends_the_answer_there(llm: LLM) -> None:
+    sampling = SamplingParams(max_new_tokens=200, temperature=100.0, seed=3, ignore_eos=True)
+    whole = llm.complete(PROMPT, sampling)
+    pieces = {llm.tokenizer.id_of(piece): piece for piece in CONTROL_PIECES}
+    at = next(i for i, token_id in enumerate(whole.token_ids) if token_id in pieces)
+    piece = pieces[whole.token_ids[at]]
+    for name in (piece, piece.removeprefix("▁")):
+        cut = llm.complete(PROMPT, replace(sampling, stop=(name,)))
+        assert cut.token_ids == whole.token_ids[: at + 1]
+        assert cut.finish_reason == "stop"
+        assert whole.text.startswith(cut.text) and piece not in cut.text
 
 
 def test_cancelling_twice_or_after_the_end_is_fine(llm: LLM, expected: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fastapi import Request, Response
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import Self
@@ -62,11 +62,19 @@ class Drawn(Fields):
     seed: int | None = None
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = Field(None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty"))
+    logit_bias: dict[str, float] | list[list[float]] | None = None
+    min_new_tokens: int | None = Field(None, validation_alias="min_tokens")
 
     def sampling(self, service: Service, ending: str, **others: Any) -> SamplingParams:
         """The server's defaults with what was given; None is not given. Raises ValueError."""
         given = {**{name: getattr(self, name) for name in Drawn.model_fields}, **others}
         given = {name: value for name, value in given.items() if value is not None}
+        if "logit_bias" in given:
+            pairs = dict(given["logit_bias"]).items()
+            given["logit_bias"] = [(int(token_id), bias) for token_id, bias in pairs]
         if "seed" in given:
             given["seed"] = None if given["seed"] == -1 else given["seed"] % 2**63
         return replace(service.defaults, ending=service.ending or ending, **given)
