@@ -54,10 +54,9 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
 
 
 async def _answer(request: Request, error: Exception) -> Response:
-    dialect = getattr(request.state, "dialect", dialect_of(request.url.path))
+    dialect = getattr(request.state, "dialect", dialect_of(request.scope["path"]))
     if isinstance(error, HTTPException):
         return error_response(dialect, Refusal(error.status_code, str(error.detail)))
-    refusal = Refusal.of(error)
-    if refusal.status == 500 and not isinstance(error, Refusal):
+    if not isinstance(error, (Refusal, ValueError, EngineDeadError)):
         log.error("a request failed", exc_info=error)
-    return error_response(dialect, refusal)
+    return error_response(dialect, Refusal.of(error))

@@ -57,13 +57,11 @@ def _run(args: argparse.Namespace, world: World) -> int:
 
 
 def _keys_in(name: str | None) -> list[str]:
-    if name is None:
-        return []
     try:
-        keys = Path(name).read_text(encoding="ascii").split()
+        keys = Path(name).read_text(encoding="ascii").split() if name else []
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the API keys in {name}: {error}") from None
-    if not keys:
+    if name and not keys:
         raise ValueError(f"there is no API key in {name}")
     return keys
 

@@ -33,7 +33,7 @@ class Gate:
         try:
             self._check_origin(headers)
             self._check_key(path, headers)
-            body = await self._read(headers, receive)
+            body = await self._read(receive)
         except Refusal as refusal:
             answer = error_response(dialect_of(path), refusal)
             if refusal.status == 401:
@@ -64,12 +64,8 @@ class Gate:
                 return
         raise Refusal(403, "from a browser only the server's own page may call it")
 
-    async def _read(self, headers: Headers, receive: Receive) -> bytes | None:
+    async def _read(self, receive: Receive) -> bytes | None:
         """The body; None where the client has gone. Raises Refusal."""
-        too_long = Refusal(413, f"the body is longer than {self._max_body_bytes} bytes")
-        length = headers.get("content-length", "0")
-        if length.isdecimal() and int(length) > self._max_body_bytes:
-            raise too_long
         body = bytearray()
         while True:
             message = await receive()
@@ -77,7 +73,7 @@ class Gate:
                 return None
             body += message.get("body", b"")
             if len(body) > self._max_body_bytes:
-                raise too_long
+                raise Refusal(413, f"the body is longer than {self._max_body_bytes} bytes")
             if not message.get("more_body", False):
                 return bytes(body)
 
@@ -94,8 +90,6 @@ class Gate:
         gone = asyncio.ensure_future(receive())
         try:
             await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if answer.done():
-                answer.result()
         finally:
             gone.cancel()
             answer.cancel()

@@ -38,10 +38,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Ask:
-    """What one HTTP request wants.
-
-    patience_seconds: how long it may wait for its turn. predict_seconds: how long after the first token it may go on
-    once it has a whole line. session_id: a newer request of the same session makes this one worthless.
+    """What one HTTP request wants. patience_seconds: how long it may wait for its turn. predict_seconds: how long it
+    may go on after the first token, once it has a line. session_id: a newer request with it makes this one worthless.
     """
 
     dialect: str
@@ -145,10 +143,7 @@ class Call:
 
 
 class Service:
-    """One model behind any number of requests.
-
-    defaults: what holds where a request does not say. ending: of every dialect; None leaves it to each.
-    """
+    """One model behind any number of requests. defaults: what holds where a request does not say; so does `ending`."""
 
     def __init__(self, llm: LLM, settings: Settings, defaults: SamplingParams, ending: str | None = None) -> None:
         self.llm, self.settings, self.defaults, self.ending = llm, settings, defaults, ending

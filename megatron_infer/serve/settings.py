@@ -36,15 +36,11 @@ class Settings:
         for key in self.api_key:
             if not key.strip() or not key.isascii():
                 raise ValueError("an API key must be ASCII text, and not empty")
-        if not is_loopback(self.host) and not (self.api_key or self.api_key_file):
+        is_loopback = self.host == "localhost"
+        with suppress(ValueError):
+            is_loopback = is_loopback or ipaddress.ip_address(self.host).is_loopback
+        if not (is_loopback or self.api_key or self.api_key_file):
             raise ValueError(
                 f"--host {self.host} can be reached by others; give --api_key_file FILE (or --api_key KEY), or listen "
                 "on 127.0.0.1"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether this machine alone can connect."""
-    with suppress(ValueError):
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    return False

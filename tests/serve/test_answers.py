@@ -199,3 +199,20 @@ def test_what_clients_ask_about_the_model(running: Running) -> None:
     assert get("/v1/health").json()["model"] == model["id"]
     assert get("/health").json()["status"] == "ok"
     assert running.client.post("/v1/events", json={"type": "view"}).status_code == 200
+
+
+def test_penalties_and_biases_are_the_librarys(running: Running) -> None:
+    (banned,) = running.llm.tokenizer.encode("\n", dummy_prefix=False)[-1:]
+    edits = {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
+    sampling = SamplingParams(max_new_tokens=12, min_new_tokens=12, logit_bias={banned: -100.0}, **edits)  # type: ignore[arg-type]
+    expected = running.llm.complete(FimPrompt(PREFIX), sampling).token_ids
+    biases: list[Any] = [{str(banned): -100}, [[banned, -100.0]]]
+    for bias in biases:
+        answer = running.post(
+            "/completion", prompt=PREFIX, n_predict=12, min_tokens=12, logit_bias=bias, return_tokens=True, **edits
+        )
+        assert tuple(answer["tokens"]) == expected
+    never = running.post("/completion", prompt=PREFIX, n_predict=12, logit_bias=[[banned, False]], return_tokens=True)
+    assert banned not in never["tokens"]
+    openai = running.post("/v1/completions", prompt=PREFIX, max_tokens=12, min_tokens=12, logit_bias=biases[0], **edits)
+    assert openai["choices"][0]["text"] == running.llm.complete(FimPrompt(PREFIX), sampling).text

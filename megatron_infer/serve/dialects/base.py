@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fastapi import Request, Response
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 from typing_extensions import Self
@@ -28,6 +29,7 @@ from megatron_infer.serve.errors import Refusal, envelope
 from megatron_infer.serve.service import Ask, Call, Part, Service, Update
 
 _UNSUPPORTED = json.loads(Path(__file__).with_name("unsupported.json").read_text(encoding="utf-8"))
+_OUR_NAMES = {"repeat_penalty": "repetition_penalty", "min_tokens": "min_new_tokens"}
 _OFF_THE_LOOP_BYTES = 64 << 10
 """A longer body is parsed in a thread."""
 
@@ -64,17 +66,18 @@ class Drawn(Fields):
     ignore_eos: bool | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    repetition_penalty: float | None = Field(None, validation_alias=AliasChoices("repetition_penalty", "repeat_penalty"))
-    logit_bias: dict[str, float] | list[list[float]] | None = None
-    min_new_tokens: int | None = Field(None, validation_alias="min_tokens")
+    repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | list[list[float | bool]] | None = None
 
     def sampling(self, service: Service, ending: str, **others: Any) -> SamplingParams:
         """The server's defaults with what was given; None is not given. Raises ValueError."""
         given = {**{name: getattr(self, name) for name in Drawn.model_fields}, **others}
-        given = {name: value for name, value in given.items() if value is not None}
-        if "logit_bias" in given:
+        given = {_OUR_NAMES.get(name, name): value for name, value in given.items() if value is not None}
+        if "logit_bias" in given:  # llama.cpp has false for never
             pairs = dict(given["logit_bias"]).items()
-            given["logit_bias"] = [(int(token_id), bias) for token_id, bias in pairs]
+            given["logit_bias"] = [(int(i), -math.inf if bias is False else bias) for i, bias in pairs]
         if "seed" in given:
             given["seed"] = None if given["seed"] == -1 else given["seed"] % 2**63
         return replace(service.defaults, ending=service.ending or ending, **given)
@@ -117,7 +120,6 @@ class Body(Drawn):
         return text if is_marked else self.hole(text)
 
     def reply(self, wire: Wire, parts: Iterable[Part], **limits: float | None) -> Reply:
-        """The answer to `parts`."""
         ask = Ask(wire.dialect, tuple(parts), session_id=self.session_id, **limits)
         return Reply(ask, wire, is_stream=self.stream)
 
@@ -216,10 +218,11 @@ def usage(done: Sequence[Completion]) -> dict[str, Any]:
 
 def report(call: Call, done: Sequence[Completion]) -> dict[str, Any]:
     """What we add to every dialect's answer: why it ended, what was cut, how long it took."""
+    first = [completion for completion in done if completion.sample_index == 0]
     return {
         "trimmed_by": [completion.trimmed_by for completion in done],
-        "cached_tokens": sum(completion.num_cached_tokens for completion in done if completion.sample_index == 0),
-        "dropped_tokens": sum(completion.num_dropped_tokens for completion in done if completion.sample_index == 0),
+        "cached_tokens": sum(completion.num_cached_tokens for completion in first),
+        "dropped_tokens": sum(completion.num_dropped_tokens for completion in first),
         "dropped_snippets": call.num_dropped_snippets,
         "first_token_ms": round(1000 * min(completion.timings.first_token_seconds for completion in done), 3),
         "total_ms": round(1000 * max(completion.timings.total_seconds for completion in done), 3),

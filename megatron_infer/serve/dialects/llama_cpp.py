@@ -22,9 +22,7 @@ _OTHERS_TEMPERATURE = 0.8
 """Of further completions (n_cmpl) where none is given and the first is greedy; llama.cpp's own default."""
 
 
-class Extra(Fields):
-    """llama.vim's `time` is two numbers, llama.vscode's is one: it is not read."""
-
+class Extra(Fields):  # and `time`, which is two numbers from llama.vim and one from llama.vscode
     text: str
     filename: str = ""
 
@@ -56,7 +54,6 @@ class AnyBody(Body):
         return [replace(sampling, n=1), replace(sampling, n=self.n_cmpl - 1, temperature=_OTHERS_TEMPERATURE)]
 
     def within_limits(self, service: Service, parts: Iterable[Part]) -> Reply:
-        """The answer to `parts`."""
         limits = {"patience_seconds": self.t_max_prompt_ms, "predict_seconds": self.t_max_predict_ms}
         given = {name: ms / 1000 for name, ms in limits.items() if ms > 0}
         return self.reply(AnswerWire(service, self), parts, **given)
@@ -75,9 +72,7 @@ class CompletionBody(AnyBody):
     prompt: str | list[int]
 
 
-class TokenizeBody(Body):
-    """llama.cpp's `content` and `add_special`, or `prompt` and `add_special_tokens` as vLLM has them."""
-
+class TokenizeBody(Body):  # with vLLM's names beside llama.cpp's
     content: str = ""
     prompt: str = ""
     add_special: bool = False
@@ -158,7 +153,6 @@ def _inside(value: Any, key: str) -> Any:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """All routes of the dialect but `/health`."""
     llm = service.llm
 
     @app.post("/infill")
@@ -193,7 +187,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.get("/tokenizer_info")
     async def tokenizer_info() -> Any:
-        """For lm-eval."""
         names = {token_id: piece for piece, token_id in llm.tokenizer.control_pieces.items()}
         ids = {"eos_token": llm.tokenizer.eos_id, "bos_token": llm.tokenizer.bos_id, "pad_token": llm.tokenizer.pad_id}
         return {**{name: names.get(-1 if i is None else i) for name, i in ids.items()}, "chat_template": None}

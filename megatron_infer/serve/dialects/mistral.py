@@ -47,8 +47,6 @@ class FimWire(Wire):
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """The one route of the dialect."""
-
     @app.post("/v1/fim/completions")
     async def completions(request: Request) -> Response:
         body = await FimBody.read(request)

@@ -64,7 +64,6 @@ class GenerateWire(Wire):
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """All routes of the dialect."""
     llm, can_insert = service.llm, bool(service.llm.fim.orders)
     details = {
         "parent_model": "", "format": "safetensors", "family": llm.fim.name, "families": [llm.fim.name],

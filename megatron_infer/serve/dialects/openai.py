@@ -125,8 +125,6 @@ def token_text(llm: LLM, token_id: int) -> str:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """All routes of the dialect."""
-
     @app.post("/v1/completions")
     @app.post("/beta/completions")
     @app.post("/v1/beta/completions")

@@ -69,8 +69,6 @@ def completions(request: Request, service: Service, raw: dict[str, Any]) -> Resp
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    """All routes of the dialect but `/v1/completions`, which is OpenAI's too."""
-
     @app.api_route("/v1/health", methods=["GET", "POST"])
     async def health() -> Any:
         service.check_health()
