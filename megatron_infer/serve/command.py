@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
     settings, defaults = options.build(Settings, args), options.build(SamplingParams, args)
     keys = (*settings.api_key, *_keys_in(settings.api_key_file))
     if world.is_first:
+        listening = listen(settings.host, settings.port)
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(JsonLines())
         logging.basicConfig(handlers=[handler], level=logging.INFO)
@@ -49,7 +51,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
             llm.follow()
             return 0
         service = Service(llm, settings, defaults, args.ending)
-        Server(service, keys).run_until_told()
+        Server(service, keys).run_until_told(listening)
         if not service.stop():
             options.say("a step did not come back; the ranks are ended by force")
             os._exit(1)
@@ -66,24 +68,35 @@ def _keys_in(name: str | None) -> list[str]:
     return keys
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket, before a model is loaded in vain. Raises ValueError."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        # Of a socket with its protocol named, asyncio turns off Nagle's algorithm: answers came 40 ms late.
+        listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+    except OSError as error:
+        raise ValueError(f"cannot listen on --host {host} --port {port}: {error.strerror}") from None
+    return listening
+
+
 class Server(uvicorn.Server):
     """Uvicorn, but a signal ends this process in order: the first lets requests finish, the second does not."""
 
     def __init__(self, service: Service, keys: tuple[str, ...]) -> None:
-        settings = service.settings
         super().__init__(
             uvicorn.Config(
-                make_app(service, keys), host=settings.host, port=settings.port, log_config=None, access_log=False,
-                http="h11", ws="none", h11_max_incomplete_event_size=_MAX_HEADER_BYTES, proxy_headers=False,
-                server_header=False, timeout_graceful_shutdown=settings.drain_seconds,
+                make_app(service, keys), log_config=None, access_log=False, http="h11", ws="none", proxy_headers=False,
+                server_header=False, h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+                timeout_graceful_shutdown=service.settings.drain_seconds,
             )
         )  # fmt: skip
         self._service = service
         service.on_failure = self.end
 
-    def run_until_told(self) -> None:
-        """Listen until a signal, or until the engine dies; first say where, and what to tell each client."""
-        listening = self.config.bind_socket()
+    def run_until_told(self, listening: socket.socket) -> None:
+        """Serve until a signal, or until the engine dies; first say where, and what to tell each client."""
         host, port = listening.getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         clients = _CLIENTS.read_text(encoding="utf-8")

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from megatron_infer import LLM, SamplingParams
-from megatron_infer.serve.command import Server
+from megatron_infer.serve.command import Server, listen
 from megatron_infer.serve.service import Service
 from megatron_infer.serve.settings import Settings
 
@@ -29,7 +29,7 @@ class Running:
         self.llm = llm
         self.service = Service(llm, Settings(port=0, **settings), SamplingParams(max_new_tokens=16))
         self.server = Server(self.service, self.service.settings.api_key)
-        self._socket = self.server.config.bind_socket()
+        self._socket = listen("127.0.0.1", 0)
         self.port = self._socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([self._socket])))

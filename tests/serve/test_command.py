@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from megatron_infer.serve import command
+from megatron_infer.serve.command import listen
 from tests.serve.running import FOREVER, PREFIX, wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,7 +40,7 @@ def serving(
         url = re.search(r" at (http://\S+)", log.read_text())
         assert url, log.read_text()
         children = psutil.Process(process.pid).children(recursive=True)
-        wait_until(lambda: is_up(url[1]))
+        wait_until(lambda: status_of(url[1]) == 200)
         yield process, url[1]
     finally:
         for child in children:
@@ -49,11 +50,12 @@ def serving(
         process.wait()
 
 
-def is_up(url: str) -> bool:
+def status_of(url: str) -> int:
+    """Of its health; 0 while it cannot be reached."""
     try:
-        return httpx.get(f"{url}/health", trust_env=False).status_code == 200
+        return httpx.get(f"{url}/health", trust_env=False).status_code
     except httpx.TransportError:
-        return False
+        return 0
 
 
 @pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "torchrun"])
@@ -86,13 +88,14 @@ def test_a_second_sigterm_does_not_wait(tiny_checkpoint: Path, tmp_path: Path) -
     ):  # fmt: skip
         next(answer.iter_lines())
         process.send_signal(signal.SIGTERM)
-        wait_until(lambda: not is_up(url))
+        wait_until(lambda: status_of(url) == 0)
         process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
 
 
-def test_the_death_of_a_rank_ends_the_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    with serving(tiny_checkpoint, tmp_path / "log", "--tensor_parallel_size", "2") as (process, url):
+def test_health_sees_a_rank_that_hangs_and_its_death_ends_the_server(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ("--tensor_parallel_size", "2", "--late_seconds", "0.3")
+    with serving(tiny_checkpoint, tmp_path / "log", *arguments) as (process, url):
         (follower,) = psutil.Process(process.pid).children()
         with httpx.stream(
             "POST", f"{url}/v1/completions", json={"prompt": PREFIX, "stream": True, "n": 8, **FOREVER},
@@ -100,6 +103,10 @@ def test_the_death_of_a_rank_ends_the_server(tiny_checkpoint: Path, tmp_path: Pa
         ) as answer:  # fmt: skip
             lines = answer.iter_lines()
             next(lines)
+            follower.suspend()  # alive, but it does nothing
+            wait_until(lambda: status_of(url) == 503)
+            follower.resume()
+            wait_until(lambda: status_of(url) == 200)
             follower.kill()
             text = "\n".join(lines)
         assert "the engine has stopped" in text
@@ -111,6 +118,16 @@ def test_options_that_would_be_unsafe_are_refused(
 ) -> None:
     empty = tmp_path / "keys"
     empty.write_text("\n")
-    for arguments in (["--host", "0.0.0.0"], ["--api_key_file", str(empty)], ["--port", "99999"], ["--api_key", " "]):
+    taken = listen("127.0.0.1", 0)
+    taken.listen()
+    port = str(taken.getsockname()[1])
+    for arguments in (
+        ["--port", port],
+        ["--host", "0.0.0.0"],
+        ["--api_key_file", str(empty)],
+        ["--port", "99999"],
+        ["--api_key", " "],
+    ):
         assert command.main(["--model_dir", str(tiny_checkpoint), *arguments]) == 2
         assert capsys.readouterr().err.startswith("error: ")
+    taken.close()

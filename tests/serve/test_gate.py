@@ -6,12 +6,14 @@ import base64
 import json
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from megatron_infer import LLM
+from megatron_infer.serve import app
 from megatron_infer.serve.settings import Settings
 from tests.serve.running import PREFIX, Running
 
@@ -225,3 +227,16 @@ def test_metrics_count(tiny_llm: LLM) -> None:
     assert 'megatron_infer_generation_tokens_total{dialect="openai"} 8.0' in text
     assert 'megatron_infer_ttft_seconds_count{dialect="openai"} 2.0' in text
     assert "megatron_infer_kv_usage_ratio 0.0" in text
+
+
+def test_the_page_asks_a_browser_for_the_key(tiny_llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "index.html").write_text("<p>try it</p>")
+    (tmp_path / "page.js").write_text("1")
+    monkeypatch.setattr(app, "PLAYGROUND", tmp_path)
+    with Running(tiny_llm, api_key=(KEY,)) as running:
+        refused = running.client.get("/")
+        assert (refused.status_code, refused.headers["www-authenticate"]) == (401, "Basic")
+        assert running.client.get("/", auth=("", KEY)).text == "<p>try it</p>"
+        assert running.client.get("/page.js", auth=("", KEY)).text == "1"
+        assert running.client.get("/../../settings.py", auth=("", KEY)).status_code == 404
+        assert running.client.get("/v1/models", auth=("", KEY)).status_code == 200

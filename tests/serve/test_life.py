@@ -157,23 +157,21 @@ def test_a_stream_says_that_it_waits(small_llm: LLM, steps: Steps) -> None:
         connection.close()
 
 
-def test_time_to_predict_ends_after_a_line(small_llm: LLM, steps: Steps) -> None:
+@pytest.mark.parametrize("bias", [100, -100])
+def test_time_to_predict_ends_after_a_line(held: Running, steps: Steps, bias: int) -> None:
     """As in llama.cpp the time counts from the first token, and ends nothing before there is a line."""
-    newline = small_llm.tokenizer.encode("\n")[-1]
-    with Running(small_llm, drain_seconds=0) as running, ThreadPoolExecutor() as pool:
-        body = {
-            "prompt": PREFIX,
-            "n_predict": 300,
-            "ignore_eos": True,
-            "t_max_predict_ms": 0.001,
-            "return_tokens": True,
-        }
-        answer = pool.submit(running.post, "/completion", **body)
+    newline = held.llm.tokenizer.encode("\n", dummy_prefix=False)[-1]
+    body = {"prompt": PREFIX, "n_predict": 40, "ignore_eos": True, "t_max_predict_ms": 1e-3}
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(held.post, "/completion", logit_bias={str(newline): bias}, **body)
+        wait_until(lambda: counts(held) == (0, 1, 1))
+        steps.make(2)
+        if bias > 0:
+            wait_until(lambda: counts(held) == (0, 0, 0))
         steps.free()
-        tokens = answer.result()["tokens"]
         assert answer.result()["stop_type"] == "limit"
-        assert tokens.count(newline) >= 1 or "\n" in answer.result()["content"] or len(tokens) == 300
-    assert not small_llm.session.has_work
+    predicted = answer.result()["tokens_predicted"]
+    assert predicted <= 2 if bias > 0 else predicted == 40
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -29,6 +29,7 @@ from megatron_infer.serve.errors import Refusal, envelope
 from megatron_infer.serve.service import Ask, Call, Part, Service, Update
 
 _UNSUPPORTED = json.loads(Path(__file__).with_name("unsupported.json").read_text(encoding="utf-8"))
+_SAMPLING = {field.name for field in fields(SamplingParams)}
 _OUR_NAMES = {"repeat_penalty": "repetition_penalty", "min_tokens": "min_new_tokens"}
 _OFF_THE_LOOP_BYTES = 64 << 10
 """A longer body is parsed in a thread."""
@@ -54,36 +55,7 @@ class Fields(BaseModel):
         return given
 
 
-class Drawn(Fields):
-    """How a completion is drawn, in the names that most dialects share."""
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: str | list[str] | None = None
-    ignore_eos: bool | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    repeat_penalty: float | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | list[list[float | bool]] | None = None
-
-    def sampling(self, service: Service, ending: str, **others: Any) -> SamplingParams:
-        """The server's defaults with what was given; None is not given. Raises ValueError."""
-        given = {**{name: getattr(self, name) for name in Drawn.model_fields}, **others}
-        given = {_OUR_NAMES.get(name, name): value for name, value in given.items() if value is not None}
-        if "logit_bias" in given:  # llama.cpp has false for never
-            pairs = dict(given["logit_bias"]).items()
-            given["logit_bias"] = [(int(i), -math.inf if bias is False else bias) for i, bias in pairs]
-        if "seed" in given:
-            given["seed"] = None if given["seed"] == -1 else given["seed"] % 2**63
-        return replace(service.defaults, ending=service.ending or ending, **given)
-
-
-class Body(Drawn):
+class Body(Fields):
     """A request body. Beside the fields of its dialect, each takes these of ours.
 
     path, language, repository: of the code, for the prompt's header and the rules that end an answer. ending, order:
@@ -99,6 +71,30 @@ class Body(Drawn):
     session_id: str | None = Field(None, max_length=256)
     parse_special: bool | None = None
     stream: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    min_tokens: int | None = None
+    logit_bias: dict[str, float] | list[list[float | bool]] | None = None
+
+    def sampling(self, service: Service, ending: str, **others: Any) -> SamplingParams:
+        """The server's defaults, then the fields that SamplingParams has, then `others`. Raises ValueError."""
+        asked = ((_OUR_NAMES.get(name, name), value) for name, value in (*self, *others.items()))
+        given = {name: value for name, value in asked if name in _SAMPLING and value is not None}
+        if "logit_bias" in given:  # llama.cpp has false for never
+            pairs = dict(given["logit_bias"]).items()
+            given["logit_bias"] = [(int(i), -math.inf if bias is False else bias) for i, bias in pairs]
+        if "seed" in given:
+            given["seed"] = None if given["seed"] == -1 else given["seed"] % 2**63
+        return replace(service.defaults, **{"ending": service.ending or ending, **given})
 
     @classmethod
     async def read(cls, request: Request) -> Self:
@@ -108,7 +104,7 @@ class Body(Drawn):
     def part(self, prompt: Prompt, sampling: SamplingParams, **more: Any) -> Part:
         """`prompt` with our own fields."""
         options = None if self.order is None else FimOptions(order=self.order)
-        return Part(prompt, replace(sampling, ending=self.ending or sampling.ending), options, **more)
+        return Part(prompt, sampling, options, **more)
 
     def hole(self, prefix: str, suffix: str = "", path: str = "") -> FimPrompt:
         """The prompt, with what was said of the code."""

@@ -7,21 +7,13 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request
+from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 import megatron_infer
 from megatron_infer.completion import Completion
-from megatron_infer.serve.dialects.base import Body, Drawn, Wire, compact, finish_reason, report
+from megatron_infer.serve.dialects.base import Body, Wire, compact, finish_reason, read_json, report
 from megatron_infer.serve.service import Call, Service, Update
-
-
-class Options(Drawn):
-    """litellm puts the suffix here."""
-
-    refuses: ClassVar = "ollama options"
-
-    num_predict: int | None = None
-    suffix: str = ""
 
 
 class GenerateBody(Body):
@@ -30,7 +22,8 @@ class GenerateBody(Body):
     prompt: str = ""
     suffix: str = ""
     stream: bool = True
-    options: Options = Options()
+    num_predict: int | None = None
+    options: dict[str, Any] = Field({})
 
 
 class GenerateWire(Wire):
@@ -73,14 +66,17 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/generate")
     async def generate(request: Request) -> Response:
-        body = await GenerateBody.read(request)
-        suffix, limit = body.suffix or body.options.suffix, body.options.num_predict
-        if not body.prompt and not suffix:  # how clients have a model loaded
+        raw = await read_json(request)
+        if isinstance(raw, dict) and isinstance(options := raw.get("options"), dict):
+            raw = {**options, **raw}  # litellm has the suffix among them
+        body, limit = GenerateBody.model_validate(raw), None
+        if not body.prompt and not body.suffix:  # how clients have a model loaded
             loaded = {"model": service.model_name, "created_at": _time(time.time()), "response": "", "done": True}
             return JSONResponse({**loaded, "done_reason": "load"})
-        limit = None if limit is None or limit < 0 else limit
-        sampling = body.options.sampling(service, "raw", max_new_tokens=limit)
-        return body.reply(GenerateWire(service), [body.part(body.hole(body.prompt, suffix), sampling)])
+        if body.num_predict is not None and body.num_predict >= 0:
+            limit = body.num_predict
+        sampling = body.sampling(service, "raw", max_new_tokens=limit)
+        return body.reply(GenerateWire(service), [body.part(body.hole(body.prompt, body.suffix), sampling)])
 
     @app.get("/api/tags")
     async def tags() -> Any:

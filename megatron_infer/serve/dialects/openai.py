@@ -38,10 +38,7 @@ class CompletionBody(Body):
 
     def parts(self, service: Service) -> list[Part]:
         """Raises ValueError."""
-        sampling = self.sampling(
-            service, "raw", max_new_tokens=self.max_tokens, n=self.n, logprobs=self.logprobs,
-            stop_token_ids=self.stop_token_ids,
-        )  # fmt: skip
+        sampling = self.sampling(service, "raw", max_new_tokens=self.max_tokens)
         if self.echo and self.logprobs is not None:
             raise ValueError("echo with logprobs is not supported")
         if not self.suffix:
