@@ -106,15 +106,16 @@ class GrowingCompletion:
 
     Args:
         prompt: what is completed; None where it was given as token ids.
+        skip_bytes: of the prefix, which the answer's first tokens write anew.
     """
 
     def __init__(
         self, request: Request, prompt: FimPrompt | None, tokenizer: Tokenizer, *, prompt_index: int,
-        num_dropped_tokens: int,
+        num_dropped_tokens: int, skip_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.request = request
         self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._text = TextStream(tokenizer, request.sampling.stop, skip_bytes)
         mode = request.sampling.ending
         # Of a prompt of token ids nothing is known that a rule could look at.
         self._ending = (

@@ -31,6 +31,8 @@ class FimEncoding:
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
+    prefix: range = range(0)
+    """Where in `ids` the prefix is, its header included."""
 
 
 def load_preset(name: str) -> FimOptions:
@@ -125,8 +127,16 @@ class FimFormat:
                 header, prefix, texts, budget_tokens - num_fixed
             )
             cut_prefix, cut_suffix = cut_prefix + dropped_p, cut_suffix + dropped_s
-        ids = before + [i for word in layout for i in (texts[word] if word in texts else self._ids[word])]
-        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix)
+        parts = [texts[word] if word in texts else self._ids[word] for word in layout]
+        start = len(before) + sum(map(len, parts[: layout.index("prefix")]))
+        where = range(start, start + len(texts["prefix"]))
+        ids = before + [i for part in parts for i in part]
+        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix, where)
+
+    @property
+    def interactive(self) -> FimOptions:
+        """For typing: suffix first where the family knows it, so that what stands before the prefix stays computed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""

@@ -15,12 +15,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Event, Request
 from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
+from megatron_infer.healing import Healing, TokenTable, heal
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -73,6 +75,7 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    healing: Healing | None = None
 
 
 class Session:
@@ -126,9 +129,6 @@ class Session:
                 raise ValueError(f"{name} {too_high} are outside the vocabulary of {self._vocab_size}")
         bad_words = self._bad_words(sampling)
         encoded = self._encode(prompt, sampling, options)
-        # A control token has no text that a stop string could be found in.
-        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
-        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
         room = self._max_model_len - len(encoded.ids)
         if 0 < room < sampling.max_new_tokens and not self._has_said_clamped:
             self._has_said_clamped = True
@@ -136,11 +136,14 @@ class Session:
                 "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
                 "(said once)", sampling.max_new_tokens, room, self._max_model_len, len(encoded.ids),
             )  # fmt: skip
+        # A control token has no text that a stop string could be found in.
+        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
+        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice, bad_words=bad_words,
+                seed=seed, choice=choice, bad_words=bad_words, guide=encoded.healing,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -148,6 +151,7 @@ class Session:
             GrowingCompletion(
                 request, encoded.prompt, self._tokenizer,
                 prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
+                skip_bytes=len(encoded.healing.text) if encoded.healing is not None else 0,
             )
             for request in requests
         )  # fmt: skip
@@ -271,6 +275,10 @@ class Session:
             raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
         return words
 
+    @cached_property
+    def _token_table(self) -> TokenTable:
+        return TokenTable(self._tokenizer)
+
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
@@ -278,7 +286,10 @@ class Session:
             longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
+            ids, healing = encoding.ids, None
+            if options is not None and options.token_healing and fim_prompt.prefix:
+                ids, healing = heal(ids, encoding.prefix, self._token_table)
+            return _Encoded(fim_prompt, ids, self._end_ids | encoding.stop_token_ids, num_dropped, healing)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 

@@ -139,6 +139,9 @@ class Request:
                 else:
                     events.append(self.finish("error", result.error))
                 break
+            if len(self.ids) >= self.longest_len:  # the prompt alone was wanted
+                events.append(self.finish("length"))
+                break
             self.ids.append(result.token_id)
             if result.token_id in self.stop_token_ids:
                 self.finish_reason = "stop"
