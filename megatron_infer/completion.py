@@ -172,6 +172,11 @@ class GrowingCompletion:
         """The rule that has ended the text, if one has."""
         return None if self._ending is None else self._ending.reason
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the text, if one has."""
+        return self._text.stopped
+
     def _add(self, piece: str) -> None:
         if self._ending is not None:
             self._raw.append(piece)

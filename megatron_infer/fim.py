@@ -93,6 +93,11 @@ class FimFormat:
         self.stop_token_ids = frozenset(i for i in ends if i is not None)
         self._ids |= {"bos": bos, "bos?": bos if tokenizer.adds_bos else []}
 
+    @property
+    def takes_extra_files(self) -> bool:
+        """Whether the family documents a format for other files of the repository."""
+        return self._files is not None
+
     def encode(
         self, prompt: FimPrompt, *, budget_tokens: int | None = None, options: FimOptions | None = None
     ) -> FimEncoding:
