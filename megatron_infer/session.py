@@ -59,6 +59,7 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    stop: tuple[str, ...] = ()
 
 
 class Session:
@@ -110,7 +111,8 @@ class Session:
         encoded = self._encode(prompt, sampling, options)
         # A control token has no text that a stop string could be found in.
         control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
-        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
+        stop, stop_ids = (*sampling.stop, *encoded.stop), (*sampling.stop_token_ids, *control)
+        sampling = replace(sampling, stop=stop, stop_token_ids=stop_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
@@ -239,7 +241,8 @@ class Session:
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
             encoding = self._fim.encode(fim_prompt, budget_tokens=budget, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
+            stop_token_ids = self._end_ids | encoding.stop_token_ids
+            return _Encoded(fim_prompt, encoding.ids, stop_token_ids, num_dropped, encoding.stop)
         ids = _token_ids(prompt, self._vocab_size)
         if len(ids) > budget:
             raise ValueError(
