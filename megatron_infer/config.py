@@ -39,6 +39,9 @@ class EngineConfig:
     )  # fmt: skip
     cpu_isa: str = option("auto", "instructions of the CPU kernels: auto, avx512, avx2, neon or generic; same answers")
     deterministic: bool = option(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
+    verify_on_load: bool = option(
+        False, "first hash the checkpoint against its manifest.json; reads all of it once more, on rank 0"
+    )
     rank_timeout_seconds: float = option(
         60.0, "longest wait in a step for a rank that hangs; ten times as long while ranks start and load"
     )
