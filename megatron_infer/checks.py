@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import field
 from typing import Any
 
@@ -60,6 +62,12 @@ def check_text(text: str, name: str = "text") -> None:
         ) from None
 
 
-def option(default: Any, text: str) -> Any:
-    """A dataclass field whose help text the command lines show."""
-    return field(default=default, metadata={"help": text})
+def option(default: Any, text: str, parse: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field whose help text the command lines show; `parse` reads it, or an item of it, from there."""
+    return field(default=default, metadata={"help": text, "parse": parse})
+
+
+def unescaped(text: str) -> str:
+    r"""Text typed into a shell, in which \n, \r, \t, \\ and \xNN stand for characters."""
+    known = {"n": "\n", "r": "\r", "t": "\t", "\\": "\\"}
+    return re.sub(r"\\([nrt\\]|x[0-9a-fA-F]{2})", lambda m: known.get(m[1]) or chr(int(m[1][1:], 16)), text)

@@ -28,13 +28,15 @@ log = logging.getLogger("megatron_infer")
 class FimEncoding:
     """A prompt's token ids, the ids and strings that end its completion, how many tokens of either side did not fit.
 
-    Text too far from the cursor to be tokenized at all is counted as one token per 4 characters.
+    Text too far from the cursor to be tokenized at all is counted as one token per 4 characters. `prefix`: where in
+    `ids` the prefix lies, its header included.
     """
 
     ids: list[int]
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
+    prefix: range = range(0)
     stop: tuple[str, ...] = ()
 
 
@@ -99,6 +101,11 @@ class FimFormat:
         self.stop_token_ids = frozenset(i for i in ends if i is not None)
         self._ids |= {"bos": bos, "bos?": bos if tokenizer.adds_bos else []}
 
+    @property
+    def takes_extra_files(self) -> bool:
+        """Whether the family documents a format for other files of the repository."""
+        return self._files is not None
+
     def encode(
         self, prompt: FimPrompt, *, budget_tokens: int | None = None, options: FimOptions | None = None
     ) -> FimEncoding:
@@ -121,14 +128,20 @@ class FimFormat:
         num_fixed = sum(len(parts[word]) for word in layout)
         room = None if budget_tokens is None else budget_tokens - num_fixed
         parts["prefix"], dropped_prefix, parts["suffix"], dropped_suffix = self._fit(header, prefix, suffix, room)
-        ids = [i for word in layout for i in parts[word]]
-        stop = tuple(self._files["stop"]) if self._files and prompt.extra_files else ()
-        return FimEncoding(ids, self.stop_token_ids, far_prefix + dropped_prefix, far_suffix + dropped_suffix, stop)
+        start = sum(len(parts[word]) for word in layout[: layout.index("prefix")])
+        return FimEncoding(
+            [i for word in layout for i in parts[word]],
+            self.stop_token_ids,
+            far_prefix + dropped_prefix,
+            far_suffix + dropped_suffix,
+            range(start, start + len(parts["prefix"])),
+            tuple(self._files["stop"]) if self._files and prompt.extra_files else (),
+        )
 
     @property
     def interactive(self) -> FimOptions:
-        """For typing: suffix first where the family knows it, so that what stands before the prefix stays computed."""
-        return FimOptions(order="spm" if "spm" in self.orders else None)
+        """For typing: suffix first where the family knows it, so that it stays computed, and words are completed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None, token_healing=True)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""
