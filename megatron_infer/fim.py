@@ -36,8 +36,8 @@ class FimEncoding:
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
-    prefix: range = range(0)
     stop: tuple[str, ...] = ()
+    prefix: range = range(0)
 
 
 def load_preset(name: str) -> FimOptions:
@@ -128,15 +128,12 @@ class FimFormat:
         num_fixed = sum(len(parts[word]) for word in layout)
         room = None if budget_tokens is None else budget_tokens - num_fixed
         parts["prefix"], dropped_prefix, parts["suffix"], dropped_suffix = self._fit(header, prefix, suffix, room)
+        ids = [i for word in layout for i in parts[word]]
         start = sum(len(parts[word]) for word in layout[: layout.index("prefix")])
-        return FimEncoding(
-            [i for word in layout for i in parts[word]],
-            self.stop_token_ids,
-            far_prefix + dropped_prefix,
-            far_suffix + dropped_suffix,
-            range(start, start + len(parts["prefix"])),
-            tuple(self._files["stop"]) if self._files and prompt.extra_files else (),
-        )
+        where = range(start, start + len(parts["prefix"]))
+        stop = tuple(self._files["stop"]) if self._files and prompt.extra_files else ()
+        dropped = far_prefix + dropped_prefix, far_suffix + dropped_suffix
+        return FimEncoding(ids, self.stop_token_ids, *dropped, stop, where)
 
     @property
     def interactive(self) -> FimOptions:

@@ -38,9 +38,10 @@ Prompt = FimPrompt | str | Sequence[int]
 class Handle:
     """One submitted prompt on its way: `completions` grow, one per sample. A handle that is dropped is cancelled."""
 
+    completions: tuple[GrowingCompletion, ...] = ()
+
     def __init__(self, session: Session, completions: tuple[GrowingCompletion, ...]) -> None:
-        self.completions = completions
-        self._session = session
+        self._session, self.completions = session, completions
 
     @property
     def is_finished(self) -> bool:
@@ -76,9 +77,9 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    stop: tuple[str, ...] = ()
     healing: Healing | None = None
     prefix: range | None = None
-    stop: tuple[str, ...] = ()
 
 
 class Session:
@@ -298,7 +299,7 @@ class Session:
             if options is not None and options.token_healing and fim_prompt.prefix:
                 ids, healing = heal(ids, prefix, self._token_table)
                 prefix = range(prefix.start, prefix.stop + len(ids) - len(encoding.ids))
-            return _Encoded(fim_prompt, ids, ends, num_dropped, healing, prefix, encoding.stop)
+            return _Encoded(fim_prompt, ids, ends, num_dropped, encoding.stop, healing, prefix)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
