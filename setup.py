@@ -180,6 +180,8 @@ if __name__ == "__main__":
         package_data={
             "megatron_infer": ["*.json", "py.typed", *PLAYGROUND],
             "megatron_infer.ending": ["*.json"],
+            "megatron_infer.serve": ["*.txt", "playground/*", "playground/*/*"],
+            "megatron_infer.serve.dialects": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html"],
             "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
@@ -191,7 +193,8 @@ if __name__ == "__main__":
         entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
         install_requires=requirements("requirements.txt"),
         extras_require={
-            "dev": [*requirements("requirements-dev.txt"), *requirements("requirements-eval.txt")],
+            "dev": [line for part in ("dev", "eval", "serve") for line in requirements(f"requirements-{part}.txt")],
             "eval": requirements("requirements-eval.txt"),
+            "serve": requirements("requirements-serve.txt"),
         },
     )
