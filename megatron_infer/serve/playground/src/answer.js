@@ -69,8 +69,8 @@ export class Answer {
 
 function numHealed({text, tokens, prefix}) {
   const written = tokens.map((token) => token.text).join("")
-  for (let number = 0; number <= written.length && prefix.endsWith(written.slice(0, number)); number++) {
-    if (written.startsWith(text, number)) return number
+  for (let number = 0; number < written.length; number++) {
+    if (written.startsWith(text, number) && prefix.endsWith(written.slice(0, number))) return number
   }
   return 0
 }
