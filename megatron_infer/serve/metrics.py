@@ -46,9 +46,9 @@ class Metrics:
             for name, text, buckets in _HISTOGRAMS
         }
         for name, text, value in (
-            ("requests_running", "requests in a step", lambda: llm.session.load.num_running),
-            ("requests_waiting", "requests that wait for room in a step", lambda: llm.session.load.num_waiting),
-            ("kv_usage_ratio", "KV-cache blocks in use", lambda: llm.session.load.kv_usage),
+            ("requests_running", "requests in a step", lambda: llm.session.load[0]),
+            ("requests_waiting", "requests that wait for room in a step", lambda: llm.session.load[1]),
+            ("kv_usage_ratio", "KV-cache blocks in use", lambda: llm.session.load[2]),
         ):
             Gauge(f"megatron_infer_{name}", text, registry=registry).set_function(value)
 

@@ -46,7 +46,7 @@ class AnyBody(Body):
         """One for all completions; or the first greedy, as llama.vscode shows it, and others to choose from."""
         sampling = self.sampling(
             service, ending, logprobs=self.n_probs or None, n=self.n_cmpl,
-            max_new_tokens=max(1, self.n_predict) if self.n_predict >= 0 else None,
+            max_new_tokens=self.n_predict if self.n_predict >= 0 else None,
             top_k=None if self.top_k is None else max(0, self.top_k),
         )  # fmt: skip
         if self.n_cmpl == 1 or sampling.temperature > 0 or self.temperature is not None:
@@ -102,18 +102,17 @@ class AnswerWire(Wire):
 
     def _end(self, call: Call, index: int, completion: Completion, text: str) -> dict[str, Any]:
         body, timings = self._body, completion.timings
-        is_warm_up = body.n_predict == 0
         word = call.growing[index].stopped_by
         by_text = word is not None or completion.trimmed_by is not None  # a rule that ended it counts as a word
         stop_type = "word" if by_text else "eos" if completion.finish_reason == "stop" else "limit"
-        num_new = 0 if is_warm_up else timings.num_new_tokens
+        num_new = timings.num_new_tokens
         answer = {
-            "index": index, "content": "" if is_warm_up else text, "stop": True, "stop_type": stop_type,
+            "index": index, "content": text, "stop": True, "stop_type": stop_type,
             "stopping_word": word or "", "model": self.service.model_name,
             "tokens": list(completion.token_ids) if body.return_tokens else [],
             "tokens_predicted": num_new, "tokens_evaluated": timings.num_prompt_tokens,
             "tokens_cached": timings.num_prompt_tokens + num_new, "truncated": completion.num_dropped_tokens > 0,
-            "timings": _timings(completion, num_new), "megatron_infer": report(call, [completion]),
+            "timings": _timings(completion), "megatron_infer": report(call, [completion]),
         }  # fmt: skip
         if body.n_probs:
             answer["completion_probabilities"] = [self._row(row) for row in completion.logprobs or ()]
@@ -129,13 +128,12 @@ class AnswerWire(Wire):
         return {"id": token_id, "token": raw.decode("utf-8", "replace"), "bytes": list(raw), "logprob": logprob}
 
 
-def _timings(completion: Completion, num_new: int) -> dict[str, float]:
+def _timings(completion: Completion) -> dict[str, float]:
     timings, num_cached = completion.timings, completion.num_cached_tokens
     first, total = timings.first_token_seconds, timings.total_seconds
     found: dict[str, float] = {"cache_n": num_cached}
-    for name, count, seconds in (
-        ("prompt", timings.num_prompt_tokens - num_cached, first), ("predicted", num_new, max(0.0, total - first)),
-    ):  # fmt: skip
+    prompt = ("prompt", timings.num_prompt_tokens - num_cached, first)
+    for name, count, seconds in (prompt, ("predicted", timings.num_new_tokens, max(0.0, total - first))):
         found |= {f"{name}_n": count, f"{name}_ms": round(1000 * seconds, 3)}
         found[f"{name}_per_token_ms"] = round(1000 * seconds / count, 3) if count else 0.0
         found[f"{name}_per_second"] = round(count / seconds, 3) if seconds else 0.0
@@ -162,7 +160,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             raise Refusal(501, f"the model's FIM family {llm.fim.name!r} has no format for code before and after")
         prompt = body.hole(body.input_prefix + body.prompt, body.input_suffix)
         extra = tuple(Snippet(item.filename, item.text) for item in body.input_extra)
-        parts = [body.part(prompt, sampling, context=extra) for sampling in body.samplings(service, "auto")]
+        usual = service.for_typing
+        parts = [body.part(prompt, sampling, usual, context=extra) for sampling in body.samplings(service, "auto")]
         return body.within_limits(service, parts)
 
     @app.post("/completion")

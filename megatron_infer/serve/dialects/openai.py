@@ -39,8 +39,8 @@ class CompletionBody(Body):
     def parts(self, service: Service) -> list[Part]:
         """Raises ValueError."""
         sampling = self.sampling(service, "raw", max_new_tokens=self.max_tokens)
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported")
+        if self.logprobs is not None and (self.echo or self.token_healing):
+            raise ValueError("logprobs is not supported together with echo or token_healing")
         if not self.suffix:
             prompts = [self.continued(service, p) if isinstance(p, str) else p for p in self.prompts()]
             return [self.part(prompt, sampling) for prompt in prompts]
