@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,8 +17,6 @@ from megatron_infer.serve.dialects import llama_cpp, mistral, ollama, openai, ta
 from megatron_infer.serve.errors import Refusal, dialect_of, error_response
 from megatron_infer.serve.gate import Gate
 from megatron_infer.serve.service import Service
-
-log = logging.getLogger("megatron_infer.serve")
 
 PLAYGROUND = Path(__file__).with_name("playground")
 
@@ -57,6 +54,4 @@ async def _answer(request: Request, error: Exception) -> Response:
     dialect = getattr(request.state, "dialect", dialect_of(request.scope["path"]))
     if isinstance(error, HTTPException):
         return error_response(dialect, Refusal(error.status_code, str(error.detail)))
-    if not isinstance(error, (Refusal, ValueError, EngineDeadError)):
-        log.error("a request failed", exc_info=error)
     return error_response(dialect, Refusal.of(error))

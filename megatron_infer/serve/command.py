@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
         host, port = listening.getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         clients = _CLIENTS.read_text(encoding="utf-8")
-        options.say(clients.format(base=f"http://{reached}:{port}", model=self._service.model_name))
+        print(clients.format(base=f"http://{reached}:{port}", model=self._service.model_name), flush=True)
         asyncio.run(self.serve([listening]))
 
     def end(self) -> None:
