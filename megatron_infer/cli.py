@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, world: World) -> int:
     sampling, options, config = build(SamplingParams, args), build(FimOptions, args), build(EngineConfig, args)
     if args.stream and sampling.n != 1:
-        raise ValueError("--stream shows one completion; leave out --n, or --stream")
+        raise ValueError("--stream shows one completion; leave out --num_samples, or --stream")
     model_dir = model_dir_of(args)
     prompt, is_example = _prompt(args, model_dir)
     log_to_stderr(world, logging.WARNING if args.quiet else logging.INFO)

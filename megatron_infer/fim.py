@@ -24,7 +24,8 @@ __all__ = ["FimEncoding", "FimFormat", "FimOptions", "FimPrompt", "load_fim", "l
 class FimEncoding:
     """A prompt's token ids, the ids that end its completion, and how many tokens of either side did not fit.
 
-    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters.
+    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters. `prefix`: where in
+    `ids` the prefix lies, its header included.
     """
 
     ids: list[int]
@@ -32,7 +33,6 @@ class FimEncoding:
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
     prefix: range = range(0)
-    """Where in `ids` the prefix is, its header included."""
 
 
 def load_preset(name: str) -> FimOptions:
@@ -135,8 +135,8 @@ class FimFormat:
 
     @property
     def interactive(self) -> FimOptions:
-        """For typing: suffix first where the family knows it, so that what stands before the prefix stays computed."""
-        return FimOptions(order="spm" if "spm" in self.orders else None)
+        """For typing: suffix first where the family knows it, so that it stays computed, and words are completed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None, token_healing=True)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""

@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("config", "text_stream", "fim_prompt", "fim_cut"),
     ("fim", "healing"),
     ("engine.step", "engine.logits", "engine.request", "cache.block_pool"),
-    ("engine.block_table", "engine.shared_prefill"),
+    ("engine.block_table", "engine.shared_prefill", "engine.drafter"),
     ("engine.plan",),
     ("engine.scheduler",),
     ("ops", "tensor_parallel.rendezvous"),
@@ -79,6 +79,7 @@ NO_TORCH = (
     "engine.request",
     "engine.block_table",
     "engine.shared_prefill",
+    "engine.drafter",
     "engine.plan",
     "engine.scheduler",
 )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -43,7 +44,7 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     if (PLAYGROUND / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
@@ -53,5 +54,5 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
 async def _answer(request: Request, error: Exception) -> Response:
     dialect = getattr(request.state, "dialect", dialect_of(request.scope["path"]))
     if isinstance(error, HTTPException):
-        return error_response(dialect, Refusal(error.status_code, str(error.detail)))
+        error = Refusal(error.status_code, str(error.detail))
     return error_response(dialect, Refusal.of(error))

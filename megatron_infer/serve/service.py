@@ -164,7 +164,7 @@ class Service:
     def start(self) -> None:
         """Begin, on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self.engine.start()
+        self.engine.thread.start()
 
     def stop(self) -> bool:
         """End what is in hand, and the engine's thread; False where a step does not come back."""

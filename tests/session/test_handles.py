@@ -24,7 +24,9 @@ SAMPLING = SamplingParams(max_new_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint: Path) -> Iterator[LLM]:
-    with LLM(tiny_checkpoint, device="cpu", kv_cache_memory_bytes=4 << 20, max_num_batched_tokens=64) as running:
+    """Without drafts, so that a step is a token."""
+    options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 64, "num_draft_tokens": 0}
+    with LLM(tiny_checkpoint, **options) as running:
         yield running
 
 

@@ -221,6 +221,8 @@ def report(call: Call, done: Sequence[Completion]) -> dict[str, Any]:
         "trimmed_by": [completion.trimmed_by for completion in done],
         "cached_tokens": sum(completion.num_cached_tokens for completion in first),
         "dropped_tokens": sum(completion.num_dropped_tokens for completion in first),
+        "draft_tokens": sum(completion.num_draft_tokens for completion in done),
+        "draft_accepted": sum(completion.num_draft_accepted for completion in done),
         "dropped_snippets": call.num_dropped_snippets,
         "first_token_ms": round(1000 * min(completion.timings.first_token_seconds for completion in done), 3),
         "total_ms": round(1000 * max(completion.timings.total_seconds for completion in done), 3),

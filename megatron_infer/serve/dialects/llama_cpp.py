@@ -131,7 +131,8 @@ class AnswerWire(Wire):
 def _timings(completion: Completion) -> dict[str, float]:
     timings, num_cached = completion.timings, completion.num_cached_tokens
     first, total = timings.first_token_seconds, timings.total_seconds
-    found: dict[str, float] = {"cache_n": num_cached}
+    found: dict[str, float] = {"cache_n": num_cached, "draft_n": completion.num_draft_tokens}
+    found["draft_n_accepted"] = completion.num_draft_accepted
     prompt = ("prompt", timings.num_prompt_tokens - num_cached, first)
     for name, count, seconds in (prompt, ("predicted", timings.num_new_tokens, max(0.0, total - first))):
         found |= {f"{name}_n": count, f"{name}_ms": round(1000 * seconds, 3)}

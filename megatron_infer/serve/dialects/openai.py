@@ -113,12 +113,8 @@ def top(llm: LLM, row: TokenLogprob) -> dict[str, float]:
 
 
 def token_text(llm: LLM, token_id: int) -> str:
-    """A token's text; `bytes:\\x..` where it is a part of a character."""
-    raw = llm.tokenizer.token_bytes(token_id)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    r"""A token's text; of half a character the bytes, as \xNN."""
+    return llm.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
