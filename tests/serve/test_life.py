@@ -168,7 +168,7 @@ def test_time_to_predict_ends_after_a_line(held: Running, steps: Steps, bias: in
         steps.free()
         assert answer.result()["stop_type"] == "limit"
     predicted = answer.result()["tokens_predicted"]
-    assert predicted <= 2 if bias > 0 else predicted == 40
+    assert predicted < 40 if bias > 0 else predicted == 40
 
 
 @pytest.mark.parametrize("stream", [False, True])
