@@ -48,6 +48,7 @@ _FAMILIES = {
         {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0},
     ),
     "qwen2": _Family("Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "mlp_bias": False}),
+    "qwen3": _Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, {"mlp_bias": False}),
 }
 _DEFAULTS = {
     "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
@@ -62,6 +63,7 @@ class ModelConfig:
     """Shape of a Llama-shaped decoder: RMSNorm, RoPE (half-split), GQA, SwiGLU. Names as in Hugging Face's config.json.
 
     `attention_bias` covers q, k and v; `attention_output_bias` covers o (Qwen2 has the first only, Granite both).
+    `qk_norm`: each query and key head has an RMSNorm before its rotation (Qwen3).
     `quantization`: of the linear layers on disk; None: they are stored in floating point.
     """
 
@@ -79,6 +81,7 @@ class ModelConfig:
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
@@ -162,6 +165,7 @@ class ModelConfig:
             max_position_embeddings=longest,
             rope_theta=theta,
             rope_scaling=scaling,
+            qk_norm=model_type == "qwen3",
             attention_output_bias=said["attention_bias"] and model_type != "qwen2",
             tie_word_embeddings=said["tie_word_embeddings"],
             bos_token_id=said["bos_token_id"],
@@ -197,7 +201,8 @@ class ModelConfig:
 
         It spells the scaling as transformers 4 and 5 both read it, and once: whoever edits it edits what counts.
         """
-        model_type = "qwen2" if self.attention_bias and not self.attention_output_bias else "llama"
+        qkv_bias_only = self.attention_bias and not self.attention_output_bias
+        model_type = "qwen3" if self.qk_norm else "qwen2" if qkv_bias_only else "llama"
         eos = self.eos_token_ids
         out: dict[str, Any] = {
             "architectures": [_FAMILIES[model_type].architecture],
@@ -215,7 +220,7 @@ class ModelConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
             "torch_dtype": self.torch_dtype,
         }
-        if model_type == "qwen2":
+        if model_type != "llama":
             out["use_sliding_window"] = False
         if self.fim:
             out["fim"] = self.fim

@@ -38,9 +38,10 @@ Prompt = FimPrompt | str | Sequence[int]
 class Handle:
     """One submitted prompt on its way: `completions` grow, one per sample. A handle that is dropped is cancelled."""
 
+    completions: tuple[GrowingCompletion, ...] = ()
+
     def __init__(self, session: Session, completions: tuple[GrowingCompletion, ...]) -> None:
-        self.completions = completions
-        self._session = session
+        self._session, self.completions = session, completions
 
     @property
     def is_finished(self) -> bool:
@@ -63,6 +64,7 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    stop: tuple[str, ...] = ()
     healing: Healing | None = None
     prefix: range | None = None
 
@@ -129,7 +131,8 @@ class Session:
             )  # fmt: skip
         # A control token has no text that a stop string could be found in.
         control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
-        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
+        stop, stop_ids = (*sampling.stop, *encoded.stop), (*sampling.stop_token_ids, *control)
+        sampling = replace(sampling, stop=stop, stop_token_ids=stop_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
@@ -282,7 +285,7 @@ class Session:
             if options is not None and options.token_healing and fim_prompt.prefix:
                 ids, healing = heal(ids, prefix, self._token_table)
                 prefix = range(prefix.start, prefix.stop + len(ids) - len(encoding.ids))
-            return _Encoded(fim_prompt, ids, ends, num_dropped, healing, prefix)
+            return _Encoded(fim_prompt, ids, ends, num_dropped, encoding.stop, healing, prefix)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
