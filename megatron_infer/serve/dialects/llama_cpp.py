@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Annotated, Any, ClassVar
 
 from fastapi import FastAPI, Request, Response
@@ -142,13 +141,10 @@ def _timings(completion: Completion) -> dict[str, float]:
 
 
 def project(answer: dict[str, Any], fields: list[str]) -> dict[str, Any]:
-    """Those fields alone; "a/b" is a place within, and stays the name, as in llama.cpp. Unknown ones are left out."""
-    found = {field: reduce(_inside, field.split("/"), answer) for field in fields}
-    return {field: value for field, value in found.items() if value is not None}
-
-
-def _inside(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, dict) else None
+    """Those fields alone; "a/b" is b of a, and stays the name, as in llama.cpp. Unknown ones are left out."""
+    objects = {name: value for name, value in answer.items() if isinstance(value, dict)}
+    flat = answer | {f"{name}/{key}": value for name in objects for key, value in objects[name].items()}
+    return {field: flat[field] for field in fields if field in flat}
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
