@@ -46,10 +46,10 @@ def test_a_client_that_goes_takes_its_request_along(held: Running, steps: Steps,
 
 
 def test_a_queued_client_that_goes_disturbs_nobody(held: Running, steps: Steps) -> None:
-    expected = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    expected = SamplingParams(max_new_tokens=200, ignore_eos=True)
     with ThreadPoolExecutor() as pool:
         others = [
-            pool.submit(held.post, "/v1/completions", prompt=PREFIX, max_tokens=12, ignore_eos=True) for _ in range(2)
+            pool.submit(held.post, "/v1/completions", prompt=PREFIX, max_tokens=200, ignore_eos=True) for _ in range(2)
         ]
         wait_until(lambda: counts(held) == (0, 2, 2))
         steps.make(3)
