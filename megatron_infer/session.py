@@ -52,21 +52,8 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def cancel(self) -> None:
-        """As Session.cancel."""
-        self._session.cancel(self)
-
     def __del__(self) -> None:
-        self.cancel()
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests that compute and that wait, and the share of the KV cache in use."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
+        self._session.cancel(self)
 
 
 @dataclass(frozen=True)
@@ -205,11 +192,10 @@ class Session:
         return self._engine.has_work
 
     @property
-    def load(self) -> Load:
-        """At this moment; during a step, of somewhere within it."""
-        scheduler = self._engine.scheduler
-        pool = scheduler.pool
-        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
+    def load(self) -> tuple[int, int, float]:
+        """Requests that run and that wait, and the share of the KV cache in use; during a step, of somewhere in it."""
+        scheduler, pool = self._engine.scheduler, self._engine.scheduler.pool
+        return *scheduler.counts, 1 - pool.num_free / pool.num_blocks
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:

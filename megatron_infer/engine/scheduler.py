@@ -62,12 +62,9 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def counts(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._running), len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request.
