@@ -26,6 +26,8 @@ class Row(NamedTuple):
     end: int
     """Position behind `token_ids`. All of the request's ids are computed then, or it is not sampled."""
     draft: Sequence[int] = ()
+    num_scores: int = 0
+    """Tokens of the prompt whose log probability is wanted of rows of this step, the last but one that is sampled."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,17 @@ class Plan:
         token_ids: list[int] = []
         query_lens, context_lens, num_samples, block_tables = [], [], [], []
         draws: list[Draw] = []
-        for request, ids, end, draft in rows:
+        for request, ids, end, draft, num_scores in rows:
             context_len = end + len(draft)
             is_sampled = end >= len(request.ids)
             token_ids += ids
             token_ids += draft
             query_lens.append(len(ids) + len(draft))
             context_lens.append(context_len)
-            num_samples.append(1 + len(draft) if is_sampled else 0)
-            draws += [request.draw(end + j, draft[:j]) for j in range(num_samples[-1])]
+            num_drawn = 1 + len(draft) if is_sampled else 0
+            num_samples.append(num_scores + num_drawn)
+            draws += [request.score(position - is_sampled) for position in range(end - num_scores, end)]
+            draws += [request.draw(end + j, draft[:j]) for j in range(num_drawn)]
             # A copy: commit may exchange a block of the table, and an exported array cannot grow.
             table = np.frombuffer(request.block_table, dtype=np.int32, count=pool.blocks_for(context_len)).copy()
             block_tables.append(table)
