@@ -27,7 +27,8 @@ class Row(NamedTuple):
     """Position behind `token_ids`. All of the request's ids are computed then, or it is not sampled."""
     draft: Sequence[int] = ()
     num_scores: int = 0
-    """Tokens of the prompt whose log probability is wanted of rows of this step, the last but one that is sampled."""
+    """How many of the prompt's tokens get their log probability from this step: from its last rows, before those that
+    are sampled."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class Plan:
             context_lens.append(context_len)
             num_drawn = 1 + len(draft) if is_sampled else 0
             num_samples.append(num_scores + num_drawn)
-            draws += [request.score(position - is_sampled) for position in range(end - num_scores, end)]
+            scored_end = end - 1 if is_sampled else end
+            draws += [request.score(position) for position in range(scored_end - num_scores, scored_end)]
             draws += [request.draw(end + j, draft[:j]) for j in range(num_drawn)]
             # A copy: commit may exchange a block of the table, and an exported array cannot grow.
             table = np.frombuffer(request.block_table, dtype=np.int32, count=pool.blocks_for(context_len)).copy()

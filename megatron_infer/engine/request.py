@@ -118,7 +118,7 @@ class Request:
 
     @property
     def num_unscored(self) -> int:
-        """Prompt tokens whose log probability is still to come; one may be taken of the row of the token before it."""
+        """Tokens of the prompt whose log probability is wanted and still to come."""
         return 0 if self.sampling.prompt_logprobs is None else self.num_prompt - 1 - len(self.prompt_scores)
 
     def score(self, position: int) -> Draw:

@@ -120,8 +120,7 @@ class Scheduler:
         for request, chunk in chunks:
             start, end = request.num_computed, request.num_computed + chunk
             draft: list[int] = []
-            num_scores = max(0, min(end, request.num_prompt - 1) - max(start, len(request.prompt_scores)))
-            num_scores = min(num_scores, request.num_unscored)
+            num_scores = max(0, min(request.num_unscored, end - len(request.prompt_scores)))
             # With a draft, numbers that are not finite could be the draft's.
             if self._drafter is not None and request.takes_drafts and end == len(request.ids) and not num_scores:
                 draft = self._draft(self._drafter, request, budget)
@@ -258,9 +257,9 @@ class Scheduler:
         while budget and self._may_admit():
             request = self._waiting[0]
             headroom = self.pool.num_free - len(self._running)
-            # What the prompt's log probabilities are still to be taken of is computed anew.
-            num_needless = len(request.prompt_scores) + 1 if request.num_unscored else len(request.ids)
-            match = self.pool.match(request.ids[:num_needless])
+            # Rows that a log probability is still to be taken of are computed anew. No match reaches the last id.
+            num_matchable = len(request.prompt_scores) + 1 if request.num_unscored else len(request.ids)
+            match = self.pool.match(request.ids[:num_matchable])
             if not request.num_unscored and shared.is_worth_waiting_for(request, match, budget):
                 self.pool.release(match.held)
                 break
