@@ -264,7 +264,7 @@ class Session:
         words = [tuple(self._tokenizer.encode(text, dummy_prefix=False)) for text in sorted(texts)]
         forbidden = {word[-1] for word in words} | {i for i, bias in sampling.logit_bias if bias == -math.inf}
         if sampling.min_new_tokens:
-            forbidden |= self._end_ids | set(sampling.stop_token_ids)
+            forbidden |= self._end_ids | self._fim.stop_token_ids | set(sampling.stop_token_ids)
         if sampling.edits_logits and self._num_pieces <= len(forbidden):
             raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
         return words
@@ -276,7 +276,7 @@ class Session:
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
-            # The completion takes at most half of the context away from a long prompt; the engine clamps it.
+            # A long prompt keeps half of the context; the engine clamps the completion to what is left.
             longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
