@@ -176,6 +176,8 @@ if __name__ == "__main__":
         package_data={
             "megatron_infer": ["*.json", "py.typed"],
             "megatron_infer.ending": ["*.json"],
+            "megatron_infer.serve": ["*.txt", "playground/*", "playground/*/*"],
+            "megatron_infer.serve.dialects": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html"],
             "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
@@ -187,7 +189,8 @@ if __name__ == "__main__":
         entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
         install_requires=requirements("requirements.txt"),
         extras_require={
-            "dev": [*requirements("requirements-dev.txt"), *requirements("requirements-eval.txt")],
+            "dev": [line for part in ("dev", "eval", "serve") for line in requirements(f"requirements-{part}.txt")],
             "eval": requirements("requirements-eval.txt"),
+            "serve": requirements("requirements-serve.txt"),
         },
     )

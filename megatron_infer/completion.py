@@ -121,16 +121,17 @@ class GrowingCompletion:
 
     Args:
         prompt: what is completed; None where it was given as token ids.
+        skip_bytes: of the prefix, which the answer's first tokens write anew.
         submitted: when, in seconds of the clock that receive() is called with.
     """
 
     def __init__(
         self, request: Request, prompt: FimPrompt | None, tokenizer: Tokenizer, *, prompt_index: int,
-        num_dropped_tokens: int, submitted: float,
+        num_dropped_tokens: int, submitted: float, skip_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.request = request
         self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._text = TextStream(tokenizer, request.sampling.stop, skip_bytes)
         mode = request.sampling.ending
         # Of a prompt of token ids nothing is known that a rule could look at.
         self._ending: Ending | WholeLines | None = None
@@ -182,6 +183,11 @@ class GrowingCompletion:
         """Whether its deadline has passed."""
         deadline_ms = self.request.sampling.deadline_ms
         return deadline_ms is not None and 1e3 * (now - self._submitted) >= deadline_ms
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the text, if one has."""
+        return self._text.stopped
 
     def _add(self, piece: str) -> None:
         if self._ending is not None:

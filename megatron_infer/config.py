@@ -43,6 +43,9 @@ class EngineConfig:
         "CPU, 0 on GPUs)"
     )  # fmt: skip
     deterministic: bool = option(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
+    rank_timeout_seconds: float = option(
+        60.0, "longest wait in a step for a rank that hangs; ten times as long while ranks start and load"
+    )
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cuda:\d+", self.device):
@@ -67,3 +70,10 @@ class EngineConfig:
         one_of("block_size", self.block_size, (8, 16, 32, 64))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        if not 0.0 < self.rank_timeout_seconds <= 1e6:
+            raise ValueError(f"rank_timeout_seconds must be above 0 and at most 1e6, got {self.rank_timeout_seconds}")
+
+    @property
+    def start_timeout_seconds(self) -> float:
+        """Longest wait for a rank that starts or loads."""
+        return 10 * self.rank_timeout_seconds

@@ -24,15 +24,15 @@ __all__ = ["FimEncoding", "FimFormat", "FimOptions", "FimPrompt", "load_fim", "l
 class FimEncoding:
     """A prompt's token ids, the ids that end its completion, and how many tokens of either side did not fit.
 
-    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters. prefix_span: where in
-    `ids` the prefix lies, with the header.
+    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters. `prefix`: where in
+    `ids` the prefix lies, its header included.
     """
 
     ids: list[int]
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
-    prefix_span: tuple[int, int] = (0, 0)
+    prefix: range = range(0)
 
 
 def load_preset(name: str) -> FimOptions:
@@ -93,6 +93,11 @@ class FimFormat:
         self.stop_token_ids = frozenset(i for i in ends if i is not None)
         self._ids |= {"bos": bos, "bos?": bos if tokenizer.adds_bos else []}
 
+    @property
+    def takes_extra_files(self) -> bool:
+        """Whether the family documents a format for other files of the repository."""
+        return self._files is not None
+
     def encode(
         self, prompt: FimPrompt, *, budget_tokens: int | None = None, options: FimOptions | None = None
     ) -> FimEncoding:
@@ -122,11 +127,16 @@ class FimFormat:
                 header, prefix, texts, budget_tokens - num_fixed
             )
             cut_prefix, cut_suffix = cut_prefix + dropped_p, cut_suffix + dropped_s
-        parts = {**self._ids, **texts}
-        ids = before + [i for word in layout for i in parts[word]]
-        start = len(before) + sum(len(parts[word]) for word in layout[: layout.index("prefix")])
-        span = start, start + len(parts["prefix"])
-        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix, span)
+        parts = [texts[word] if word in texts else self._ids[word] for word in layout]
+        start = len(before) + sum(map(len, parts[: layout.index("prefix")]))
+        where = range(start, start + len(texts["prefix"]))
+        ids = before + [i for part in parts for i in part]
+        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix, where)
+
+    @property
+    def interactive(self) -> FimOptions:
+        """For typing: suffix first where the family knows it, so that it stays computed, and words are completed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None, token_healing=True)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""

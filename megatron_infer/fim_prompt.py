@@ -50,12 +50,15 @@ class FimOptions:
 
     header: "full" (path line and language line), "language" or "none"; only for families with comment headers.
     frame_empty_suffix: write the FIM frame even around an empty suffix, where the family would continue plain text.
+    token_healing: where the prefix ends inside a token, its last tokens are written anew by the answer (healing.py).
+    The text begins at the cursor all the same; token_ids and logprobs have them, and max_new_tokens counts them.
     prefix_tokens, suffix_tokens: cut each side to so many tokens and encode the rest again, as FIM-Eval does.
     """
 
     order: str | None = option(None, "spm (suffix first) or psm (prefix first) (default: the family's)")
     header: str = option("full", "comment lines of models that have them: full (path and language), language or none")
     frame_empty_suffix: bool = option(False, "write the FIM frame even around an empty suffix")
+    token_healing: bool = option(False, "complete the word in which the prefix ends, whatever its tokens")
     prefix_tokens: int | None = option(None, "cut the prefix to so many tokens (default: what the context leaves)")
     suffix_tokens: int | None = option(None, "cut the suffix to so many tokens (default: what the context leaves)")
 

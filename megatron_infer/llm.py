@@ -36,12 +36,14 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Prompt, Session
+from megatron_infer.session import Handle, Load, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher
 
-__all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
+__all__ = [
+    "LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Load", "Prompt", "Timings", "TokenLogprob"
+]  # fmt: skip
 
 log = logging.getLogger("megatron_infer")
 
@@ -78,6 +80,13 @@ def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim:
     return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
 
 
+def _release(group: TPGroup, followers: Followers | None) -> None:
+    """What a runner that nobody closed holds outside of Python."""
+    if followers is not None:
+        followers.close(patience_seconds=0)
+    group.close()
+
+
 class LLM:
     """A loaded model that completes FIM prompts.
 
@@ -105,6 +114,7 @@ class LLM:
         self.model_dir = Path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
+        end_with_launcher(world)
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
@@ -134,13 +144,15 @@ class LLM:
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
             self._followers = Followers(self.model_dir, model_name, config, gaps)
-        in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
+        in_world = partial(
+            TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic,
+            timeout_seconds=config.start_timeout_seconds,
+        )  # fmt: skip
         join = in_world if self._followers is None else self._followers.join
         try:
             runner = bring_up(checkpoint, config, world, join, profile, gaps=gaps)
-            if self._followers is not None:
-                # As long as the runner: a stream, or the session alone, needs the followers as much as this object.
-                weakref.finalize(runner, self._followers.close)
+            # As long as the runner: a stream, or the session alone, needs the ranks as much as this object.
+            weakref.finalize(runner, _release, runner.tp, self._followers)
             return runner
         except BaseException as error:
             if self._followers is not None:

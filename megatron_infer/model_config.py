@@ -107,7 +107,7 @@ class ModelConfig:
         for token_id in self.eos_token_ids:
             int_in("model config: eos_token_id", token_id, 0, self.vocab_size - 1)
         if self.fim is not None and not isinstance(self.fim, str):
-            raise ValueError(f"model config: fim must be the name of a family, got {self.fim!r}")
+            raise ValueError(f"model config: fim must be the name of a family, got {self.fim!r:.80}")
         if self.quantization and (self.hidden_size % 2 or self.intermediate_size % 2):
             raise ValueError("model config: quantized weights need an even hidden_size and intermediate_size")
 
@@ -137,13 +137,13 @@ class ModelConfig:
         """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
-            wrong = "is missing" if model_type is None else f"{model_type!r} is not supported"
+            wrong = "is missing" if model_type is None else f"{model_type!r:.80} is not supported"
             supported = f"{', '.join(_FAMILIES)} (RMSNorm, RoPE, GQA, SwiGLU decoders)"
             raise ValueError(f"model_type {wrong}; supported: {supported}")
         family = _FAMILIES[model_type]
         said = {**_DEFAULTS, **family.defaults, **raw, **family.fixed}
         if said.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {said['hidden_act']!r} is not supported; only silu (SwiGLU) is")
+            raise ValueError(f"hidden_act {said['hidden_act']!r:.80} is not supported; only silu (SwiGLU) is")
         if said.get("is_causal", True) is not True:
             raise ValueError(f"is_causal is {said['is_causal']!r}, but this network attends backwards only; remove it")
         for name in (*_REQUIRED, "max_position_embeddings"):
@@ -263,9 +263,9 @@ def _refuse_window(said: Mapping[str, Any], longest: int) -> None:
     int_in("max_window_layers", said["max_window_layers"], 0, _MAX_LAYERS)
     slides = said["use_sliding_window"] and said["max_window_layers"] < said["num_hidden_layers"] and window is not None
     if layer_types is not None:
-        if not isinstance(layer_types, list):
-            raise ValueError(f"layer_types must be a list, got {layer_types!r}")
-        slides = any(kind not in ("full_attention", "attention") for kind in layer_types)
+        for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
+            one_of("layer_types", kind, ("full_attention", "sliding_attention"))
+        slides = "sliding_attention" in layer_types
     if not slides:
         return
     positive_int("sliding_window", window)

@@ -8,7 +8,7 @@ import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from megatron_infer.checks import ENDINGS, finite, int_in, one_of, option, positive_int, unescaped
+from megatron_infer.checks import ENDINGS, finite, int_in, one_of, option, unescaped
 
 
 def _token_bias(text: str) -> tuple[int, float]:
@@ -34,7 +34,7 @@ class SamplingParams:
     line on, and an answer is cut back to a line's end if it has one; with ending "block", to where the suffix fits.
     """
 
-    max_new_tokens: int = option(256, "longest completion in tokens")
+    max_new_tokens: int = option(256, "longest completion in tokens; 0 computes the prompt alone, into the cache")
     temperature: float = option(0.0, "0 is greedy; 1 samples the model's own distribution")
     top_k: int = option(0, "keep the k most likely tokens (0: all)")
     top_p: float = option(1.0, "keep the smallest set of tokens whose probability reaches p")
@@ -80,9 +80,9 @@ class SamplingParams:
             object.__setattr__(self, name, (texts,) if isinstance(texts, str) else tuple(texts))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         one_of("ending", self.ending, ENDINGS)
-        positive_int("max_new_tokens", self.max_new_tokens)
+        int_in("max_new_tokens", self.max_new_tokens, 0, 2**63 - 1)
         if self.deadline_ms is not None:
-            positive_int("deadline_ms", self.deadline_ms)
+            int_in("deadline_ms", self.deadline_ms, 1, 2**63 - 1)
         finite("temperature", self.temperature, low=0.0)
         finite("top_p", self.top_p, low=0.0, high=1.0)
         finite("min_p", self.min_p, low=0.0, high=1.0)

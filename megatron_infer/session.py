@@ -16,12 +16,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Event, FinishReason, Request
 from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
+from megatron_infer.healing import Healing, TokenTable, heal
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -49,8 +51,21 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def __del__(self) -> None:
+    def cancel(self) -> None:
+        """As Session.cancel."""
         self._session.cancel(self)
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that compute and that wait, and the share of the KV cache in use."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,8 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
-    prefix_span: tuple[int, int] | None = None
+    healing: Healing | None = None
+    prefix: range | None = None
 
 
 class Session:
@@ -117,9 +133,6 @@ class Session:
                 raise ValueError(f"{name} {too_high} are outside the vocabulary of {self._vocab_size}")
         bad_words = self._bad_words(sampling)
         encoded = self._encode(prompt, sampling, options)
-        # A control token has no text that a stop string could be found in.
-        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
-        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
         room = self._max_model_len - len(encoded.ids)
         if 0 < room < sampling.max_new_tokens and not self._has_said_clamped:
             self._has_said_clamped = True
@@ -127,11 +140,14 @@ class Session:
                 "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
                 "(said once)", sampling.max_new_tokens, room, self._max_model_len, len(encoded.ids),
             )  # fmt: skip
+        # A control token has no text that a stop string could be found in.
+        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
+        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice, bad_words=bad_words, prefix_span=encoded.prefix_span,
+                seed=seed, choice=choice, bad_words=bad_words, guide=encoded.healing, prefix=encoded.prefix,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -139,7 +155,7 @@ class Session:
             GrowingCompletion(
                 request, encoded.prompt, self._tokenizer,
                 prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
-                submitted=submitted,
+                submitted=submitted, skip_bytes=len(encoded.healing.text) if encoded.healing is not None else 0,
             )
             for request in requests
         )  # fmt: skip
@@ -191,6 +207,13 @@ class Session:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.has_work
+
+    @property
+    def load(self) -> Load:
+        """At this moment; during a step, of somewhere within it."""
+        scheduler = self._engine.scheduler
+        pool = scheduler.pool
+        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -271,6 +294,10 @@ class Session:
             raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
         return words
 
+    @cached_property
+    def _token_table(self) -> TokenTable:
+        return TokenTable(self._tokenizer)
+
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
@@ -279,7 +306,11 @@ class Session:
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
             ends = self._end_ids | encoding.stop_token_ids
-            return _Encoded(fim_prompt, encoding.ids, ends, num_dropped, encoding.prefix_span)
+            ids, prefix, healing = encoding.ids, encoding.prefix, None
+            if options is not None and options.token_healing and fim_prompt.prefix:
+                ids, healing = heal(ids, prefix, self._token_table)
+                prefix = range(prefix.start, prefix.stop + len(ids) - len(encoding.ids))
+            return _Encoded(fim_prompt, ids, ends, num_dropped, healing, prefix)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 

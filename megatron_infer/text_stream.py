@@ -17,10 +17,10 @@ class TextStream:
     Joined, the pieces of `feed` and `finish` are exactly `tokenizer.decode(ids)` up to the earliest start of a stop
     string, wherever tokens begin and end. A newline in a stop string is any line end, LF or CRLF. Held back are only
     unfinished UTF-8 and text that may begin a stop string.
-    `stopped`: the stop string that ended the text, or None.
+    `stopped`: the stop string that ended the text, or None. skip_bytes: the first ones are no part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_bytes: int = 0) -> None:
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
         self.stopped: str | None = None
@@ -31,12 +31,15 @@ class TextStream:
         self._in_lines = [s.replace("\r\n", "\n") for s in self._stop]
         self._reach = max((len(s) + s.count("\n") for s in self._stop), default=0)
         """As long as the longest match."""
+        self._skip_bytes = skip_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def feed(self, token_id: int) -> str:
         """The text that is certain after this token; empty after a stop string."""
-        return self._take(self._utf8.decode(self._tokenizer.token_bytes(token_id)), final=False)
+        data = self._tokenizer.token_bytes(token_id)
+        skipped, self._skip_bytes = self._skip_bytes, max(0, self._skip_bytes - len(data))
+        return self._take(self._utf8.decode(data[skipped:]), final=False)
 
     def finish(self) -> str:
         """What was held back, once no token follows; a character that has only begun is left out."""

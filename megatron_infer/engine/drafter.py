@@ -78,7 +78,7 @@ class _Progress:
     """
 
     def __init__(self, request: Request) -> None:
-        ids, (start, end) = request.ids, request.prefix_span
+        ids, start, end = request.ids, request.prefix.start, request.prefix.stop
         self.text = Ngrams(ids[:start] + ids[end : request.num_prompt] + ids[start:end])
         self.guess: list[int] = []
         self.kind = "", 0

@@ -67,7 +67,8 @@ class Engine:
                 return []
             self._in_flight = self._start(self.scheduler.schedule_ahead()) if self.runner.is_asynchronous else None
             plan, pending = current
-            sampled = pending.wait()
+            with self.group.waiting():
+                sampled = pending.wait()
             # With a drafter no step was in flight before, so this is how long the whole step took.
             seconds = time.perf_counter() - began
             # A GPU that no longer waits for a rank that died goes on with whatever it has.

@@ -69,7 +69,7 @@ class Request:
     `stop_token_ids` are the model's end tokens; `sampling.stop_token_ids` end it too, and `sampling.ignore_eos` leaves
     only those. `max_len` bounds prompt + completion. The token that ends a completion is part of `ids`. `seed` and
     `choice` are what its random draws depend on, beside the position. `bad_words` are those of `sampling` as ids, and
-    `guide` says what the first tokens must be. `prefix_span`: where in the prompt the text lies that the completion
+    `guide` says what the first tokens must be. `prefix`: where in the prompt the text lies that the completion
     continues; None: at its end.
     """
 
@@ -77,7 +77,7 @@ class Request:
         self, request_id: int, prompt_ids: Sequence[int], sampling: SamplingParams, max_len: int,
         stop_token_ids: frozenset[int], *, seed: int = 0, choice: int = 0,
         bad_words: Sequence[tuple[int, ...]] = (), guide: Guide | None = None,
-        prefix_span: tuple[int, int] | None = None,
+        prefix: range | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.seed, self.choice = seed, choice
@@ -89,7 +89,7 @@ class Request:
         self._processor = Processor(sampling, self.stop_token_ids, bad_words, guide) if is_edited else None
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
-        self.prefix_span = prefix_span or (self.num_prompt, self.num_prompt)
+        self.prefix = range(self.num_prompt, self.num_prompt) if prefix is None else prefix
         self.finish_reason: FinishReason | None = None
         self.takes_drafts = True
         """False once numbers that are not finite came with one."""
@@ -147,6 +147,9 @@ class Request:
                     self.takes_drafts = False
                 else:
                     events.append(self.finish("error", result.error))
+                break
+            if len(self.ids) >= self.longest_len:  # the prompt alone was wanted
+                events.append(self.finish("length"))
                 break
             self.ids.append(result.token_id)
             if result.token_id in self.stop_token_ids:

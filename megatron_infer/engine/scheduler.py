@@ -61,6 +61,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
@@ -72,13 +80,13 @@ class Scheduler:
         if not request.ids:
             raise ValueError("the prompt is empty; it needs at least one token")
         request.max_len = min(request.max_len, self.max_model_len)
-        if request.num_prompt >= request.max_len:
+        if request.num_prompt + min(request.sampling.max_new_tokens, 1) > request.max_len:
             raise ValueError(
                 f"the prompt's {request.num_prompt} tokens leave no room for a completion in a context of "
                 f"{request.max_len}; shorten it or raise max_model_len"
             )
         # The last token of a completion is never computed.
-        needed = self.pool.blocks_for(request.longest_len - 1)
+        needed = self.pool.blocks_for(max(request.longest_len - 1, request.num_prompt))
         if needed > self.pool.num_blocks:
             raise ValueError(
                 f"a prompt of {request.num_prompt} tokens with max_new_tokens {request.sampling.max_new_tokens} can "
@@ -187,7 +195,7 @@ class Scheduler:
                 request.num_computed = min(row.end, len(request.ids))
             elif new := request.accept(samples, row.draft, row.source):  # else the row is computed again
                 events += new
-                request.num_computed = len(request.ids) - 1
+                request.num_computed = max(row.end, len(request.ids) - 1)
             if request.finish_reason is not None and samples and samples[0].error is not None:
                 # Nobody may inherit what gave no finite logits, be it a fault of the hardware or of the prompt.
                 self.pool.forget(request.block_table[0])

@@ -83,7 +83,7 @@ def test_the_answer_is_read_behind_the_prefix_wherever_that_lies() -> None:
     """Prefix first: <pre> ... a b <suf> ... a b c d ... <mid>. What follows the prefix's end is c d, not <suf>."""
     prefix, suffix = [1, 2, 3, 10, 11, 12], [5, 6, 10, 11, 12, 13, 14, 7]
     ids = [90, *prefix, 91, *suffix, 92]
-    request = request_of(ids, prefix_span=(1, 1 + len(prefix)))
+    request = request_of(ids, prefix=range(1, 1 + len(prefix)))
     drafter = drafter_of()
     drafter._hits[("prompt", 2)] = 1.0
     assert drafter.propose(request) == Draft([13, 14, 7, 92, *prefix, 13, 14, 7, 92, *prefix][:15], "prompt")

@@ -207,7 +207,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**QWEN2, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
     ({**QWEN2, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
     ({**QWEN2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "sliding_window"),
-    ({**QWEN2, "layer_types": "full_attention"}, "layer_types"),
+    ({**QWEN2, "layer_types": 5}, "layer_types"),
+    ({**QWEN2, "layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     # values that are no values of their field
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*low_freq_factor"),
     ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),

@@ -349,8 +349,11 @@ def test_a_budget_below_the_fixed_part_is_refused(aixcoder: FimFormat) -> None:
 EXPECTED_LAYOUTS = {
     ("deepseek-coder", "psm"): "<s> <｜fim▁begin｜> P <｜fim▁hole｜> S <｜fim▁end｜>",
     ("qwen2.5-coder", "psm"): "<|fim_prefix|> P <|fim_suffix|> S <|fim_middle|>",
+    ("qwen2.5-coder", "spm"): "<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P",
     ("starcoder", "psm"): "<fim_prefix> P <fim_suffix> S <fim_middle>",
+    ("starcoder", "spm"): "<fim_prefix> <fim_suffix> S <fim_middle> P",
     ("granite", "psm"): "<fim_prefix> P <fim_suffix> S <fim_middle>",
+    ("granite", "spm"): "<fim_prefix> <fim_suffix> S <fim_middle> P",
     ("codestral", "spm"): "<s> [SUFFIX] S [PREFIX] P",
     ("seed-coder", "spm"): "<[fim-suffix]> S <[fim-prefix]> P <[fim-middle]>",
 }
@@ -382,8 +385,11 @@ def test_layouts_of_byte_level_families(tmp_path: Path, family: str, order: str)
     fim = load_fim(family, tokenizer)
     texts = {"P": tokenizer.encode(PREFIX), "S": tokenizer.encode(SUFFIX)}
     expected = [i for w in EXPECTED_LAYOUTS[family, order].split() for i in texts.get(w, [tokenizer.id_of(w)])]
-    assert fim.encode(FimPrompt(PREFIX, SUFFIX, PATH)).ids == expected
-    assert fim.orders == (order,)
+    assert fim.encode(FimPrompt(PREFIX, SUFFIX, PATH), options=FimOptions(order=order)).ids == expected
+    known = [o for f, o in EXPECTED_LAYOUTS if f == family]
+    assert fim.orders == tuple(known)
+    assert (fim.encode(FimPrompt(PREFIX, SUFFIX, PATH)).ids == expected) == (order == known[0])
+    assert fim.interactive.order == ("spm" if "spm" in known else None)
     data = TEMPLATES["families"][family]
     assert fim.stop_token_ids == {tokenizer.id_of(p) for p in ("<s>", "</s>", *data["tokens"].values(), *data["stop"])}
 

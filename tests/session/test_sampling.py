@@ -19,6 +19,7 @@ from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.checks import unescaped
 from megatron_infer.completion import Completion
 from megatron_infer.tokenizer import Tokenizer
+from sess_megatron import TestInference
 from tests.support.tiny_models import random_tensors, tiny_config, write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,6 +150,24 @@ def test_token_ids_may_fill_the_context_but_for_one(llm: LLM) -> None:
     assert len(llm.complete(ids, SamplingParams(max_new_tokens=50)).token_ids) == 1
     with pytest.raises(ValueError, match=f"prompt's {llm.max_model_len} tokens leave no room"):
         llm.complete([*ids, 5], SamplingParams(max_new_tokens=50))
+
+
+def test_no_new_tokens_warm_the_cache(tiny_checkpoint: Path) -> None:
+    """Of a prompt that fills the context, too."""
+    with LLM(tiny_checkpoint, **OPTIONS) as llm:
+        longest = [7] * llm.max_model_len
+        for prompt in (PROMPT, "x", longest):
+            warmed = llm.complete(prompt, SamplingParams(max_new_tokens=0, ending="auto", logprobs=2))
+            assert (warmed.text, warmed.token_ids, warmed.logprobs) == ("", (), ())
+            assert (warmed.finish_reason, warmed.trimmed_by, warmed.error) == ("length", None, None)
+            assert list(llm.stream(prompt, SamplingParams(max_new_tokens=0))) == []
+        fresh = list(range(300, 340))
+        llm.complete(fresh, SamplingParams(max_new_tokens=0))
+        longer = llm.complete([*fresh, 9], SamplingParams(max_new_tokens=1))
+        assert longer.num_cached_tokens == 40, "the last token of the prompt too"
+        assert not llm.session.has_work
+    with TestInference(tiny_checkpoint, **OPTIONS) as session:
+        assert session.run_infer("x = ", 0) == ""
 
 
 # ---- command lines --------------------------------------------------------------------------------------------------
