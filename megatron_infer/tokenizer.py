@@ -97,11 +97,11 @@ class Tokenizer(ABC):
 
     def encode_marked(self, text: str) -> list[int]:
         """As `encode`, but control tokens written out in `text`, with or without their "▁", become those tokens."""
-        names = {name: i for piece, i in self.control_pieces.items() for name in {piece, piece.lstrip(SPACE_MARK)}}
-        marks = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        names = sorted({piece.lstrip(SPACE_MARK) for piece in self.control_pieces}, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"({marks})", text) if marks else [text]:
-            ids += [names[part]] if part in names else self.encode(part, dummy_prefix=not ids)
+        for part in re.split(f"{SPACE_MARK}?({'|'.join(map(re.escape, names))})", text):
+            control = self.control_id_of(part)
+            ids += self.encode(part, dummy_prefix=not ids) if control is None else [control]
         return ids
 
     @property
