@@ -43,8 +43,8 @@ _FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_key_value_heads": 8, "max_position_embeddings": 131072},
         {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0},
     ),
-    "qwen2": (_QWEN, {"attention_bias": True, "mlp_bias": False}),
-    "qwen3": ({**_QWEN, "head_dim": 128}, {"mlp_bias": False}),
+    "qwen2": (_QWEN, {"attention_bias": True}),
+    "qwen3": ({**_QWEN, "head_dim": 128}, {}),
 }
 """By model_type: its own defaults, and what transformers computes with whatever config.json says."""
 
