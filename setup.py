@@ -42,6 +42,10 @@ X86_FLAGS = {
 }
 
 
+# The page that the server shows: what it is built from stays behind.
+PLAYGROUND = [f"playground/*.{suffix}" for suffix in ("html", "css", "js", "svg", "txt")]
+
+
 def find_compiler() -> list[str] | None:
     """The command of CXX, or the first C++ compiler on the path."""
     named = os.environ.get("CXX")
@@ -176,7 +180,7 @@ if __name__ == "__main__":
         package_data={
             "megatron_infer": ["*.json", "py.typed"],
             "megatron_infer.ending": ["*.json"],
-            "megatron_infer.serve": ["*.txt", "playground/*", "playground/*/*"],
+            "megatron_infer.serve": ["*.txt", *PLAYGROUND],
             "megatron_infer.serve.dialects": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html"],

@@ -5,12 +5,12 @@ The border between token ids and text: stop strings, held-back UTF-8 and timings
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_infer.ending.ending import Ending
-from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.request import Event, Request, Sampled
 from megatron_infer.fim_prompt import FimPrompt, language_of
 from megatron_infer.text_stream import TextStream, WholeLines
 from megatron_infer.tokenizer import Tokenizer
@@ -55,6 +55,7 @@ class Completion:
     prompt_index and sample_index: which prompt of a batch, which of its `n` samples.
     num_dropped_tokens: prompt tokens cut because prompt and completion exceed the context.
     prompt_token_ids: what the model was given.
+    prompt_logprobs: of the prompt's tokens, None for the first; see SamplingParams.
     trimmed_by: the rule that ended the text (ending.ending), where SamplingParams.ending is not raw, or "unfinished"
     where a limit cut it back; raw_text, with an ending or a deadline, is what the model wrote till it was stopped.
     draft_sources: how many tokens were drafted, and how many of those were right and saved a step, by where they came
@@ -74,6 +75,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...] = ()
     trimmed_by: str | None = None
     raw_text: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     draft_sources: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     @property
@@ -93,21 +95,25 @@ class Completion:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Completion:
         """The Completion that `to_json` wrote."""
-        logprobs, timings = raw["logprobs"], raw["timings"]
-        if logprobs is not None:
-            logprobs = tuple(
-                TokenLogprob(p["token_id"], p["logprob"], tuple((i, value) for i, value in p["top"])) for p in logprobs
-            )
+        timings = raw["timings"]
         return cls(
             **{
                 **raw,
                 "token_ids": tuple(raw["token_ids"]),
                 "prompt_token_ids": tuple(raw["prompt_token_ids"]),
                 "timings": Timings(**{**timings, "token_seconds": tuple(timings["token_seconds"])}),
-                "logprobs": logprobs,
+                "logprobs": _logprobs_from_json(raw["logprobs"]),
+                "prompt_logprobs": _logprobs_from_json(raw["prompt_logprobs"]),
                 "draft_sources": {name: (n, right) for name, (n, right) in raw["draft_sources"].items()},
             }
         )
+
+
+def _logprobs_from_json(raw: Sequence[Any] | None) -> tuple[TokenLogprob | None, ...] | None:
+    def one(raw: Mapping[str, Any]) -> TokenLogprob:
+        return TokenLogprob(raw["token_id"], raw["logprob"], tuple((i, value) for i, value in raw["top"]))
+
+    return None if raw is None else tuple(None if pair is None else one(pair) for pair in raw)
 
 
 Items = Generator[str | Completion, None, None]
@@ -159,7 +165,7 @@ class GrowingCompletion:
             self._token_ids.append(sampled.token_id)
             self._token_seconds.append(now)
             if sampled.logprob is not None:
-                self._logprobs.append(TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs or ()))
+                self._logprobs.append(_logprob_of(sampled))
             if event.finish_reason != "stop":
                 self._add(self._text.feed(sampled.token_id))
         if event.finish_reason is not None:
@@ -214,6 +220,7 @@ class GrowingCompletion:
     def result(self) -> Completion:
         """The Completion; only after `finish_reason` is set."""
         assert self.finish_reason is not None
+        scores = map(_logprob_of, self.request.prompt_scores)
         return Completion(
             text="".join(self._pieces),
             token_ids=tuple(self._token_ids),
@@ -236,7 +243,13 @@ class GrowingCompletion:
             trimmed_by=self.trimmed_by,
             raw_text=None if self._ending is None else "".join(self._raw),
             draft_sources=dict(self.request.drafts),
+            prompt_logprobs=None if self.request.sampling.prompt_logprobs is None else (None, *scores),
         )
+
+
+def _logprob_of(sampled: Sampled) -> TokenLogprob:
+    assert sampled.logprob is not None
+    return TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs or ())
 
 
 class CompletionStream(Iterator[str]):

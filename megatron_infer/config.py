@@ -43,6 +43,9 @@ class EngineConfig:
         "CPU, 0 on GPUs)"
     )  # fmt: skip
     deterministic: bool = option(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
+    verify_on_load: bool = option(
+        False, "first hash the checkpoint against its manifest.json; reads all of it once more, on rank 0"
+    )
     rank_timeout_seconds: float = option(
         60.0, "longest wait in a step for a rank that hangs; ten times as long while ranks start and load"
     )

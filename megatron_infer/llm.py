@@ -36,14 +36,12 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Handle, Load, Prompt, Session
+from megatron_infer.session import Handle, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from megatron_infer.world import World, end_with_launcher
 
-__all__ = [
-    "LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Load", "Prompt", "Timings", "TokenLogprob"
-]  # fmt: skip
+__all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Prompt", "Timings", "TokenLogprob"]
 
 log = logging.getLogger("megatron_infer")
 
@@ -63,10 +61,10 @@ def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str 
         return _preview(checkpoint, model_dir, config, fim, world)
 
 
-def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
-    """Size in bytes and SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
+def listed_hashes(model_dir: Path) -> dict[str, str]:
+    """SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
     manifest = Manifest.load(model_dir)
-    return {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
+    return {name: entry.sha256 for name, entry in manifest.files.items()} if manifest else {}
 
 
 def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
@@ -115,7 +113,8 @@ class LLM:
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
         end_with_launcher(world)
-        with open_checkpoint(self.model_dir, model_name) as checkpoint:
+        verify = asked.verify_on_load and world.is_first
+        with open_checkpoint(self.model_dir, model_name, verify=verify) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
             known = _preview(checkpoint, self.model_dir, asked, fim, world)

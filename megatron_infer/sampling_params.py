@@ -54,6 +54,9 @@ class SamplingParams:
     )
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the completion, beside the model's own")
     logprobs: int | None = option(None, "return log probabilities, with this many alternatives per token (0: none)")
+    prompt_logprobs: int | None = option(
+        None, "return log probabilities of the prompt's tokens too, with this many alternatives each (0: none)"
+    )
     ending: str = option(
         "raw",
         "where the answer ends: raw (where the model ends it), line, block (of code), or auto (line or block, by the "
@@ -92,8 +95,9 @@ class SamplingParams:
         if self.seed is not None:
             int_in("seed", self.seed, 0, 2**63 - 1)
         int_in("n", self.n, 1, self.MAX_N)
-        if self.logprobs is not None:
-            int_in("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                int_in(name, getattr(self, name), 0, self.MAX_LOGPROBS)
         if len(self.stop) > self.MAX_STOP_STRINGS:
             raise ValueError(f"at most {self.MAX_STOP_STRINGS} stop strings, got {len(self.stop)}")
         for kind, texts in (("stop strings", self.stop), ("bad_words", self.bad_words)):

@@ -38,9 +38,10 @@ Prompt = FimPrompt | str | Sequence[int]
 class Handle:
     """One submitted prompt on its way: `completions` grow, one per sample. A handle that is dropped is cancelled."""
 
+    completions: tuple[GrowingCompletion, ...] = ()
+
     def __init__(self, session: Session, completions: tuple[GrowingCompletion, ...]) -> None:
-        self.completions = completions
-        self._session = session
+        self._session, self.completions = session, completions
 
     @property
     def is_finished(self) -> bool:
@@ -51,21 +52,8 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def cancel(self) -> None:
-        """As Session.cancel."""
-        self._session.cancel(self)
-
     def __del__(self) -> None:
-        self.cancel()
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests that compute and that wait, and the share of the KV cache in use."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
+        self._session.cancel(self)
 
 
 @dataclass(frozen=True)
@@ -76,6 +64,7 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    stop: tuple[str, ...] = ()
     healing: Healing | None = None
     prefix: range | None = None
 
@@ -142,7 +131,8 @@ class Session:
             )  # fmt: skip
         # A control token has no text that a stop string could be found in.
         control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
-        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
+        stop, stop_ids = (*sampling.stop, *encoded.stop), (*sampling.stop_token_ids, *control)
+        sampling = replace(sampling, stop=stop, stop_token_ids=stop_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
@@ -209,11 +199,10 @@ class Session:
         return self._engine.has_work
 
     @property
-    def load(self) -> Load:
-        """At this moment; during a step, of somewhere within it."""
-        scheduler = self._engine.scheduler
-        pool = scheduler.pool
-        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
+    def load(self) -> tuple[int, int, float]:
+        """Requests that run and that wait, and the share of the KV cache in use; during a step, of somewhere in it."""
+        scheduler, pool = self._engine.scheduler, self._engine.scheduler.pool
+        return *scheduler.counts, 1 - pool.num_free / pool.num_blocks
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -289,7 +278,7 @@ class Session:
         words = [tuple(self._tokenizer.encode(text, dummy_prefix=False)) for text in sorted(texts)]
         forbidden = {word[-1] for word in words} | {i for i, bias in sampling.logit_bias if bias == -math.inf}
         if sampling.min_new_tokens:
-            forbidden |= self._end_ids | set(sampling.stop_token_ids)
+            forbidden |= self._end_ids | self._fim.stop_token_ids | set(sampling.stop_token_ids)
         if sampling.edits_logits and self._num_pieces <= len(forbidden):
             raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
         return words
@@ -301,7 +290,7 @@ class Session:
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
-            # The completion takes at most half of the context away from a long prompt; the engine clamps it.
+            # A long prompt keeps half of the context; the engine clamps the completion to what is left.
             longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
@@ -310,7 +299,7 @@ class Session:
             if options is not None and options.token_healing and fim_prompt.prefix:
                 ids, healing = heal(ids, prefix, self._token_table)
                 prefix = range(prefix.start, prefix.stop + len(ids) - len(encoding.ids))
-            return _Encoded(fim_prompt, ids, ends, num_dropped, healing, prefix)
+            return _Encoded(fim_prompt, ids, ends, num_dropped, encoding.stop, healing, prefix)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 

@@ -272,6 +272,26 @@ def test_quantized_weights_keep_the_promise(config, tensors, prompts, quantizati
         assert outputs == alone, f"tp {size}"
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_norms_of_single_heads_keep_the_promise(config, prompts, quantization) -> None:
+    """Computed op by op, each head a row of its own: Qwen3's."""
+    config = replace(config, qk_norm=True)
+    tensors = random_tensors(config, seed=3, dtype=torch.bfloat16)
+    stored: dict[str, Any] = {"dtype": torch.bfloat16, "quantization": quantization}
+
+    def engine(num_threads: int = 1, **options: Any) -> Engine:
+        runner = make_runner(config, tensors, TPGroup.single(CPU), num_threads=num_threads, **stored)
+        return make_engine(runner, **options)
+
+    alone = [generate(engine(), [prompt], GREEDY)[0] for prompt in prompts]
+    together = engine(num_threads=3)
+    assert generate(together, prompts, GREEDY) == alone
+    assert generate(together, prompts, GREEDY) == alone, "prefix hits"
+    assert generate(engine(max_num_batched_tokens=5), prompts, GREEDY) == alone
+    for size in (2, 4, 8):
+        assert generate_on_ranks(size, config, tensors, prompts, GREEDY, **stored) == alone, f"tp {size}"
+
+
 @pytest.mark.parametrize("kind", ["sharded-safetensors", "megatron-pt", "megatron-pt-shards", "hf-safetensors"])
 def test_every_checkpoint_kind_gives_the_same_answers(config, tensors, prompts, alone, tmp_path, kind) -> None:
     """Divided for two ranks on disk where the kind allows it, loaded at 1, 2 and 4."""

@@ -32,7 +32,10 @@ from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.world import World
 
-_OF_ONE_RANK = {"num_threads", "cpu_isa", "kv_cache_memory_bytes", "gpu_memory_utilization", "rank_timeout_seconds"}
+_OF_ONE_RANK = {
+    "num_threads", "cpu_isa", "kv_cache_memory_bytes", "gpu_memory_utilization", "rank_timeout_seconds",
+    "verify_on_load",
+}  # fmt: skip
 """Fields of EngineConfig that may differ, as from host to host."""
 
 log = logging.getLogger("megatron_infer")

@@ -85,6 +85,14 @@ def test_a_stop_string_that_names_a_control_token_ends_the_answer_there(llm: LLM
         assert whole.text.startswith(cut.text) and piece not in cut.text
 
 
+def test_a_family_s_own_stop_strings_end_the_answer(llm: LLM, expected: str, monkeypatch) -> None:
+    encode = llm.fim.encode
+    stop = expected[3:5]
+    monkeypatch.setattr(llm.fim, "encode", lambda *args, **options: replace(encode(*args, **options), stop=(stop,)))
+    cut = llm.complete(PROMPT, replace(SAMPLING, stop=("never written",)))
+    assert (cut.text, cut.finish_reason) == (expected[: expected.index(stop)], "stop")
+
+
 def test_cancelling_twice_or_after_the_end_is_fine(llm: LLM, expected: str) -> None:
     handle = llm.session.submit(PROMPT, SAMPLING)
     finish(llm)
