@@ -23,7 +23,7 @@ from megatron_infer.cli import QUICK_SORT, project_path, read_source, split_at
 from megatron_infer.fim import FimOptions, FimPrompt, load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
-from megatron_infer.options import DEMO_DIR
+from megatron_infer.options import DEMO_DIR, survive_any_encoding
 from megatron_infer.tokenizer import load_tokenizer
 
 
@@ -66,7 +66,7 @@ class HuggingFaceInference:
             _check_quantization(quantization, self.device)
         with open_checkpoint(model_dir, model_name) as checkpoint:
             self.config, is_hf = checkpoint.config, checkpoint.kind.startswith("hf-")
-        self.tokenizer = load_tokenizer(model_dir)
+        self.tokenizer = load_tokenizer(model_dir, self.config.vocab_size)
         self.fim = load_fim(fim or self.config.fim, self.tokenizer)
         if is_hf:
             self.model = _load(Path(model_dir), dtype, quantization, self.device)
@@ -98,6 +98,7 @@ class HuggingFaceInference:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script. Returns the exit status."""
+    survive_any_encoding()
     args = _parser().parse_args(argv)
     try:
         prompt = _prompt(args)

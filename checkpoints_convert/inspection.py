@@ -146,6 +146,6 @@ def _rank_line(rank: RankMemory) -> str:
 
 def _fim_family(model_dir: Path, config: ModelConfig) -> str:
     try:
-        return load_fim(config.fim, load_tokenizer(model_dir)).name
+        return load_fim(config.fim, load_tokenizer(model_dir, config.vocab_size)).name
     except ValueError as error:
         return f"{config.fim or 'unknown'} ({error})"

@@ -6,6 +6,8 @@ A new field of EngineConfig or SamplingParams is an option of every command with
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import logging
 import sys
 import time
@@ -57,6 +59,7 @@ def run_command(command: Callable[[World], int]) -> int:
 
     Returns the exit status.
     """
+    survive_any_encoding()
     world = World()  # every rank reports what is wrong with its own environment
     try:
         world = World.from_env()
@@ -77,6 +80,28 @@ def run_command(command: Callable[[World], int]) -> int:
         # The reader of stdout went away (`| head`): not an error, but Python must not try to flush again.
         sys.stdout = None
         return 0
+
+
+def survive_any_encoding() -> None:
+    r"""From now on print what a terminal's encoding lacks as \uXXXX; Python would raise, after the work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def can_show(text: str) -> bool:
+    """Whether the encoding of stdout has all of `text`."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON for stdout, its characters as they are where stdout's encoding has them all."""
+    line = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return line if can_show(line) else json.dumps(value, separators=(",", ":"))
 
 
 def _refused(world: World) -> int:
@@ -139,9 +164,8 @@ def _add_field(group: Any, cls: type, spec: Field[Any]) -> None:
     if kind is bool:
         add_option(group, spec.name, action=argparse.BooleanOptionalAction, default=None, help=spec.metadata["help"])
     elif typing.get_origin(kind) is tuple:
-        add_option(
-            group, spec.name, action="append", type=options[0], metavar="VALUE", help=help_text + "; may be repeated"
-        )
+        parse = spec.metadata["parse"] or options[0]
+        add_option(group, spec.name, action="append", type=parse, metavar="VALUE", help=help_text + "; may be repeated")
     else:
         add_option(group, spec.name, type=options[0], metavar=options[0].__name__.upper(), help=help_text)
 

@@ -43,7 +43,7 @@ log = logging.getLogger("megatron_infer")
 
 def bring_up(
     checkpoint: Checkpoint, config: EngineConfig, world: World, join: Callable[[torch.device], TPGroup],
-    profile: Profile | None = None,
+    profile: Profile | None = None, *, gaps: Sequence[tuple[int, int]] = (),
 ) -> ModelRunner:  # fmt: skip
     """Join the group, load this rank's share of the model and allocate its KV cache; collective over the group.
 
@@ -53,18 +53,20 @@ def bring_up(
         world: where this rank runs.
         join: meets the other ranks, given this rank's device.
         profile: where rank 0 times its ops and collectives into, if anywhere.
+        gaps: ranges of ids that are never sampled; see ModelRunner.
 
     Raises:
         RankFailure: another rank failed. What is raised here, the others are told.
     """
     group = join(rank_device(config, world))
     with group.reporting_failure():
-        return build_runner(checkpoint, config, world, group, profile if group.rank == 0 else None)
+        return build_runner(checkpoint, config, world, group, profile if group.rank == 0 else None, gaps=gaps)
 
 
 def build_runner(
-    checkpoint: Checkpoint, config: EngineConfig, world: World, group: TPGroup, profile: Profile | None = None
-) -> ModelRunner:
+    checkpoint: Checkpoint, config: EngineConfig, world: World, group: TPGroup, profile: Profile | None = None, *,
+    gaps: Sequence[tuple[int, int]] = (),
+) -> ModelRunner:  # fmt: skip
     """The same in a group that has been joined."""
     use_device(group.device)
     model_config = checkpoint.config
@@ -82,7 +84,7 @@ def build_runner(
         len(model_config.kv_heads_on(group.rank, group.size)), config.block_size, model_config.head_dim,
         dtype=TORCH_DTYPES[config.kv_cache_dtype], device=group.device,
     )  # fmt: skip
-    runner = ModelRunner(model, kv)
+    runner = ModelRunner(model, kv, gaps=gaps)
     if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
         _record_graphs(runner, config)
     group.set_patience(config.rank_timeout_seconds)
@@ -157,7 +159,7 @@ def _record_graphs(runner: ModelRunner, config: EngineConfig) -> None:
     assert config.max_model_len is not None
     runner.record_graphs(
         CudaRecorder(runner.tp.device),
-        graph_keys(config.max_num_seqs),
+        graph_keys(config.max_num_seqs, has_drafts=bool(config.num_draft_tokens)),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         memory_bytes=config.cuda_graph_memory_bytes,

@@ -51,6 +51,7 @@ class FollowerSpec:
     model_dir: str
     model_name: str
     config: EngineConfig
+    gaps: Sequence[tuple[int, int]]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -64,7 +65,7 @@ class FollowerSpec:
 class Followers:
     """The other ranks of a session as child processes; they die with this process, which is rank 0."""
 
-    def __init__(self, model_dir: Path, model_name: str, config: EngineConfig) -> None:
+    def __init__(self, model_dir: Path, model_name: str, config: EngineConfig, gaps: Sequence[tuple[int, int]]) -> None:
         self._size = size = config.tensor_parallel_size or 1
         # Readable by those who inherit the descriptor, and by nobody else: a port would be open to the whole host.
         store_fd = os.memfd_create("megatron_infer-store", os.MFD_CLOEXEC)
@@ -74,7 +75,7 @@ class Followers:
         root = str(Path(__file__).resolve().parents[2])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH", "")]))}
         specs = [
-            FollowerSpec(os.getpid(), store_fd, rank, size, str(model_dir), model_name, config)
+            FollowerSpec(os.getpid(), store_fd, rank, size, str(model_dir), model_name, config, gaps)
             for rank in range(1, size)
         ]
         self._is_over = threading.Event()
@@ -121,7 +122,7 @@ def main() -> None:
         )  # fmt: skip
 
     with open_checkpoint(spec.model_dir, spec.model_name) as checkpoint:
-        runner = bring_up(checkpoint, spec.config, world, join)
+        runner = bring_up(checkpoint, spec.config, world, join, gaps=spec.gaps)
     worker.serve(runner)
 
 

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from megatron_infer.cache.block_pool import ROOT, BlockHash
 from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Sampled
-from tests.support.drafters import RandomDrafter
+from megatron_infer.engine.scheduler import Drafter
+from tests.support.drafters import RandomDrafter, UntimedLookup
 from tests.support.fake_model import VOCAB, Bench, continuation, extend, ids_in
 from tests.support.invariants import check_scheduler
 
@@ -28,7 +29,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     block_hash: BlockHash | None = None
     enable_prefix_caching = True
     drafts = st.none()
-    """How much of what is drafted is right; None: there are no drafts."""
+    """How much of what is drafted is right, or "looked up"; None: there are no drafts."""
 
     @initialize(
         num_blocks=st.integers(4, 14),
@@ -39,6 +40,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, data: st.DataObject) -> None:
         share_right = data.draw(self.drafts)
+        drafter: Drafter | None = None
+        if share_right is not None:
+            is_real = share_right == "looked up"
+            drafter = UntimedLookup() if is_real else RandomDrafter(continuation, VOCAB, share_right)
         self.bench = Bench(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -47,7 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=30,
             block_hash=self.block_hash,
             enable_prefix_caching=self.enable_prefix_caching,
-            drafter=None if share_right is None else RandomDrafter(continuation, VOCAB, share_right),
+            drafter=drafter,
         )
         self.in_flight: list[tuple[Plan, list[list[Sampled]]]] = []
         self.unfinished: list[int] = []
@@ -56,20 +61,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         head=st.sampled_from([[], [1, 1, 1], [1, 1, 1, 1, 2], [1, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3]]),
         tail=st.lists(st.integers(0, 1), max_size=6),
-        max_new_tokens=st.integers(1, 9),
+        max_new_tokens=st.integers(0, 9),
         ignore_eos=st.booleans(),
+        is_scored=st.sampled_from([False, False, True]),
         copies=st.integers(1, 3),
     )
-    def add(self, head: list[int], tail: list[int], max_new_tokens: int, ignore_eos: bool, copies: int) -> None:
+    def add(
+        self, head: list[int], tail: list[int], max_new_tokens: int, ignore_eos: bool, is_scored: bool, copies: int
+    ) -> None:
+        options = {"ignore_eos": ignore_eos, "prompt_logprobs": 0 if is_scored else None}
         for _ in range(copies):
             prompt = [*head, *tail]
             pool = self.bench.pool
-            total = min(len(prompt) + max_new_tokens, 30)
-            if not prompt or total - 1 > pool.num_blocks * pool.block_size:
+            num_computed = min(len(prompt) + max(max_new_tokens - 1, 0), 29 if max_new_tokens else 30)
+            if not prompt or num_computed > pool.num_blocks * pool.block_size:
                 with pytest.raises(ValueError, match=r"empty|kv_cache_memory_bytes"):
-                    self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos)
+                    self.bench.add(prompt, max_new_tokens, **options)
             else:
-                self.unfinished.append(self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos))
+                self.unfinished.append(self.bench.add(prompt, max_new_tokens, **options))
 
     @precondition(lambda self: not self.in_flight)
     @rule()
@@ -85,7 +94,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(ids)) == len(ids) == len(scheduler._running)
         assert all(row.token_ids for row in plan.rows), "every running request progresses in every step"
         assert self.unfinished[0] in ids, "the oldest request progresses in every step"
-        for request, _, end, draft in plan.rows:
+        for request, _, end, draft, _, num_scores in plan.rows:
+            assert not (draft and num_scores)
             assert not draft or len(request.ids) == end <= request.longest_len - 1 - len(draft)
         self.in_flight.append((plan, self.bench.execute(plan)))
 
@@ -108,7 +118,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected = []
         for row, samples in zip(plan.rows, sampled, strict=True):
             is_computed_again = row.draft and samples[0].error is not None
-            if samples and row.request.request_id in self.unfinished and not is_computed_again:
+            has_event = len(samples) > row.num_scores or any(s.error is not None for s in samples)
+            if has_event and row.request.request_id in self.unfinished and not is_computed_again:
                 expected.append(row.request.request_id)
         events = bench.commit(plan, sampled)
         assert list(dict.fromkeys(event.request.request_id for event in events)) == expected
@@ -172,7 +183,7 @@ class UncachedSchedulerMachine(SchedulerMachine):
 
 
 class DraftingSchedulerMachine(SchedulerMachine):
-    drafts = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+    drafts = st.sampled_from([0.0, 0.5, 0.9, 1.0, "looked up"])
 
 
 class DraftingUncachedSchedulerMachine(DraftingSchedulerMachine):

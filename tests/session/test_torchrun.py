@@ -99,7 +99,7 @@ def test_prefix_and_suffix_files(tiny_checkpoint: Path, source: Path, tmp_path: 
         (["--file", "{big}", "--cursor", "1:1"], "bytes"),
         (["--file", "{binary}", "--cursor", "1:1"], "UTF-8"),
         (["--file", "missing.py", "--cursor", "1:1"], "cannot read"),
-        (["--max_new_tokens", "0"], "max_new_tokens"),
+        (["--max_new_tokens", "-1"], "max_new_tokens"),
         (["--temperature", "nan"], "temperature"),
         (["--tensor_parallel_size", "3"], "tensor_parallel_size"),
         (["--model_dir", ""], "--model_dir is empty"),
