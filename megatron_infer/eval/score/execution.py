@@ -26,8 +26,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-import psutil
-
 from megatron_infer.eval.score import confinement
 
 Status = Literal["passed", "failed", "timed_out", "out_of_memory", "refused"]
@@ -270,7 +268,7 @@ class _Watch:
                     if self._is_over.is_set():
                         self.ended_for = Outcome("refused", "scoring was interrupted")
                         return
-                    if self.has_begun and self._resident_bytes() > self._limits.memory_bytes:
+                    if self.has_begun and _resident_bytes(self.process.pid) > self._limits.memory_bytes:
                         self.ended_for = Outcome("out_of_memory", "its processes together reached the limit of memory")
                         return
                     if self.has_begun and not had_begun:
@@ -280,16 +278,6 @@ class _Watch:
         finally:
             os.close(process_fd)
         self.ended_for = Outcome("timed_out", "the time limit was reached")
-
-    def _resident_bytes(self) -> int:
-        """Of the process and all its descendants."""
-        total = 0
-        with contextlib.suppress(psutil.Error):
-            top = psutil.Process(self.process.pid)
-            for one in (top, *top.children(recursive=True)):
-                with contextlib.suppress(psutil.Error):
-                    total += one.memory_info().rss
-        return total
 
     def kill(self) -> None:
         """End whatever is left: the process group, and with it the namespaces and all that lives in them."""
@@ -314,6 +302,16 @@ class _Watch:
         else:
             self.proof = (self.proof + received)[:_TAIL_BYTES]
         return bool(received)
+
+
+def _resident_bytes(pid: int) -> int:
+    """Of a process and all its descendants, found from parent to child: a host may have thousands of others."""
+    total = 0
+    with contextlib.suppress(OSError):  # it has ended
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(_resident_bytes(int(child)) for child in (task / "children").read_text().split())
+    return total
 
 
 def _outcome(watch: _Watch, nonce: bytes) -> Outcome:
