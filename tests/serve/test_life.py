@@ -163,13 +163,28 @@ def test_time_to_predict_ends_after_a_line(held: Running, steps: Steps, bias: in
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(held.post, "/completion", logit_bias={str(newline): bias}, **body)
         wait_until(lambda: counts(held) == (0, 1, 1))
-        steps.make(2)
+        steps.make(1)
         if bias > 0:
             wait_until(lambda: counts(held) == (0, 0, 0))
         steps.free()
         assert answer.result()["stop_type"] == "limit"
     predicted = answer.result()["tokens_predicted"]
     assert predicted < 40 if bias > 0 else predicted == 40
+
+
+def test_a_deadline_ends_an_answer_and_is_no_longer_waited_for(held: Running, steps: Steps) -> None:
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(held.post, "/v1/completions", prompt=PREFIX, deadline_ms=1, **FOREVER)
+        wait_until(lambda: counts(held) == (0, 1, 1))
+        steps.free()
+        answer = late.result()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] < 400
+    held.service.admission.enter(2, None)
+    held.service.admission.mean_seconds = 1.0
+    refused = held.client.post("/v1/completions", json={"prompt": PREFIX, "deadline_ms": 500})
+    held.service.admission.leave(2, None)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
 @pytest.mark.parametrize("stream", [False, True])
