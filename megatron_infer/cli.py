@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr, from rank 0 alone.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from typing import Any
 
 from megatron_infer.completion import Completion, CompletionStream
 from megatron_infer.config import EngineConfig
+from megatron_infer.files import read_json_object
 from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, world: World) -> int:
     sampling, options, config = build(SamplingParams, args), build(FimOptions, args), build(EngineConfig, args)
     if args.stream and sampling.n != 1:
-        raise ValueError("--stream shows one completion; leave out --n, or --stream")
+        raise ValueError("--stream shows one completion; leave out --num_samples, or --stream")
     model_dir = model_dir_of(args)
     prompt, is_example = _prompt(args, model_dir)
     log_to_stderr(world, logging.WARNING if args.quiet else logging.INFO)
@@ -128,7 +128,7 @@ def _prompt(args: argparse.Namespace, model_dir: Path) -> tuple[FimPrompt, bool]
         raise ValueError("--path goes with --file or --prefix-file")
     example = model_dir / "example.json"
     if example.is_file():
-        raw = json.loads(example.read_text(encoding="utf-8"))
+        raw = read_json_object(example)
         return FimPrompt(raw["prefix"], raw["suffix"], raw["path"]), True
     return QUICK_SORT, True
 

@@ -5,9 +5,8 @@ The border between token ids and text: stop strings, held-back UTF-8 and timings
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_infer.ending.ending import Ending
@@ -57,6 +56,8 @@ class Completion:
     prompt_logprobs: of the prompt's tokens, None for the first; see SamplingParams.
     trimmed_by: the rule that ended the text (ending.ending), where SamplingParams.ending is not raw; raw_text is then
     what the model wrote, up to where it was stopped.
+    draft_sources: how many tokens were drafted, and how many of those were right and saved a step, by where they came
+    from: the prompt, recent answers, or the one that is typed along (engine.drafter).
     """
 
     text: str
@@ -73,6 +74,17 @@ class Completion:
     trimmed_by: str | None = None
     raw_text: str | None = None
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
+    draft_sources: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that were drafted, from all sources."""
+        return sum(tokens for tokens, _ in self.draft_sources.values())
+
+    @property
+    def num_draft_accepted(self) -> int:
+        """Of those, how many were right."""
+        return sum(accepted for _, accepted in self.draft_sources.values())
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -90,6 +102,7 @@ class Completion:
                 "timings": Timings(**{**timings, "token_seconds": tuple(timings["token_seconds"])}),
                 "logprobs": _logprobs_from_json(raw["logprobs"]),
                 "prompt_logprobs": _logprobs_from_json(raw["prompt_logprobs"]),
+                "draft_sources": {name: (n, right) for name, (n, right) in raw["draft_sources"].items()},
             }
         )
 
@@ -113,11 +126,12 @@ class GrowingCompletion:
     Args:
         prompt: what is completed; None where it was given as token ids.
         skip_bytes: of the prefix, which the answer's first tokens write anew.
+        submitted: when, in seconds of the clock that receive() is called with.
     """
 
     def __init__(
         self, request: Request, prompt: FimPrompt | None, tokenizer: Tokenizer, *, prompt_index: int,
-        num_dropped_tokens: int, skip_bytes: int = 0,
+        num_dropped_tokens: int, submitted: float, skip_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.request = request
         self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
@@ -132,15 +146,15 @@ class GrowingCompletion:
         self._unread = 0
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._submitted = time.perf_counter()
+        self._submitted = submitted
         self._token_seconds: list[float] = []
         self._finished_seconds = 0.0
         self.finish_reason: str | None = None
         self.error: str | None = None
 
-    def receive(self, event: Event) -> None:
+    def receive(self, event: Event, now: float) -> None:
         """Take in one engine event; `finish_reason` is set once the request, a stop string or a rule ends it."""
-        now = time.perf_counter() - self._submitted
+        now -= self._submitted
         sampled = event.sampled
         if sampled is not None:
             self._token_ids.append(sampled.token_id)
@@ -163,6 +177,11 @@ class GrowingCompletion:
     def trimmed_by(self) -> str | None:
         """The rule that has ended the text, if one has."""
         return None if self._ending is None else self._ending.reason
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the text, if one has."""
+        return self._text.stopped
 
     def _add(self, piece: str) -> None:
         if self._ending is not None:
@@ -209,6 +228,7 @@ class GrowingCompletion:
             trimmed_by=self.trimmed_by,
             raw_text=None if self._ending is None else "".join(self._raw),
             prompt_logprobs=None if self.request.sampling.prompt_logprobs is None else (None, *scores),
+            draft_sources=dict(self.request.drafts),
         )
 
 

@@ -7,32 +7,37 @@ fim_cut.py. Text becomes ids segment by segment, never parsed.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_infer.fim_cut import REACH, plan_cut, plan_reach
+from megatron_infer.fim_cut import REACHES, cut_at_step, num_far_tokens, plan_cut, plan_reach
 from megatron_infer.fim_prompt import FimOptions, FimPrompt, check_size
 from megatron_infer.languages import language_at
 from megatron_infer.tokenizer import Tokenizer
 
 __all__ = ["FimEncoding", "FimFormat", "FimOptions", "FimPrompt", "load_fim", "load_preset"]
 
+log = logging.getLogger("megatron_infer")
+
 
 @dataclass(frozen=True)
 class FimEncoding:
-    """A prompt's token ids, the ids that end its completion, and how many tokens of either side did not fit.
+    """A prompt's token ids, the ids and strings that end its completion, how many tokens of either side did not fit.
 
-    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters.
+    Text too far from the cursor to be tokenized at all is counted as one token per 4 characters. `prefix`: where in
+    `ids` the prefix lies, its header included.
     """
 
     ids: list[int]
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
+    stop: tuple[str, ...] = ()
     prefix: range = range(0)
-    """Where in `ids` the prefix is, its header included."""
 
 
 def load_preset(name: str) -> FimOptions:
@@ -44,20 +49,23 @@ def load_preset(name: str) -> FimOptions:
 
 
 def load_fim(name: str | None, tokenizer: Tokenizer) -> FimFormat:
-    """The format of a family by name, or of the first family whose control tokens the tokenizer has."""
+    """The format of a family by name, or, with a note in the log, of the first whose tokens the tokenizer has."""
     families = _read_templates()["families"]
     if name is not None:
         if name not in families:
             raise ValueError(f"there is no FIM family {name!r}; known are {', '.join(families)}")
         return FimFormat(name, families[name], tokenizer)
-    for family, data in families.items():
-        if data["tokens"] and all(tokenizer.id_of(piece) is not None for piece in data["tokens"].values()):
-            return FimFormat(family, data, tokenizer)
-    looked_for = "; ".join(f"{n}: {' '.join(d['tokens'].values())}" for n, d in families.items() if d["tokens"])
-    raise ValueError(
-        f"the tokenizer has the control tokens of no known FIM family ({looked_for}); name the family with fim=..., or "
-        'use fim="none" to continue a prefix without a suffix'
-    )
+    with_tokens = {family: data["tokens"].values() for family, data in families.items() if data["tokens"]}
+    found = [f for f, pieces in with_tokens.items() if all(tokenizer.id_of(piece) is not None for piece in pieces)]
+    if not found:
+        looked_for = "; ".join(f"{family}: {' '.join(pieces)}" for family, pieces in with_tokens.items())
+        raise ValueError(
+            f"the tokenizer has the control tokens of no known FIM family ({looked_for}); name the family with "
+            'fim=..., or use fim="none" to continue a prefix without a suffix'
+        )
+    others = f"; it has those of {', '.join(found[1:])} too" if found[1:] else ""
+    log.info("FIM family: %s, by the tokenizer's control tokens%s (--fim or fim=... names another)", found[0], others)
+    return FimFormat(found[0], families[found[0]], tokenizer)
 
 
 def _read_templates() -> dict[str, Any]:
@@ -93,6 +101,11 @@ class FimFormat:
         self.stop_token_ids = frozenset(i for i in ends if i is not None)
         self._ids |= {"bos": bos, "bos?": bos if tokenizer.adds_bos else []}
 
+    @property
+    def takes_extra_files(self) -> bool:
+        """Whether the family documents a format for other files of the repository."""
+        return self._files is not None
+
     def encode(
         self, prompt: FimPrompt, *, budget_tokens: int | None = None, options: FimOptions | None = None
     ) -> FimEncoding:
@@ -105,28 +118,27 @@ class FimFormat:
         options = options or FimOptions()
         check_size(prompt)
         layout = self._layout(prompt, options)
-        before, header = self._other_files(prompt)
+        files, header = self._other_files(prompt, layout)
         header += self.header(prompt.path, options.header)
         if not (header or prompt.prefix or prompt.suffix):
             raise ValueError("the prompt is empty; give it a prefix, a suffix, or a path whose language is known")
-        prefix, cut_prefix = self._limit(prompt.prefix, options.prefix_tokens, keep_head=False)
-        suffix, cut_suffix = self._limit(prompt.suffix, options.suffix_tokens, keep_head=True)
-        if budget_tokens is not None:
-            far_prefix, far_suffix = plan_reach(len(prefix), len(suffix), budget_tokens)
-            prefix, suffix = prefix[far_prefix:], suffix[: len(suffix) - far_suffix]
-            cut_prefix, cut_suffix = cut_prefix + -(-far_prefix // REACH), cut_suffix + -(-far_suffix // REACH)
-        texts = {"prefix": self._encode("prefix", header + prefix), "suffix": self._encode("suffix", suffix)}
-        num_fixed = len(before) + sum(len(self._ids[word]) for word in layout if word not in texts)
-        if budget_tokens is not None and num_fixed + sum(map(len, texts.values())) > budget_tokens:
-            texts["prefix"], dropped_p, texts["suffix"], dropped_s = self._cut(
-                header, prefix, texts, budget_tokens - num_fixed
-            )
-            cut_prefix, cut_suffix = cut_prefix + dropped_p, cut_suffix + dropped_s
-        parts = [texts[word] if word in texts else self._ids[word] for word in layout]
-        start = len(before) + sum(map(len, parts[: layout.index("prefix")]))
-        where = range(start, start + len(texts["prefix"]))
-        ids = before + [i for part in parts for i in part]
-        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix, where)
+        prefix, far_prefix = self._limit(prompt.prefix, options.prefix_tokens, keep_head=False)
+        suffix, far_suffix = self._limit(prompt.suffix, options.suffix_tokens, keep_head=True)
+        parts = {**self._ids, "files": files, "prefix": [], "suffix": []}
+        num_fixed = sum(len(parts[word]) for word in layout)
+        room = None if budget_tokens is None else budget_tokens - num_fixed
+        parts["prefix"], dropped_prefix, parts["suffix"], dropped_suffix = self._fit(header, prefix, suffix, room)
+        ids = [i for word in layout for i in parts[word]]
+        start = sum(len(parts[word]) for word in layout[: layout.index("prefix")])
+        where = range(start, start + len(parts["prefix"]))
+        stop = tuple(self._files["stop"]) if self._files and prompt.extra_files else ()
+        dropped = far_prefix + dropped_prefix, far_suffix + dropped_suffix
+        return FimEncoding(ids, self.stop_token_ids, *dropped, stop, where)
+
+    @property
+    def interactive(self) -> FimOptions:
+        """For typing: suffix first where the family knows it, so that it stays computed, and words are completed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None, token_healing=True)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""
@@ -153,8 +165,8 @@ class FimFormat:
     def _encode(self, side: str, text: str) -> list[int]:
         return self._tokenizer.encode(text, dummy_prefix=side in self._dummy_prefix)
 
-    def _other_files(self, prompt: FimPrompt) -> tuple[list[int], str]:
-        """Ids that come before everything else, and text that comes before the prefix, for `extra_files`."""
+    def _other_files(self, prompt: FimPrompt, layout: list[str]) -> tuple[list[int], str]:
+        """`extra_files`: ids for their place in the layout, and what is text directly before the prefix."""
         if not prompt.extra_files:
             return [], ""
         if self._files is None:
@@ -166,15 +178,20 @@ class FimFormat:
         current = {"path": prompt.path, "repository": prompt.repository}
         pieces = [(word, current) for word in self._files["start"]]
         for path, text in prompt.extra_files:
-            values = {"path": path, "text": text.removesuffix("\n")}
+            values = {"path": path, "text": text, "lines": text if text.endswith("\n") else text + "\n"}
             pieces += [(word, values) for word in self._files["each"]]
         pieces += [(word, current) for word in self._files["current"]]
-        if self._files["place"] == "header":
-            return [], "".join(word.format(**values) for word, values in pieces)
         ids: list[int] = []
+        text = ""
         for word, values in pieces:
-            ids += self._ids[word] if word in self._ids else self._encode("files", word.format(**values))
-        return ids, ""
+            if word in self._ids:
+                ids += [*self._encode("files", text), *self._ids[word]]
+                text = ""
+            else:
+                text += word.format(**values)
+        if dict(pairwise(layout)).get("files", "prefix") == "prefix":
+            return ids, text
+        return ids + self._encode("files", text), ""
 
     def _limit(self, text: str, limit: int | None, *, keep_head: bool) -> tuple[str, int]:
         if limit is None:
@@ -182,23 +199,42 @@ class FimFormat:
         ids = self._tokenizer.encode(text)
         if len(ids) <= limit:
             return text, 0
-        cut = self._tokenizer.decode(ids[:limit] if keep_head else ids[-limit:])
+        # Half a character at an end becomes U+FFFD, as in the reference harness.
+        kept = ids[:limit] if keep_head else ids[-limit:]
+        cut = b"".join(map(self._tokenizer.token_bytes, kept)).decode("utf-8", "replace")
         if self._tokenizer.has_dummy_prefix:
             cut = cut.removeprefix(" ")  # as the reference harness, whose decode takes it for the dummy prefix
         return cut, len(ids) - limit
 
-    def _cut(
-        self, header: str, prefix: str, texts: Mapping[str, list[int]], room: int
-    ) -> tuple[list[int], int, list[int], int]:
+    def _fit(self, header: str, prefix: str, suffix: str, room: int | None) -> tuple[list[int], int, list[int], int]:
         """Prefix ids, how many were dropped, suffix ids, how many were dropped, with both in `room` tokens."""
+        if room is None:
+            return self._encode("prefix", header + prefix), 0, self._encode("suffix", suffix), 0
+        for reach in REACHES:
+            far_prefix, far_suffix = plan_reach(len(prefix), len(suffix), max(1, room) * reach)
+            before = self._encode("prefix", header + prefix[far_prefix:])
+            after = self._encode("suffix", suffix[: len(suffix) - far_suffix])
+            if all(len(ids) > room or not far for ids, far in ((before, far_prefix), (after, far_suffix))):
+                break
+        dropped_prefix, dropped_suffix = num_far_tokens(far_prefix), num_far_tokens(far_suffix)
+        if len(before) + len(after) <= room:
+            return before, dropped_prefix, after, dropped_suffix
         head = self._encode("prefix", header)
-        body = self._tokenizer.encode(prefix, dummy_prefix=False) if header else texts["prefix"]
+        if before[: len(head)] == head:
+            before = before[len(head) :]
+        else:
+            before = self._tokenizer.encode(prefix[far_prefix:], dummy_prefix=False)
         room -= len(head)
         if room < 1:
             raise ValueError(
                 f"the prompt's fixed part (control tokens, header lines, extra files) alone exceeds its budget by "
                 f"{1 - room} tokens; raise the budget, or give a shorter path or fewer extra_files"
             )
-        suffix = texts["suffix"]
-        drop_prefix, drop_suffix = plan_cut(len(body), len(suffix), room)
-        return head + body[drop_prefix:], drop_prefix, suffix[: len(suffix) - drop_suffix], drop_suffix
+        least_prefix, least_suffix = plan_cut(len(before), len(after), room)
+        cut_prefix = cut_at_step(least_prefix, len(before), room, lambda i: self._ends_line(before[i - 1]))
+        cut_suffix = cut_at_step(least_suffix, len(after), room, lambda i: self._ends_line(after[-i - 1]))
+        kept_suffix = after[: len(after) - cut_suffix]
+        return head + before[cut_prefix:], dropped_prefix + cut_prefix, kept_suffix, dropped_suffix + cut_suffix
+
+    def _ends_line(self, token_id: int) -> bool:
+        return self._tokenizer.token_bytes(token_id).endswith(b"\n")

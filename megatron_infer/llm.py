@@ -22,6 +22,7 @@ from megatron_infer.collective import Follower, Leader
 from megatron_infer.completion import Completion, CompletionStream, Items, Timings, TokenLogprob
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.bring_up import bring_up
+from megatron_infer.engine.drafter import LookupDrafter
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.follower import Followers
 from megatron_infer.engine.memory import check_memory
@@ -35,12 +36,14 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Prompt, Session
+from megatron_infer.session import Handle, Load, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher
 
-__all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
+__all__ = [
+    "LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Load", "Prompt", "Timings", "TokenLogprob"
+]  # fmt: skip
 
 log = logging.getLogger("megatron_infer")
 
@@ -60,10 +63,10 @@ def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str 
         return _preview(checkpoint, model_dir, config, fim, world)
 
 
-def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
-    """Size in bytes and SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
+def listed_hashes(model_dir: Path) -> dict[str, str]:
+    """SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
     manifest = Manifest.load(model_dir)
-    return {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
+    return {name: entry.sha256 for name, entry in manifest.files.items()} if manifest else {}
 
 
 def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
@@ -75,6 +78,13 @@ def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim:
             "do not belong together"
         )
     return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
+
+
+def _release(group: TPGroup, followers: Followers | None) -> None:
+    """What a runner that nobody closed holds outside of Python."""
+    if followers is not None:
+        followers.close(patience_seconds=0)
+    group.close()
 
 
 class LLM:
@@ -104,7 +114,9 @@ class LLM:
         self.model_dir = Path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
-        with open_checkpoint(self.model_dir, model_name) as checkpoint:
+        end_with_launcher(world)
+        verify = asked.verify_on_load and world.is_first
+        with open_checkpoint(self.model_dir, model_name, verify=verify) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
             known = _preview(checkpoint, self.model_dir, asked, fim, world)
@@ -133,13 +145,15 @@ class LLM:
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
             self._followers = Followers(self.model_dir, model_name, config, gaps)
-        in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
+        in_world = partial(
+            TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic,
+            timeout_seconds=config.start_timeout_seconds,
+        )  # fmt: skip
         join = in_world if self._followers is None else self._followers.join
         try:
             runner = bring_up(checkpoint, config, world, join, profile, gaps=gaps)
-            if self._followers is not None:
-                # As long as the runner: a stream, or the session alone, needs the followers as much as this object.
-                weakref.finalize(runner, self._followers.close)
+            # As long as the runner: a stream, or the session alone, needs the ranks as much as this object.
+            weakref.finalize(runner, _release, runner.tp, self._followers)
             return runner
         except BaseException as error:
             if self._followers is not None:
@@ -158,6 +172,7 @@ class LLM:
         scheduler = Scheduler(
             BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching), max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=self.max_model_len,
+            drafter=LookupDrafter(config.num_draft_tokens) if config.num_draft_tokens else None,
         )  # fmt: skip
         session = Session(
             Engine(self._runner, scheduler, profile), self.tokenizer, self.fim, self.model_config,

@@ -48,6 +48,7 @@ _FAMILIES = {
         {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0},
     ),
     "qwen2": _Family("Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "mlp_bias": False}),
+    "qwen3": _Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, {"mlp_bias": False}),
 }
 _DEFAULTS = {
     "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
@@ -62,6 +63,7 @@ class ModelConfig:
     """Shape of a Llama-shaped decoder: RMSNorm, RoPE (half-split), GQA, SwiGLU. Names as in Hugging Face's config.json.
 
     `attention_bias` covers q, k and v; `attention_output_bias` covers o (Qwen2 has the first only, Granite both).
+    `qk_norm`: each query and key head has an RMSNorm before its rotation (Qwen3).
     `quantization`: of the linear layers on disk; None: they are stored in floating point.
     """
 
@@ -79,6 +81,7 @@ class ModelConfig:
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
@@ -107,7 +110,7 @@ class ModelConfig:
         for token_id in self.eos_token_ids:
             int_in("model config: eos_token_id", token_id, 0, self.vocab_size - 1)
         if self.fim is not None and not isinstance(self.fim, str):
-            raise ValueError(f"model config: fim must be the name of a family, got {self.fim!r}")
+            raise ValueError(f"model config: fim must be the name of a family, got {self.fim!r:.80}")
         if self.quantization and (self.hidden_size % 2 or self.intermediate_size % 2):
             raise ValueError("model config: quantized weights need an even hidden_size and intermediate_size")
 
@@ -137,13 +140,13 @@ class ModelConfig:
         """
         model_type = raw.get("model_type")
         if not isinstance(model_type, str) or model_type not in _FAMILIES:
-            wrong = "is missing" if model_type is None else f"{model_type!r} is not supported"
+            wrong = "is missing" if model_type is None else f"{model_type!r:.80} is not supported"
             supported = f"{', '.join(_FAMILIES)} (RMSNorm, RoPE, GQA, SwiGLU decoders)"
             raise ValueError(f"model_type {wrong}; supported: {supported}")
         family = _FAMILIES[model_type]
         said = {**_DEFAULTS, **family.defaults, **raw, **family.fixed}
         if said.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"hidden_act {said['hidden_act']!r} is not supported; only silu (SwiGLU) is")
+            raise ValueError(f"hidden_act {said['hidden_act']!r:.80} is not supported; only silu (SwiGLU) is")
         if said.get("is_causal", True) is not True:
             raise ValueError(f"is_causal is {said['is_causal']!r}, but this network attends backwards only; remove it")
         for name in (*_REQUIRED, "max_position_embeddings"):
@@ -162,6 +165,7 @@ class ModelConfig:
             max_position_embeddings=longest,
             rope_theta=theta,
             rope_scaling=scaling,
+            qk_norm=model_type == "qwen3",
             attention_output_bias=said["attention_bias"] and model_type != "qwen2",
             tie_word_embeddings=said["tie_word_embeddings"],
             bos_token_id=said["bos_token_id"],
@@ -197,7 +201,8 @@ class ModelConfig:
 
         It spells the scaling as transformers 4 and 5 both read it, and once: whoever edits it edits what counts.
         """
-        model_type = "qwen2" if self.attention_bias and not self.attention_output_bias else "llama"
+        qkv_bias_only = self.attention_bias and not self.attention_output_bias
+        model_type = "qwen3" if self.qk_norm else "qwen2" if qkv_bias_only else "llama"
         eos = self.eos_token_ids
         out: dict[str, Any] = {
             "architectures": [_FAMILIES[model_type].architecture],
@@ -215,7 +220,7 @@ class ModelConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
             "torch_dtype": self.torch_dtype,
         }
-        if model_type == "qwen2":
+        if model_type != "llama":
             out["use_sliding_window"] = False
         if self.fim:
             out["fim"] = self.fim
@@ -263,9 +268,9 @@ def _refuse_window(said: Mapping[str, Any], longest: int) -> None:
     int_in("max_window_layers", said["max_window_layers"], 0, _MAX_LAYERS)
     slides = said["use_sliding_window"] and said["max_window_layers"] < said["num_hidden_layers"] and window is not None
     if layer_types is not None:
-        if not isinstance(layer_types, list):
-            raise ValueError(f"layer_types must be a list, got {layer_types!r}")
-        slides = any(kind not in ("full_attention", "attention") for kind in layer_types)
+        for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
+            one_of("layer_types", kind, ("full_attention", "sliding_attention"))
+        slides = "sliding_attention" in layer_types
     if not slides:
         return
     positive_int("sliding_window", window)

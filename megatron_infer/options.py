@@ -22,7 +22,7 @@ from torch.distributed import DistError
 import megatron_infer
 from megatron_infer.llm import EngineDeadError
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher, tell_launcher
 
 
 def _find_demo() -> Path:
@@ -36,6 +36,10 @@ DEMO_DIR = _find_demo()
 """The checkpoint that comes with the package; used where none is named."""
 
 
+_SYNONYMS = {"n": ("num_samples",)}
+"""For what torchrun takes as the beginning of an option of its own, even behind the name of the program."""
+
+
 class Parser(argparse.ArgumentParser):
     """Rank 0 alone reports a wrong option."""
 
@@ -45,6 +49,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self._world.is_first:
+            tell_launcher(f"error: {message}")
             super().error(message)
         raise SystemExit(_refused(self._world))
 
@@ -58,13 +63,16 @@ def run_command(command: Callable[[World], int]) -> int:
     world = World()  # every rank reports what is wrong with its own environment
     try:
         world = World.from_env()
+        end_with_launcher(world)
         return command(world)
     except ValueError as error:
         if world.is_first:
+            tell_launcher(f"error: {error}")
             say(f"error: {error}")
         return _refused(world)
     except (EngineDeadError, DistError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_launcher(f"error: {error}")
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -134,7 +142,8 @@ def model_dir_of(args: argparse.Namespace) -> Path:
 
 def add_option(group: Any, name: str, **settings: Any) -> None:
     """One option, in both spellings: with _ and with -."""
-    spellings = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+    names = [name, *_SYNONYMS.get(name, ())]
+    spellings = [f"--{text}" for name in names for text in dict.fromkeys((name, name.replace("_", "-")))]
     group.add_argument(*spellings, dest=name, **settings)
 
 

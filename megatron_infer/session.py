@@ -11,6 +11,7 @@ import math
 import operator
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,9 +38,10 @@ Prompt = FimPrompt | str | Sequence[int]
 class Handle:
     """One submitted prompt on its way: `completions` grow, one per sample. A handle that is dropped is cancelled."""
 
+    completions: tuple[GrowingCompletion, ...] = ()
+
     def __init__(self, session: Session, completions: tuple[GrowingCompletion, ...]) -> None:
-        self.completions = completions
-        self._session = session
+        self._session, self.completions = session, completions
 
     @property
     def is_finished(self) -> bool:
@@ -50,8 +52,21 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def __del__(self) -> None:
+    def cancel(self) -> None:
+        """As Session.cancel."""
         self._session.cancel(self)
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that compute and that wait, and the share of the KV cache in use."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
 
 
 @dataclass(frozen=True)
@@ -62,7 +77,9 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    stop: tuple[str, ...] = ()
     healing: Healing | None = None
+    prefix: range | None = None
 
 
 class Session:
@@ -72,17 +89,18 @@ class Session:
         max_model_len: prompt and completion together, in tokens.
         max_num_seqs: sequences the engine computes together; a batch that must stay in order keeps twice as many.
         profile: told when a step is over.
+        clock: in seconds.
     """
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, fim: FimFormat, model: ModelConfig, *, max_model_len: int,
-        max_num_seqs: int, profile: Profile | None = None,
+        max_num_seqs: int, profile: Profile | None = None, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
         self._num_pieces = model.vocab_size - sum(stop - start for start, stop in tokenizer.gaps(model.vocab_size))
         self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self._profile = profile
+        self._profile, self._clock = profile, clock
         self._has_said_clamped = False
         self._ids = itertools.count()
         self._active: dict[int, tuple[GrowingCompletion, Callable[[], None] | None]] = {}
@@ -107,6 +125,7 @@ class Session:
             ValueError: bad prompt or parameters; nothing was queued.
             EngineDeadError: a rank failed.
         """
+        submitted = self._clock()
         self._engine.ensure_alive()
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
@@ -125,12 +144,13 @@ class Session:
             )  # fmt: skip
         # A control token has no text that a stop string could be found in.
         control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
-        sampling = replace(sampling, stop_token_ids=(*sampling.stop_token_ids, *control))
+        stop, stop_ids = (*sampling.stop, *encoded.stop), (*sampling.stop_token_ids, *control)
+        sampling = replace(sampling, stop=stop, stop_token_ids=stop_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice, bad_words=bad_words, guide=encoded.healing,
+                seed=seed, choice=choice, bad_words=bad_words, guide=encoded.healing, prefix=encoded.prefix,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -138,7 +158,7 @@ class Session:
             GrowingCompletion(
                 request, encoded.prompt, self._tokenizer,
                 prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
-                skip_bytes=len(encoded.healing.text) if encoded.healing is not None else 0,
+                submitted=submitted, skip_bytes=len(encoded.healing.text) if encoded.healing is not None else 0,
             )
             for request in requests
         )  # fmt: skip
@@ -156,12 +176,13 @@ class Session:
     def step(self) -> None:
         """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed."""
         with self.undisturbed():
-            for event in self._engine.step():
+            events, now = self._engine.step(), self._clock()
+            for event in events:
                 request_id = event.request.request_id
                 if request_id not in self._active:
                     continue
                 growing, notify = self._active[request_id]
-                growing.receive(event)
+                growing.receive(event, now)
                 if notify is not None:
                     self._grown.append(notify)
                 if growing.finish_reason is not None:
@@ -182,6 +203,13 @@ class Session:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.has_work
+
+    @property
+    def load(self) -> Load:
+        """At this moment; during a step, of somewhere within it."""
+        scheduler = self._engine.scheduler
+        pool = scheduler.pool
+        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -240,7 +268,7 @@ class Session:
             if request_id in self._active:
                 _, notify = self._active.pop(request_id)
                 self._engine.abort(request_id)
-                growing.receive(Event(growing.request, None, "abort"))
+                growing.receive(Event(growing.request, None, "abort"), self._clock())
                 if notify is not None:
                     self._grown.append(notify)
 
@@ -266,10 +294,12 @@ class Session:
             longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            ids, healing = encoding.ids, None
+            ends = self._end_ids | encoding.stop_token_ids
+            ids, prefix, healing = encoding.ids, encoding.prefix, None
             if options is not None and options.token_healing and fim_prompt.prefix:
-                ids, healing = heal(ids, encoding.prefix, self._token_table)
-            return _Encoded(fim_prompt, ids, self._end_ids | encoding.stop_token_ids, num_dropped, healing)
+                ids, healing = heal(ids, prefix, self._token_table)
+                prefix = range(prefix.start, prefix.stop + len(ids) - len(encoding.ids))
+            return _Encoded(fim_prompt, ids, ends, num_dropped, encoding.stop, healing, prefix)
         ids = _token_ids(prompt, self._vocab_size)
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -93,6 +94,20 @@ class Tokenizer(ABC):
         """UTF-8 bytes of one token, possibly a part of a character; empty for special tokens and padding rows."""
         assert token_id >= 0, token_id
         return self._texts[token_id] if token_id < len(self._texts) else b""
+
+    def encode_marked(self, text: str) -> list[int]:
+        """As `encode`, but control tokens written out in `text`, with or without their "▁", become those tokens."""
+        names = {name: i for piece, i in self.control_pieces.items() for name in {piece, piece.lstrip(SPACE_MARK)}}
+        marks = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        ids: list[int] = []
+        for part in re.split(f"({marks})", text) if marks else [text]:
+            ids += [names[part]] if part in names else self.encode(part, dummy_prefix=not ids)
+        return ids
+
+    @property
+    def control_pieces(self) -> Mapping[str, int]:
+        """Control tokens by name."""
+        return {piece: i for piece, i in self._ids.items() if i in self.control_ids}
 
     def gaps(self, num_rows: int) -> list[tuple[int, int]]:
         """Ranges [start, stop) of the ids below `num_rows` that stand for no piece: a model's padding rows."""

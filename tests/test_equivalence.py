@@ -14,14 +14,14 @@ import torch
 from checkpoints_convert.export import save_hf, save_sharded, save_upstream_pt
 from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
-from megatron_infer.engine.request import Request
+from megatron_infer.engine.request import Draft, Request
 from megatron_infer.engine.scheduler import Drafter
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
-from tests.support.drafters import accept_generously, drafter_of
+from tests.support.drafters import Untimed, UntimedLookup, accept_generously, drafter_of
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -140,6 +140,37 @@ def test_drafts_change_nothing_at_any_tensor_parallel_degree(config, tensors, pr
     drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, 0.7)
     outputs = generate_on_ranks(size, config, tensors, prompts, sampling, dtype=torch.bfloat16, drafter=drafter)
     assert outputs == alone[sampling]
+    looked_up = UntimedLookup()
+    twice = generate_on_ranks(
+        size, config, tensors, prompts * 2, sampling, dtype=torch.bfloat16, drafter=looked_up, max_num_seqs=len(prompts)
+    )
+    assert twice == alone[sampling] * 2
+    assert looked_up.counts("typed")[1] > 50
+
+
+@EVERY
+def test_looked_up_drafts_change_nothing(config, tensors, prompts, alone, sampling) -> None:
+    """From the prompt and recent answers, while typing along, in batches, chunks, and while requests are preempted."""
+    drafter = UntimedLookup()
+    engine = engine_of(config, tensors, drafter=drafter)
+    for _ in range(3):
+        assert generate(engine, prompts, sampling) == alone[sampling]
+    assert [generate(engine, [prompt], sampling)[0] for prompt in prompts] == alone[sampling]
+    samples = replace(sampling, temperature=0.7)
+    undrafted = engine_of(config, tensors)
+    for seed in range(4):
+        assert generate(engine, prompts, samples, seed=seed) == generate(undrafted, prompts, samples, seed=seed)
+    typed = [p + ids[:5] for p, ids in zip(prompts, ids_of(alone[sampling]), strict=True)]
+    assert generate(engine, typed, sampling) == generate(engine_of(config, tensors), typed, sampling)
+    tokens, accepted = drafter.counts("typed")
+    assert tokens > accepted > 200, "right drafts and wrong ones"
+    for options in ({"max_num_batched_tokens": 11}, {"num_blocks": 14}):
+        drafter = UntimedLookup()
+        engine = engine_of(config, tensors, drafter=drafter, **options)
+        for _ in range(2):
+            assert generate(engine, prompts, sampling) == alone[sampling]
+        assert drafter.counts("typed")[1] > 20
+    assert engine.scheduler.num_preemptions > 0, "the pool was large enough: this showed nothing"
 
 
 @pytest.mark.parametrize(("ops", "value"), [("native", "nan"), ("native", "inf"), ("reference", "nan")])
@@ -155,9 +186,9 @@ def test_a_draft_that_is_not_finite_spoils_nothing(config, prompts, ops, value) 
         runner = make_runner(config, spoilt, TPGroup.single(CPU), ops=table, dtype=torch.bfloat16)
         return generate(make_engine(runner, drafter=drafter), clean, sampling)
 
-    class Spoiling:
-        def propose(self, request: Request) -> list[int]:
-            return [7, 5, 7]
+    class Spoiling(Untimed):
+        def propose(self, request: Request) -> Draft:
+            return Draft([7, 5, 7])
 
     expected = answers()
     assert not any(token_id == 7 for output in expected for token_id, _ in output)
@@ -167,8 +198,8 @@ def test_a_draft_that_is_not_finite_spoils_nothing(config, prompts, ops, value) 
 def test_a_drafter_that_raises_ends_the_engine(config, tensors, prompts) -> None:
     """A step that is half planned has lost track of blocks; its requests would get wrong answers."""
 
-    class Broken:
-        def propose(self, request: Request) -> list[int]:
+    class Broken(Untimed):
+        def propose(self, request: Request) -> Draft:
             raise LookupError("no such draft")
 
     engine = engine_of(config, tensors, drafter=Broken())
@@ -183,6 +214,9 @@ def test_negative_control_a_generous_rule_breaks_the_promise(config, tensors, pr
     for sampling in SAMPLINGS:
         drafter = drafter_of(zip(prompts, alone[sampling], strict=True), config.vocab_size, 0.9)
         assert generate(engine_of(config, tensors, drafter=drafter), prompts, sampling) != alone[sampling]
+        engine = engine_of(config, tensors, drafter=UntimedLookup())
+        generate(engine, prompts, SEEDED, seed=8)
+        assert generate(engine, prompts, sampling) != alone[sampling]
 
 
 def test_negative_control_edits_that_do_not_see_drafts_break_the_promise(
@@ -236,6 +270,26 @@ def test_quantized_weights_keep_the_promise(config, tensors, prompts, quantizati
             size, config, tensors, prompts, GREEDY, dtype=torch.bfloat16, quantization=quantization
         )
         assert outputs == alone, f"tp {size}"
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_norms_of_single_heads_keep_the_promise(config, prompts, quantization) -> None:
+    """Computed op by op, each head a row of its own: Qwen3's."""
+    config = replace(config, qk_norm=True)
+    tensors = random_tensors(config, seed=3, dtype=torch.bfloat16)
+    stored: dict[str, Any] = {"dtype": torch.bfloat16, "quantization": quantization}
+
+    def engine(num_threads: int = 1, **options: Any) -> Engine:
+        runner = make_runner(config, tensors, TPGroup.single(CPU), num_threads=num_threads, **stored)
+        return make_engine(runner, **options)
+
+    alone = [generate(engine(), [prompt], GREEDY)[0] for prompt in prompts]
+    together = engine(num_threads=3)
+    assert generate(together, prompts, GREEDY) == alone
+    assert generate(together, prompts, GREEDY) == alone, "prefix hits"
+    assert generate(engine(max_num_batched_tokens=5), prompts, GREEDY) == alone
+    for size in (2, 4, 8):
+        assert generate_on_ranks(size, config, tensors, prompts, GREEDY, **stored) == alone, f"tp {size}"
 
 
 @pytest.mark.parametrize("kind", ["sharded-safetensors", "megatron-pt", "megatron-pt-shards", "hf-safetensors"])

@@ -26,6 +26,8 @@ class Row(NamedTuple):
     end: int
     """Position behind `token_ids`. All of the request's ids are computed then, or it is not sampled."""
     draft: Sequence[int] = ()
+    source: str = ""
+    """of the draft"""
     num_scores: int = 0
     """How many of the prompt's tokens get their log probability from this step: from its last rows, before those that
     are sampled."""
@@ -47,7 +49,7 @@ class Plan:
         token_ids: list[int] = []
         query_lens, context_lens, num_samples, block_tables = [], [], [], []
         draws: list[Draw] = []
-        for request, ids, end, draft, num_scores in rows:
+        for request, ids, end, draft, _, num_scores in rows:
             context_len = end + len(draft)
             is_sampled = end >= len(request.ids)
             token_ids += ids
@@ -72,6 +74,11 @@ class Plan:
             full_logits=any(draw.needs_logits for draw in draws),
         )
         return cls(rows, copies, step, draws if step.full_logits else [])
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether no row computes more than one token and its draft."""
+        return all(len(row.token_ids) == 1 for row in self.rows)
 
     def has(self, request: Request) -> bool:
         return any(row.request is request for row in self.rows)

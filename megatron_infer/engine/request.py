@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from megatron_infer.engine.logits import Edit, Guide, Processor
 from megatron_infer.sampling_params import SamplingParams
@@ -53,6 +53,13 @@ class Sampled:
     error: str | None = None
 
 
+class Draft(NamedTuple):
+    """Ids that may follow a request's, the next one first, and where they come from."""
+
+    token_ids: Sequence[int] = ()
+    source: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """A new token of a request, or its end without one (abort, error): then `sampled` is None."""
@@ -69,13 +76,15 @@ class Request:
     `stop_token_ids` are the model's end tokens; `sampling.stop_token_ids` end it too, and `sampling.ignore_eos` leaves
     only those. `max_len` bounds prompt + completion. The token that ends a completion is part of `ids`. `seed` and
     `choice` are what its random draws depend on, beside the position. `bad_words` are those of `sampling` as ids, and
-    `guide` says what the first tokens must be.
+    `guide` says what the first tokens must be. `prefix`: where in the prompt the text lies that the completion
+    continues; None: at its end.
     """
 
     def __init__(
         self, request_id: int, prompt_ids: Sequence[int], sampling: SamplingParams, max_len: int,
         stop_token_ids: frozenset[int], *, seed: int = 0, choice: int = 0,
         bad_words: Sequence[tuple[int, ...]] = (), guide: Guide | None = None,
+        prefix: range | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.seed, self.choice = seed, choice
@@ -87,15 +96,14 @@ class Request:
         self._processor = Processor(sampling, self.stop_token_ids, bad_words, guide) if is_edited else None
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
+        self.prefix = range(self.num_prompt, self.num_prompt) if prefix is None else prefix
         self.finish_reason: FinishReason | None = None
         self.prompt_scores: list[Sampled] = []
         """Log probabilities of the prompt's tokens from the second on, where they are wanted."""
         self.takes_drafts = True
         """False once numbers that are not finite came with one."""
-        self.num_draft_tokens = 0
-        """Proposed and computed."""
-        self.num_draft_accepted = 0
-        """Of those, how many saved the request a step."""
+        self.drafts: dict[str, tuple[int, int]] = {}
+        """By source: how many tokens were proposed and computed, and how many of those saved the request a step."""
 
         self.num_computed = 0
         self.num_cached_tokens: int | None = None
@@ -138,17 +146,18 @@ class Request:
             edit = self._processor.edit([*self.ids, *draft], self.num_prompt, num_new)
         return Draw(self.sampling, self.seed, self.choice, num_new, edit)
 
-    def accept(self, sampled: Sequence[Sampled], draft: Sequence[int] = ()) -> list[Event]:
+    def accept(self, sampled: Sequence[Sampled], draft: Sequence[int] = (), source: str = "") -> list[Event]:
         """Take the samples of a step, and decide whether the request is finished.
 
         The first sample follows `ids` and the others follow the draft's tokens. So each holds as long as the draft
-        before it is what was sampled; the rest continue a text that is not there, and count as never computed.
+        before it is what was sampled; the rest continue a text that is not there, and count as never computed. What
+        came of the draft is counted in `drafts`, under its `source`.
 
         An error is believed only without a draft: attention multiplies what a token must not see by zero, and zero
         times NaN is NaN. So the draft alone may be to blame, and the token is computed again without one.
         """
         assert self.finish_reason is None, f"request {self.request_id} is finished"
-        self.num_draft_tokens += len(draft)
+        num_accepted = 0
         events = []
         for result, drafted in zip(sampled, (*draft, None), strict=True):
             if result.error is not None:
@@ -168,7 +177,10 @@ class Request:
             events.append(Event(self, result, self.finish_reason))
             if self.finish_reason is not None or result.token_id != drafted:
                 break
-            self.num_draft_accepted += 1
+            num_accepted += 1
+        if draft:
+            tokens, accepted = self.drafts.get(source, (0, 0))
+            self.drafts[source] = tokens + len(draft), accepted + num_accepted
         return events
 
     def accept_scores(self, scores: Sequence[Sampled]) -> list[Event]:

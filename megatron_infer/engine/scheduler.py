@@ -13,19 +13,23 @@ from typing import Protocol
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.engine.block_table import Copy, allocate, grow, seal_full_blocks, shrink, vacate
 from megatron_infer.engine.plan import Plan, Row
-from megatron_infer.engine.request import Event, Request, Sampled
+from megatron_infer.engine.request import Draft, Event, Request, Sampled
 from megatron_infer.engine.shared_prefill import Chunk, SharedPrefill
 
 
 class Drafter(Protocol):
     """Guesses how requests go on. No guess changes an answer: right ones save steps, wrong ones cost time."""
 
-    def propose(self, request: Request) -> list[int]:
-        """Ids of the vocabulary that may follow `request.ids`, the next one first; [] for none.
+    def propose(self, request: Request) -> Draft:
+        """Ids of the vocabulary that may follow `request.ids`.
 
         Called when a step computes all of `request.ids`. The step takes as many of the ids as fit. What came of
-        earlier ones is in `request.ids`, `num_draft_tokens` and `num_draft_accepted`.
+        earlier ones is in `request.ids`.
         """
+        ...
+
+    def observe(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        """Called after a step of decoding sequences, with what it computed, drafts included, and how long it took."""
         ...
 
 
@@ -56,6 +60,14 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -119,13 +131,13 @@ class Scheduler:
         rows = []
         for request, chunk in chunks:
             start, end = request.num_computed, request.num_computed + chunk
-            draft: list[int] = []
             num_scores = max(0, min(request.num_unscored, end - len(request.prompt_scores)))
+            draft = Draft()
             # With a draft, numbers that are not finite could be the draft's.
             if self._drafter is not None and request.takes_drafts and end == len(request.ids) and not num_scores:
                 draft = self._draft(self._drafter, request, budget)
-                budget -= len(draft)
-            rows.append(Row(request, request.ids[start:end], end, draft, num_scores))
+                budget -= len(draft.token_ids)
+            rows.append(Row(request, request.ids[start:end], end, *draft, num_scores))
         plan = Plan.of(rows, copies, self.pool)
         self._plans.append(plan)
         return plan
@@ -156,7 +168,9 @@ class Scheduler:
         self._plans.append(Plan.of(rows, [], self.pool))
         return self._plans[-1]
 
-    def commit(self, plan: Plan, sampled: Sequence[Sequence[Sampled]]) -> list[Event]:
+    def commit(
+        self, plan: Plan, sampled: Sequence[Sequence[Sampled]], seconds: float | None = None
+    ) -> list[Event]:  # fmt: skip
         """Take in an executed step.
 
         Only now do its full blocks become matchable. What was computed for nothing, for a rejected draft or behind the
@@ -164,6 +178,7 @@ class Scheduler:
 
         Args:
             sampled: for each row as many as `num_samples_S` says.
+            seconds: how long the step took, where that was measured.
         Returns:
             an Event per new token, and one for each request that failed; none for those that have ended by now.
         """
@@ -174,6 +189,8 @@ class Scheduler:
         self._plans.popleft()
         if plan.copies:
             self.pool.release([source for source, _, _ in plan.copies])
+        if self._drafter is not None and seconds is not None and plan.is_decoding:
+            self._drafter.observe(len(plan.rows), len(plan.step.token_ids_T), seconds)
         events: list[Event] = []
         for row, given in zip(plan.rows, sampled, strict=True):
             request = row.request
@@ -182,7 +199,7 @@ class Scheduler:
                 events += request.accept_scores(scores)
             if not samples or request.finish_reason is not None:
                 request.num_computed = min(row.end, len(request.ids))
-            elif new := request.accept(samples, row.draft):  # else the row is computed again
+            elif new := request.accept(samples, row.draft, row.source):  # else the row is computed again
                 events += new
                 request.num_computed = max(row.end, len(request.ids) - 1)
             if request.finish_reason is not None and any(s.error is not None for s in (*scores, *samples[:1])):
@@ -227,7 +244,7 @@ class Scheduler:
                 self._waiting.appendleft(latest)
                 self.num_preemptions += 1
 
-    def _draft(self, drafter: Drafter, request: Request, budget: int) -> list[int]:
+    def _draft(self, drafter: Drafter, request: Request, budget: int) -> Draft:
         """A draft of what nobody else wants: tokens that are left of the budget, and blocks that are free.
 
         One block per running request stays free, as at admission. The last sample must not exceed the longest length.
@@ -236,10 +253,10 @@ class Scheduler:
         num_spare = max(pool.num_free - len(self._running), 0)
         num_slots = (len(request.block_table) + num_spare) * pool.block_size
         most = min(budget, min(num_slots, request.longest_len - 1) - len(request.ids))
-        draft = drafter.propose(request)[:most] if most > 0 else []
-        has_grown = grow(pool, request, len(request.ids) + len(draft))
+        ids, source = drafter.propose(request) if most > 0 else Draft()
+        has_grown = grow(pool, request, len(request.ids) + len(ids[:most]))
         assert has_grown
-        return draft
+        return Draft(ids[:most], source)
 
     def _may_admit(self) -> bool:
         """Whether it is worth matching, a hash per block of a prompt: the first that waits has not found too few blocks

@@ -22,6 +22,8 @@ _HF_LAYER_NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -88,6 +90,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_hidden_layers):
         out[f"layers.{layer}.attention_norm.weight"] = (hidden,)
         out[f"layers.{layer}.ffn_norm.weight"] = (hidden,)
+        if config.qk_norm:
+            out |= {f"layers.{layer}.attention.{name}_norm.weight": (config.head_dim,) for name in "qk"}
         for name, out_dim, in_dim, bias in linears:
             out |= _linear_tensors(config, f"layers.{layer}.{name}", out_dim, in_dim)
             if bias:
@@ -244,7 +248,7 @@ def memory_estimate(config: ModelConfig, tp: int, dtype: torch.dtype, quantizati
     kv = len(config.kv_heads_on(0, tp)) * config.head_dim
     ffn, vocab = -(-config.intermediate_size // tp), -(-config.vocab_size // tp)
     matrices = hidden * (query + 2 * kv) + hidden * query + 3 * hidden * ffn
-    vectors = 2 * hidden
+    vectors = 2 * hidden + 2 * config.head_dim * config.qk_norm
     vectors += (query + 2 * kv) * config.attention_bias + hidden * config.attention_output_bias
     vectors += (2 * ffn + hidden) * config.mlp_bias
     layers = config.num_hidden_layers

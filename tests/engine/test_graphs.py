@@ -23,7 +23,7 @@ from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
-from tests.support.drafters import drafter_of
+from tests.support.drafters import UntimedLookup, drafter_of
 from tests.support.invariants import check_scheduler
 from tests.support.tiny_models import (
     CPU,
@@ -295,6 +295,19 @@ def test_drafts_are_recorded_too_and_change_nothing(config, tensors, prompts, sa
     assert drafter.num_accepted > 50 and not any(started), "no step is planned ahead of what is drafted"
     replayed = [key for key, recording in zip(graphs.keys, recorder.recordings, strict=True) if recording.num_replays]
     assert len([key for key in replayed if key[2] > 1]) >= 5
+
+
+def test_looked_up_drafts_replay_recordings(config, tensors, prompts) -> None:
+    expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
+    recorder, drafter = FakeRecorder(), UntimedLookup()
+    engine = engine_of(config, tensors, recorder, drafter=drafter)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    for _ in range(2):
+        assert [generate(engine, [prompt], GREEDY)[0] for prompt in prompts] == expected
+    assert drafter.counts("typed")[1] > 50
+    replayed = [key for key, recording in zip(graphs.keys, recorder.recordings, strict=True) if recording.num_replays]
+    assert any(key[2] > 1 for key in replayed)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

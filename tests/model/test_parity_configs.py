@@ -27,6 +27,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
 ABSENT = object()
 MISTRAL = {"model_type": "mistral", "sliding_window": None}
 QWEN2 = {"model_type": "qwen2"}
+QWEN3 = {"model_type": "qwen3", "head_dim": 16}
 
 
 def yarn(**changes: Any) -> dict[str, Any]:
@@ -107,6 +108,12 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     "qwen2, a window of no layer": {**QWEN2, "sliding_window": 16, "use_sliding_window": True},
     "qwen2, layers without a window": {**QWEN2, "layer_types": ["full_attention"] * 2},
     "qwen2, tied, yarn": {**QWEN2, **yarn(), "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3": QWEN3,
+    "qwen3, its head_dim": {**QWEN3, "head_dim": ABSENT},
+    "qwen3, all biases": {**QWEN3, "attention_bias": True, "mlp_bias": True},
+    "qwen3, tied, a head_dim of its own": {**QWEN3, "head_dim": 40, "tie_word_embeddings": True, "rope_theta": 1e6},
+    "qwen3, one KV head, yarn": {**QWEN3, **yarn(), "num_key_value_heads": 1, "rms_norm_eps": 1e-2},
+    "qwen3, a window that is off": {**QWEN3, "sliding_window": 16, "use_sliding_window": False},
     "begin token that is no row": {"bos_token_id": 96},
     "begin token -1": {"bos_token_id": -1},
     "several end tokens": {"eos_token_id": [2, 5]},
@@ -207,7 +214,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({**QWEN2, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}, "sliding-window"),
     ({**QWEN2, "sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
     ({**QWEN2, "sliding_window": None, "layer_types": ["sliding_attention"] * 2}, "sliding_window"),
-    ({**QWEN2, "layer_types": "full_attention"}, "layer_types"),
+    ({**QWEN3, "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}, "sliding-window"),
+    ({**QWEN2, "layer_types": 5}, "layer_types"),
+    ({**QWEN2, "layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     # values that are no values of their field
     ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3.*low_freq_factor"),
     ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),

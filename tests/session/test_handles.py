@@ -24,7 +24,9 @@ SAMPLING = SamplingParams(max_new_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint: Path) -> Iterator[LLM]:
-    with LLM(tiny_checkpoint, device="cpu", kv_cache_memory_bytes=4 << 20, max_num_batched_tokens=64) as running:
+    """Without drafts, so that a step is a token."""
+    options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 64, "num_draft_tokens": 0}
+    with LLM(tiny_checkpoint, **options) as running:
         yield running
 
 
@@ -81,6 +83,14 @@ def test_a_stop_string_that_names_a_control_token_ends_the_answer_there(llm: LLM
         assert cut.token_ids == whole.token_ids[: at + 1]
         assert cut.finish_reason == "stop"
         assert whole.text.startswith(cut.text) and piece not in cut.text
+
+
+def test_a_family_s_own_stop_strings_end_the_answer(llm: LLM, expected: str, monkeypatch) -> None:
+    encode = llm.fim.encode
+    stop = expected[3:5]
+    monkeypatch.setattr(llm.fim, "encode", lambda *args, **options: replace(encode(*args, **options), stop=(stop,)))
+    cut = llm.complete(PROMPT, replace(SAMPLING, stop=("never written",)))
+    assert (cut.text, cut.finish_reason) == (expected[: expected.index(stop)], "stop")
 
 
 def test_cancelling_twice_or_after_the_end_is_fine(llm: LLM, expected: str) -> None:

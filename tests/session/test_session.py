@@ -20,8 +20,10 @@ import pytest
 import torch
 
 from megatron_infer import LLM, FimPrompt, SamplingParams
+from megatron_infer.engine.request import Draft
 from megatron_infer.llm import EngineDeadError
 from sess_megatron import TestInference
+from tests.support.drafters import Untimed
 from tests.support.invariants import check_scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,9 +141,9 @@ def test_a_stop_string_within_a_draft_ends_the_completion_there(session: TestInf
     sampling = SamplingParams(max_new_tokens=24, stop=(stop,))
     undrafted = session.llm.complete(prompt, sampling)
 
-    class Right:
+    class Right(Untimed):
         def propose(self, request):
-            return list(free.token_ids[len(request.ids) - request.num_prompt :])
+            return Draft(free.token_ids[len(request.ids) - request.num_prompt :])
 
     monkeypatch.setattr(session.llm.session._engine.scheduler, "_drafter", Right())
     drafted = session.llm.complete(prompt, sampling)
