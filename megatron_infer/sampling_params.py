@@ -29,6 +29,9 @@ class SamplingParams:
     logit_bias: pairs (token id, bias), or a mapping; x + bias, before the penalties; -inf forbids the token.
     bad_words: text that is not written, as the tokenizer divides it, with and without a space before it.
     min_new_tokens: no token that would end the completion is drawn before; stop strings and `ending` still end it.
+    deadline_ms: from submission on, queue and prompt included. The step in progress is not interrupted; it computes at
+    most max_num_batched_tokens. What is handed out of an answer stays, so a stream comes line by line from the second
+    line on, and an answer is cut back to a line's end if it has one; with ending "block", to where the suffix fits.
     """
 
     max_new_tokens: int = option(256, "longest completion in tokens; 0 computes the prompt alone, into the cache")
@@ -59,6 +62,9 @@ class SamplingParams:
         "where the answer ends: raw (where the model ends it), line, block (of code), or auto (line or block, by the "
         "code around the hole)",
     )
+    deadline_ms: int | None = option(
+        None, "milliseconds after which the answer ends with what is there, if possible at a line's end (default: none)"
+    )
     ignore_eos: bool = option(False, "go on past the model's end tokens (benchmarks)")
 
     MAX_N = 256
@@ -78,6 +84,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         one_of("ending", self.ending, ENDINGS)
         int_in("max_new_tokens", self.max_new_tokens, 0, 2**63 - 1)
+        if self.deadline_ms is not None:
+            int_in("deadline_ms", self.deadline_ms, 1, 2**63 - 1)
         finite("temperature", self.temperature, low=0.0)
         finite("top_p", self.top_p, low=0.0, high=1.0)
         finite("min_p", self.min_p, low=0.0, high=1.0)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from megatron_infer.engine.logits import Edit, Guide, Processor
 from megatron_infer.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)

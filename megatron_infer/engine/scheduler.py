@@ -62,12 +62,9 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def counts(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._running), len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -131,8 +128,8 @@ class Scheduler:
         rows = []
         for request, chunk in chunks:
             start, end = request.num_computed, request.num_computed + chunk
-            num_scores = max(0, min(request.num_unscored, end - len(request.prompt_scores)))
             draft = Draft()
+            num_scores = max(0, min(request.num_unscored, end - len(request.prompt_scores)))
             # With a draft, numbers that are not finite could be the draft's.
             if self._drafter is not None and request.takes_drafts and end == len(request.ids) and not num_scores:
                 draft = self._draft(self._drafter, request, budget)

@@ -26,7 +26,7 @@ from megatron_infer.model.manifest import (
     shard_name,
     verify_manifest,
 )
-from megatron_infer.model.naming import without_wrappers, wrapper_note
+from megatron_infer.model.naming import without_wrappers
 from megatron_infer.model.pieces import Piece, overlaps, refuse, shard_pieces, whole_pieces
 from megatron_infer.model.tensor_files import PickleFile, SafetensorsFile, TensorFile
 from megatron_infer.model.weights import (
@@ -70,7 +70,7 @@ class Checkpoint:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype of a tensor on disk."""
-        piece = self.pieces[self._stored_name(name)][0]
+        piece = self.pieces[self.stored_name(name)][0]
         dtype: torch.dtype = getattr(torch, piece.file.tensors[piece.key].dtype)
         return dtype
 
@@ -86,7 +86,7 @@ class Checkpoint:
         ranges = [_checked_range(name, given, n) for given, n in zip((rows, cols), shape, strict=False)]
         col_range = ranges[1] if len(ranges) == 2 else None
         runs = megatron_rows(self.config, name, ranges[0]) if self._is_megatron else [ranges[0]]
-        parts = list(overlaps(self.pieces[self._stored_name(name)], runs, col_range))
+        parts = list(overlaps(self.pieces[self.stored_name(name)], runs, col_range))
         # The readers below make tensors on torch's default device, which may be the program's GPU.
         with torch.device("cpu"):
             if len(parts) == 1:
@@ -108,7 +108,8 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _stored_name(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
+        """Name of a canonical tensor in the files, but for wrappers."""
         return megatron_name(name) if self._is_megatron else hf_name(name)
 
 
@@ -181,8 +182,7 @@ def _open_sharded(directory: Path, paths: list[Path]) -> Checkpoint:
     pieces, skipped = shard_pieces(files, megatron_tensors(stored))
     if manifest is not None:
         _check_listing(directory, manifest, pieces)
-    checkpoint = Checkpoint("sharded-safetensors", directory, stored, pieces, ())
-    return _settled(checkpoint, config, skipped, "output.weight")
+    return _settled(Checkpoint("sharded-safetensors", directory, stored, pieces, ()), config, skipped)
 
 
 def _check_listing(directory: Path, manifest: Manifest, pieces: _Pieces) -> None:
@@ -211,7 +211,8 @@ def _open_hf(kind: str, open_file: Callable[[Path], TensorFile], directory: Path
         if weight_map and weight_map.get(piece.key) != piece.file.path.name
     ]
     refuse(problems, "Files of several downloads are mixed; download the checkpoint again")
-    return _settled(Checkpoint(kind, directory, stored, pieces, wrapper_note(names)), config, skipped, "lm_head.weight")
+    notes = [f"{len(names)} names are read without their wrappers, as {a!r} as {b!r}" for a, b in [*names.items()][:1]]
+    return _settled(Checkpoint(kind, directory, stored, pieces, notes), config, skipped)
 
 
 def _open_pt(directory: Path, paths: list[Path]) -> Checkpoint:
@@ -220,8 +221,7 @@ def _open_pt(directory: Path, paths: list[Path]) -> Checkpoint:
     config, note = _pt_config(directory, file)
     stored = _with_stored_head(config, [file], "output.weight", {})
     pieces, skipped = whole_pieces([file], megatron_tensors(stored), {})
-    checkpoint = Checkpoint("megatron-pt", directory, stored, pieces, [note])
-    return _settled(checkpoint, config, skipped, "output.weight")
+    return _settled(Checkpoint("megatron-pt", directory, stored, pieces, [note]), config, skipped)
 
 
 def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
@@ -243,8 +243,7 @@ def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
                 f"tensor 'norm.weight' differs between {files[0].path} and {file.path}, so these are not shards of one "
                 "checkpoint; copy them again"
             )
-    checkpoint = Checkpoint("megatron-pt-shards", directory, stored, pieces, [note])
-    return _settled(checkpoint, config, skipped, "output.weight")
+    return _settled(Checkpoint("megatron-pt-shards", directory, stored, pieces, [note]), config, skipped)
 
 
 def _pt_config(directory: Path, file: PickleFile) -> tuple[ModelConfig, str]:
@@ -278,12 +277,12 @@ def _with_stored_head(
     return replace(config, tie_word_embeddings=config.tie_word_embeddings and not is_there)
 
 
-def _settled(checkpoint: Checkpoint, config: ModelConfig, skipped: list[str], head: str) -> Checkpoint:
+def _settled(checkpoint: Checkpoint, config: ModelConfig, skipped: list[str]) -> Checkpoint:
     """A checkpoint that was read as `_with_stored_head` says: the head of a tied model counts if it is no copy.
 
     So does transformers 5. A copy takes as long to tell as reading both; others differ in their first rows already.
     """
-    notes = list(checkpoint.notes)
+    notes, head = list(checkpoint.notes), checkpoint.stored_name("output.weight")
     if config != checkpoint.config:
         if _equal(checkpoint, "tok_embeddings.weight", "output.weight"):
             skipped = [head, *skipped]
