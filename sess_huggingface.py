@@ -66,7 +66,7 @@ class HuggingFaceInference:
             _check_quantization(quantization, self.device)
         with open_checkpoint(model_dir, model_name) as checkpoint:
             self.config, is_hf = checkpoint.config, checkpoint.kind.startswith("hf-")
-        self.tokenizer = load_tokenizer(model_dir)
+        self.tokenizer = load_tokenizer(checkpoint.model_dir)
         self.fim = load_fim(fim or self.config.fim, self.tokenizer)
         if is_hf:
             self.model = _load(Path(model_dir), dtype, quantization, self.device)

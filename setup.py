@@ -189,5 +189,6 @@ if __name__ == "__main__":
         extras_require={
             "dev": [*requirements("requirements-dev.txt"), *requirements("requirements-eval.txt")],
             "eval": requirements("requirements-eval.txt"),
+            "gguf": ["gguf"],
         },
     )

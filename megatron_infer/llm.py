@@ -57,7 +57,7 @@ class Preview:
 def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str | None, world: World) -> Preview:
     """What `LLM` with these arguments will have. Raises ValueError as it does, but for memory."""
     with open_checkpoint(model_dir, model_name) as checkpoint:
-        return _preview(checkpoint, model_dir, config, fim, world)
+        return _preview(checkpoint, config, fim, world)
 
 
 def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
@@ -66,12 +66,12 @@ def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
     return {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
 
 
-def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
-    tokenizer, model = load_tokenizer(model_dir), checkpoint.config
+def _preview(checkpoint: Checkpoint, config: EngineConfig, fim: str | None, world: World) -> Preview:
+    tokenizer, model = load_tokenizer(checkpoint.model_dir), checkpoint.config
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "
-            "do not belong together"
+            f"the tokenizer in {checkpoint.model_dir} has {tokenizer.vocab_size} pieces, the model only "
+            f"{model.vocab_size}; they do not belong together"
         )
     return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
 
@@ -83,7 +83,7 @@ class LLM:
     whoever waits advances all requests.
 
     Args:
-        model_dir: a checkpoint directory of any supported kind (README, "Checkpoints").
+        model_dir: a checkpoint of any supported kind (README, "Checkpoints").
         config: the engine's knobs; keyword arguments override single fields of it.
         model_name: file stem of `.pt` checkpoints.
         fim: FIM family (see fim_templates.json); by default config.json's "fim" or what the tokenizer's pieces tell.
@@ -106,7 +106,7 @@ class LLM:
         with open_checkpoint(self.model_dir, model_name) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
-            known = _preview(checkpoint, self.model_dir, asked, fim, world)
+            known = _preview(checkpoint, asked, fim, world)
             self.model_config, self.tokenizer = checkpoint.config, known.tokenizer
             self.fim, self.config = known.fim, known.config
             self._runner = self._bring_up(checkpoint, model_name, world, profile)
@@ -130,7 +130,7 @@ class LLM:
         check_memory(config, checkpoint.config, world)
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
-            self._followers = Followers(self.model_dir, model_name, config)
+            self._followers = Followers(checkpoint.model_dir, model_name, config)
         in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
         join = in_world if self._followers is None else self._followers.join
         try:

@@ -18,6 +18,9 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
+from megatron_infer.gguf_header import GgufHeader
+from megatron_infer.gguf_tokenizer import gguf_tokenizer
+
 GUARD = "☺"
 """Encoded in front of a text and cut off again, so that the dummy space sticks to the guard and not to the text."""
 
@@ -93,13 +96,18 @@ def check_text(text: str, name: str = "text") -> None:
 
 
 def load_tokenizer(model_dir: str | Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory: tokenizer.model where there is one, else tokenizer.json."""
+    """The tokenizer of a checkpoint directory (tokenizer.model, else tokenizer.json), or of a GGUF file."""
     root = Path(model_dir)
+    if root.suffix == ".gguf":
+        content, settings = gguf_tokenizer(GgufHeader.read(root))
+        if isinstance(content, bytes):
+            return SentencePieceTokenizer(root, content, settings)
+        return HuggingFaceTokenizer(root, content, settings)
     settings = _read_settings(root)
-    if (root / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(root / "tokenizer.model", settings)
-    if (root / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(root / "tokenizer.json", settings)
+    if (path := root / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path, path.read_bytes(), settings)
+    if (path := root / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(path, _read_json(path), settings)
     raise ValueError(
         f"{root} has neither tokenizer.model nor tokenizer.json; copy one of them from the model's original files"
     )
@@ -136,9 +144,9 @@ def known_control_pieces() -> frozenset[str]:
 class SentencePieceTokenizer(Tokenizer):
     """A tokenizer.model; every marker in it is made a control piece before the processor sees it."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, content: bytes, settings: Mapping[str, Any]) -> None:
         try:
-            proto = _ModelProto.FromString(path.read_bytes())
+            proto = _ModelProto.FromString(content)
             if not proto.pieces:
                 raise DecodeError("no pieces in it")
             texts, control = self._read_pieces(proto)
@@ -201,8 +209,7 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json holding a BPE model; control tokens are taken out of the encoder's vocabulary altogether."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        raw = _read_json(path)
+    def __init__(self, path: Path, raw: dict[str, Any], settings: Mapping[str, Any]) -> None:
         try:
             model, kinds = raw["model"], {part["type"] for part in _parts(raw.get("decoder"))}
             model_type = model.get("type", "BPE")

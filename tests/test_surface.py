@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("checks", "world", "files"),
-    ("ending",),
+    ("checks", "world", "files", "gguf_header"),
+    ("ending", "gguf_tokenizer"),
     ("quantization",),
     ("model_config", "sampling_params", "tokenizer"),
     ("config", "text_stream"),
@@ -36,7 +36,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("tensor_parallel.group",),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
     ("model.manifest", "model.pieces", "model.tensor_files"),
-    ("model.layers", "model.checkpoint"),
+    ("model.layers", "model.gguf_file"),
+    ("model.checkpoint",),
     ("model.transformer",),
     ("engine.batch", "engine.sampler", "engine.topology", "engine.resolve"),
     ("engine.graphs", "engine.memory"),
@@ -57,6 +58,8 @@ LAYERS: list[tuple[str, ...]] = [
 
 NO_TORCH = (
     "checks",
+    "gguf_header",
+    "gguf_tokenizer",
     "ending.scanner",
     "ending.hole",
     "ending.rules",
@@ -81,7 +84,12 @@ MAY_IMPORT_KERNELS = (
     "tensor_parallel.shared_memory",
     "tensor_parallel.symmetric_memory",
 )
-OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = ("dispatch.select", "tensor_parallel.symmetric_memory", "eval.command")
+OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = (
+    "dispatch.select",
+    "eval.command",
+    "model.gguf_file",
+    "tensor_parallel.symmetric_memory",
+)
 
 
 SHIPPED = sorted(
