@@ -190,5 +190,6 @@ if __name__ == "__main__":
             "dev": [*requirements("requirements-dev.txt"), *requirements("requirements-eval.txt")],
             "eval": requirements("requirements-eval.txt"),
             "gguf": ["gguf"],
+            "hub": ["huggingface_hub"],
         },
     )

@@ -30,6 +30,7 @@ from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.fim import FimFormat, FimOptions, load_fim
+from megatron_infer.hub import local_path
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
@@ -83,7 +84,7 @@ class LLM:
     whoever waits advances all requests.
 
     Args:
-        model_dir: a checkpoint of any supported kind (README, "Checkpoints").
+        model_dir: a checkpoint of any supported kind (README, "Checkpoints"), or its name on the hub (hub.py).
         config: the engine's knobs; keyword arguments override single fields of it.
         model_name: file stem of `.pt` checkpoints.
         fim: FIM family (see fim_templates.json); by default config.json's "fim" or what the tokenizer's pieces tell.
@@ -100,7 +101,7 @@ class LLM:
     ) -> None:  # fmt: skip
         if not str(model_dir):
             raise ValueError("model_dir is empty; give a checkpoint directory")
-        self.model_dir = Path(model_dir)
+        self.model_dir = local_path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
         with open_checkpoint(self.model_dir, model_name) as checkpoint:

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
     ("checks", "world", "files", "gguf_header"),
-    ("ending", "gguf_tokenizer"),
+    ("ending", "gguf_tokenizer", "hub"),
     ("quantization",),
     ("model_config", "sampling_params", "tokenizer"),
     ("config", "text_stream"),
@@ -87,6 +87,7 @@ MAY_IMPORT_KERNELS = (
 OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = (
     "dispatch.select",
     "eval.command",
+    "hub",
     "model.gguf_file",
     "tensor_parallel.symmetric_memory",
 )
@@ -190,6 +191,7 @@ FACADE = (
     "config",
     "checks",
     "files",
+    "hub",
     "world",
     "profile",
     "kernels",
