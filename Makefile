@@ -12,13 +12,17 @@ NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 RANKS := $(shell n=$(GPUS); [ $$n -gt 0 ] || n=$$(nproc); [ $$n -ge 2 ] && echo 2 || echo 1)
 
-.PHONY: demo test lint types clean
+.PHONY: demo serve test lint types clean
 
 # OMP_NUM_THREADS is set so that torchrun need not warn; the engine divides the cores among its ranks itself.
 demo: $(VENV)/.built
 	@$(if $(findstring .gguf,$(MODEL)),$(PIP) gguf)
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) sess_megatron.py --quiet \
 		--example demo/example.json $(if $(MODEL),--model_dir '$(MODEL)')
+
+# On the demo; with your own checkpoint: make serve ARGS="--model_dir DIR"
+serve: $(VENV)/.built $(VENV)/.serve
+	@$(BIN)/python -m megatron_infer serve $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m pytest
@@ -36,8 +40,12 @@ $(VENV)/.installed: requirements.txt constraints.txt
 	@$(PIP) setuptools wheel -r requirements.txt
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt requirements-eval.txt
-	@$(PIP) -r requirements-dev.txt -r requirements-eval.txt
+$(VENV)/.serve: $(VENV)/.installed requirements-serve.txt
+	@$(PIP) -r requirements-serve.txt
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt requirements-eval.txt requirements-serve.txt
+	@$(PIP) -r requirements-dev.txt -r requirements-eval.txt -r requirements-serve.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.installed setup.py pyproject.toml $(NATIVE)

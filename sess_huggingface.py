@@ -24,7 +24,7 @@ from megatron_infer.fim import FimOptions, FimPrompt, load_fim
 from megatron_infer.hub import local_path
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
-from megatron_infer.options import DEMO_DIR
+from megatron_infer.options import DEMO_DIR, survive_any_encoding
 from megatron_infer.tokenizer import load_tokenizer
 
 
@@ -68,7 +68,7 @@ class HuggingFaceInference:
         model_dir = local_path(model_dir)
         with open_checkpoint(model_dir, model_name) as checkpoint:
             self.config, is_hf = checkpoint.config, checkpoint.kind.startswith("hf-")
-        self.tokenizer = load_tokenizer(checkpoint.model_dir)
+        self.tokenizer = load_tokenizer(checkpoint.model_dir, self.config.vocab_size)
         self.fim = load_fim(fim or self.config.fim, self.tokenizer)
         if is_hf:
             self.model = _load(Path(model_dir), dtype, quantization, self.device)
@@ -100,6 +100,7 @@ class HuggingFaceInference:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the script. Returns the exit status."""
+    survive_any_encoding()
     args = _parser().parse_args(argv)
     try:
         prompt = _prompt(args)

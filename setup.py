@@ -42,6 +42,10 @@ X86_FLAGS = {
 }
 
 
+# The page that the server shows: what it is built from stays behind.
+PLAYGROUND = [f"serve/playground/*.{suffix}" for suffix in ("html", "css", "js", "svg", "txt")]
+
+
 def find_compiler() -> list[str] | None:
     """The command of CXX, or the first C++ compiler on the path."""
     named = os.environ.get("CXX")
@@ -174,8 +178,10 @@ if __name__ == "__main__":
         ],
         package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
         package_data={
-            "megatron_infer": ["*.json", "py.typed"],
+            "megatron_infer": ["*.json", "py.typed", *PLAYGROUND],
             "megatron_infer.ending": ["*.json"],
+            "megatron_infer.serve": ["*.txt", "playground/*", "playground/*/*"],
+            "megatron_infer.serve.dialects": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html"],
             "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
@@ -187,9 +193,10 @@ if __name__ == "__main__":
         entry_points={"console_scripts": ["megatron-infer=megatron_infer.__main__:main"]},
         install_requires=requirements("requirements.txt"),
         extras_require={
-            "dev": [*requirements("requirements-dev.txt"), *requirements("requirements-eval.txt")],
+            "dev": [line for part in ("dev", "eval", "serve") for line in requirements(f"requirements-{part}.txt")],
             "eval": requirements("requirements-eval.txt"),
             "gguf": ["gguf"],
             "hub": ["huggingface_hub"],
+            "serve": requirements("requirements-serve.txt"),
         },
     )

@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr. Exit status: 0 done or equal, 1
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from checkpoints_convert.quantization import quantize
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import verify_manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME, FLOAT_DTYPES
+from megatron_infer.options import survive_any_encoding, to_json
 from megatron_infer.quantization import GROUP_SIZES, METHODS, STORED_FORMATS
 
 _SHOWN = 10
@@ -50,6 +50,7 @@ _UNITS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
+    survive_any_encoding()
     args = _parser().parse_args(argv)
     try:
         status: int = args.run(args)
@@ -87,7 +88,7 @@ def _run_convert(args: argparse.Namespace) -> int:
 
 def _run_inspect(args: argparse.Namespace) -> int:
     report = inspect(args.dir, model_name=args.model_name, memory_bytes=args.memory)
-    print(json.dumps(report.to_json(), ensure_ascii=False) if args.json else report)
+    print(to_json(report.to_json()) if args.json else report)
     return 0
 
 

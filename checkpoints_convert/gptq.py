@@ -111,7 +111,9 @@ class CalibratedReader:
         self._checkpoint, self._group = checkpoint, target.group_size
         self._config = replace(checkpoint.config, quantization=target)
         self._shapes = expected_tensors(self._config)
-        self._sequences = windows(texts, load_tokenizer(checkpoint.model_dir), _NUM_WINDOWS)
+        self._sequences = windows(
+            texts, load_tokenizer(checkpoint.model_dir, checkpoint.config.vocab_size), _NUM_WINDOWS
+        )
         self._hessians: dict[str, Tensor] = {}
         ops = select_ops(CPU, num_threads=torch.get_num_threads())
         dtype = float_dtype(checkpoint)

@@ -1,6 +1,6 @@
 """What a checkpoint is and what it takes: kind, architecture, FIM family, parameters, memory by tensor-parallel size.
 
-Reads headers only.
+Reads headers only, except that the files of a checkpoint with a manifest are hashed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from checkpoints_convert.network import float_dtype
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.fim import load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
+from megatron_infer.model.manifest import MANIFEST_NAME, verify_manifest
 from megatron_infer.model.weights import expected_tensors, memory_estimate
 from megatron_infer.model_config import DEFAULT_MODEL_NAME, ModelConfig
 from megatron_infer.tokenizer import load_tokenizer
@@ -41,7 +42,10 @@ class RankMemory:
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint in numbers. `dtypes`: how many tensors are stored in each. `fim`: family, or why there is none."""
+    """A checkpoint in numbers. `dtypes`: how many tensors are stored in each. `fim`: family, or why there is none.
+
+    num_verified: files whose SHA-256 is that of the manifest; None where there is no manifest.
+    """
 
     model_dir: Path
     kind: str
@@ -53,6 +57,7 @@ class Inspection:
     dtypes: dict[str, int]
     ranks: tuple[RankMemory, ...]
     notes: tuple[str, ...]
+    num_verified: int | None
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready dictionary."""
@@ -78,10 +83,17 @@ class Inspection:
             f"parameters     {self.num_parameters:,}",
             f"quantization   {c.quantization or 'none'}",
             f"stored         {self.num_bytes:,} bytes: " + ", ".join(f"{n} x {d}" for d, n in self.dtypes.items()),
+            f"integrity      {self._integrity}",
             "tp  weights/rank      KV cache/token",
             *(_rank_line(rank) for rank in self.ranks),
         ]
         return "\n".join(lines)
+
+    @property
+    def _integrity(self) -> str:
+        if self.num_verified is None:
+            return "unknown: there is no manifest.json to compare with"
+        return f"all {self.num_verified} files are as they were written (SHA-256)"
 
 
 def inspect(
@@ -92,8 +104,9 @@ def inspect(
     Args:
         memory_bytes: of one rank; says what fits into it, weights and KV cache in the dtype that is stored.
     Raises:
-        ValueError: it is damaged, or not a checkpoint.
+        ValueError: it is damaged, or not a checkpoint; also where a file is not the one that its manifest lists.
     """
+    num_verified = len(verify_manifest(model_dir).files) if (Path(model_dir) / MANIFEST_NAME).is_file() else None
     with open_checkpoint(model_dir, model_name) as checkpoint:
         config = checkpoint.config
         dtypes = Counter(str(checkpoint.dtype_of(name)).removeprefix("torch.") for name in checkpoint.names())
@@ -111,6 +124,7 @@ def inspect(
             dtypes=dict(dtypes),
             ranks=tuple(_rank(config, tp, dtype, memory_bytes) for tp in config.tp_sizes),
             notes=checkpoint.notes,
+            num_verified=num_verified,
         )
 
 
@@ -132,6 +146,6 @@ def _rank_line(rank: RankMemory) -> str:
 
 def _fim_family(model_dir: Path, config: ModelConfig) -> str:
     try:
-        return load_fim(config.fim, load_tokenizer(model_dir)).name
+        return load_fim(config.fim, load_tokenizer(model_dir, config.vocab_size)).name
     except ValueError as error:
         return f"{config.fim or 'unknown'} ({error})"

@@ -91,7 +91,7 @@ def compare_quality(
     if _plain_shapes(a) != _plain_shapes(b):
         raise ValueError(f"{a.model_dir} and {b.model_dir} are not one network; compare them with verify")
     files = read_texts(texts)
-    plain = windows(files, load_tokenizer(a.model_dir), num_windows)
+    plain = windows(files, load_tokenizer(a.model_dir, a.config.vocab_size), num_windows)
     cut = [hole for hole in holes(files, a.model_dir, a.config, num_holes) if len(hole.ids) <= _NUM_POSITIONS]
     ops = select_ops(CPU, num_threads=torch.get_num_threads())
     nets = [LayerwiseNetwork(c, c.config, float_dtype(c), ops, _NUM_POSITIONS) for c in (a, b)]

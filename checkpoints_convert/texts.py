@@ -75,7 +75,7 @@ def windows(texts: Sequence[Text], tokenizer: Tokenizer, count: int) -> list[lis
 
 def holes(texts: Sequence[Text], model_dir: Path, config: ModelConfig, count: int) -> list[Hole]:
     """`count` ends of lines cut out at random places; none where the model's family has no FIM format."""
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, config.vocab_size)
     try:
         fim = load_fim(config.fim, tokenizer)
     except ValueError:

@@ -7,22 +7,21 @@ stderr, and stdout carries one JSON line.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import random
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_infer.completion import Timings
+from megatron_infer.completion import Completion, Timings
 from megatron_infer.config import EngineConfig
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
@@ -36,6 +35,7 @@ from megatron_infer.options import (
     percentile,
     run_command,
     say,
+    to_json,
 )
 from megatron_infer.profile import ATTENTION, COLLECTIVES, PhaseTotals, Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace, world: World) -> int:
-    config, model_dir = build(EngineConfig, args), model_dir_of(args)
+    config, model_dir = build(EngineConfig, args, replace(EngineConfig(), num_draft_tokens=0)), model_dir_of(args)
     workload = Workload(args.batch, args.prompt_tokens, args.new_tokens, args.repetitions)
     if workload.batch > config.max_num_seqs:
         raise ValueError(
@@ -115,8 +115,8 @@ def _run(args: argparse.Namespace, world: World) -> int:
     return 0
 
 
-def _measure(llm: LLM, workload: Workload, profile: Profile, num_profiled: int) -> list[list[Timings]]:
-    """Timings of every sequence of every repetition; the profile is of `num_profiled` further ones."""
+def _measure(llm: LLM, workload: Workload, profile: Profile, num_profiled: int) -> list[list[Completion]]:
+    """Completions of every sequence of every repetition; the profile is of `num_profiled` further ones."""
     prompts = random_prompts(workload, llm.model_config.vocab_size)
     _complete(llm, next(prompts), new_tokens=2)  # warms up
     repetitions = [_complete(llm, next(prompts), workload.new_tokens) for _ in range(workload.repetitions)]
@@ -134,20 +134,22 @@ def random_prompts(workload: Workload, vocab_size: int) -> Iterator[list[list[in
         yield [[generator.randrange(vocab_size) for _ in range(workload.prompt_tokens)] for _ in range(workload.batch)]
 
 
-def _complete(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[Timings]:
+def _complete(llm: LLM, prompts: list[list[int]], new_tokens: int) -> list[Completion]:
     completions = list(llm.complete_batch(prompts, SamplingParams(max_new_tokens=new_tokens, ignore_eos=True)))
     for completion in completions:
         if completion.error is not None:
             raise ValueError(completion.error)
-    return [completion.timings for completion in completions]
+    return completions
 
 
 def _figures(
-    repetitions: list[list[Timings]], workload: Workload, profile: Profile, num_profiled: int, size: int
+    completions: list[list[Completion]], workload: Workload, profile: Profile, num_profiled: int, size: int
 ) -> dict[str, Any]:
     """What the repetitions come to. Weights and operations are those of all ranks: `size` times rank 0's."""
+    repetitions = [[completion.timings for completion in completions_S] for completions_S in completions]
     every = [timings for timings_S in repetitions for timings in timings_S]
-    gaps = [b - a for t in every for a, b in zip(t.token_seconds, t.token_seconds[1:], strict=False)]
+    # The tokens of one step come together.
+    gaps = [b - a for t in every for a, b in zip(t.token_seconds, t.token_seconds[1:], strict=False) if b > a]
     prefill_seconds = statistics.median(max(t.first_token_seconds for t in timings_S) for timings_S in repetitions)
     decode = [(t.num_new_tokens - 1) / (t.token_seconds[-1] - t.token_seconds[0]) for t in every]
     totals = profile.phases["decode"]
@@ -162,7 +164,17 @@ def _figures(
         "decode_tokens_per_second": statistics.median(_total_rate(timings_S) for timings_S in repetitions),
         "decode_weights_gb_per_second": size * weight_bytes / percentile(gaps, 50) / 1e9,
         "engine_ms_per_decode_step": 1e3 * statistics.median(totals.engine_seconds),
+        "draft_sources": _draft_sources(completion for completions_S in completions for completion in completions_S),
     }
+
+
+def _draft_sources(completions: Iterable[Completion]) -> dict[str, list[int]]:
+    """By source, how many tokens were drafted and how many of those were right."""
+    sums: dict[str, list[int]] = {}
+    for completion in completions:
+        for source, counts in completion.draft_sources.items():
+            sums[source] = [a + b for a, b in zip(sums.get(source, (0, 0)), counts, strict=True)]
+    return sums
 
 
 def _total_rate(timings_S: list[Timings]) -> float:
@@ -194,7 +206,7 @@ def _report(figures: dict[str, Any], workload: Workload, profile: Profile, args:
     for line in lines:
         show(line)
     if args.json:
-        print(json.dumps(figures, ensure_ascii=False))
+        print(to_json(figures))
     sys.stdout.flush()
 
 
@@ -223,6 +235,8 @@ def _summary(figures: dict[str, Any], workload: Workload) -> Iterator[str]:
         f"{figures['decode_tokens_per_second']:.1f} in total; "
         f"{figures['decode_weights_gb_per_second']:.2f} GB/s of weights"
     )
+    for source, (tokens, right) in figures["draft_sources"].items():
+        yield f"drafts               {tokens} tokens from {source}, {right / tokens:.0%} right"
     yield (
         f"engine               {figures['engine_ms_per_decode_step']:.3f} ms per decode step outside kernels and "
         "collectives (median)"

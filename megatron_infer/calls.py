@@ -1,4 +1,8 @@
-"""The calls of LLM, each a loop over Session.submit, step and cancel: whoever waits advances the requests of all."""
+"""The calls of LLM, each a loop over Session.submit, step and cancel: whoever waits advances the requests of all.
+
+Ctrl-C may come at any moment and its traceback keep every local variable, so that no handle is dropped by itself: one
+is owned before Ctrl-C can act, and cancelled again where Ctrl-C came before cancel() had begun.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from dataclasses import replace
 from typing import cast
 
 from megatron_infer.completion import Completion, GrowingCompletion, Items, Timings
+from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.session import Handle, Prompt, Session
@@ -20,20 +25,28 @@ def complete(
 ) -> Items:
     """The `n` completions of what `make` returns, all at once."""
     prompt, sampling = make()
-    handle = session.submit(prompt, _require_one(sampling) if single else sampling, options)
+    handles: list[Handle] = []
     try:
+        with interrupt_deferred():
+            handles.append(handle := session.submit(prompt, _require_one(sampling) if single else sampling, options))
         while not handle.is_finished:
             session.step()
         yield from handle.results()
     finally:
-        session.cancel(handle)
+        try:
+            _cancel(session, handles)
+        except KeyboardInterrupt:
+            _cancel(session, handles)
+            raise
 
 
 def stream(session: Session, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None = None) -> Items:
     """Pieces of text, then the completion."""
-    handle = session.submit(prompt, _require_one(sampling), options)
-    (growing,) = handle.completions
+    handles: list[Handle] = []
     try:
+        with interrupt_deferred():
+            handles.append(handle := session.submit(prompt, _require_one(sampling), options))
+        (growing,) = handle.completions
         while True:
             # Text last: another thread may finish the request in between.
             is_finished = handle.is_finished
@@ -45,7 +58,11 @@ def stream(session: Session, prompt: Prompt, sampling: SamplingParams, options: 
                 session.step()
         yield growing.result()
     finally:
-        session.cancel(handle)
+        try:
+            _cancel(session, handles)
+        except KeyboardInterrupt:
+            _cancel(session, handles)
+            raise
 
 
 def batch(
@@ -65,7 +82,8 @@ def batch(
                 if entry is None:
                     is_exhausted = True
                 else:
-                    waiting.extend(_submit_or_refuse(session, *entry, default, options))
+                    with interrupt_deferred():
+                        waiting.extend(_submit_or_refuse(session, *entry, default, options))
             ready = _take_finished(waiting, ordered)
             yield from ready
             if not waiting and is_exhausted:
@@ -73,9 +91,17 @@ def batch(
             if not ready:
                 session.step()
     finally:
-        for handle, _ in waiting:
-            if handle is not None:
-                session.cancel(handle)
+        try:
+            _cancel(session, (handle for handle, _ in waiting))
+        except KeyboardInterrupt:
+            _cancel(session, (handle for handle, _ in waiting))
+            raise
+
+
+def _cancel(session: Session, handles: Iterable[Handle | None]) -> None:
+    for handle in handles:
+        if handle is not None:
+            session.cancel(handle)
 
 
 def _submit_or_refuse(
@@ -105,14 +131,15 @@ def _take_finished(
     """Remove and return what is finished: the head of the queue, or with ordered=False all of it."""
     ready = []
     for _ in range(len(waiting)):
-        handle, sample = waiting.popleft()
+        _, sample = waiting[0]
         if isinstance(sample, Completion):
             ready.append(sample)
         elif sample.finish_reason is not None:
             ready.append(sample.result())
         elif ordered:
-            waiting.appendleft((handle, sample))
             break
         else:
-            waiting.append((handle, sample))
+            waiting.rotate(-1)
+            continue
+        waiting.popleft()  # only now: who is not finished never leaves the queue
     return ready

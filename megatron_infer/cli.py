@@ -6,7 +6,6 @@ Results go to stdout, everything else to stderr, from rank 0 alone.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
@@ -16,7 +15,8 @@ from typing import Any
 
 from megatron_infer.completion import Completion, CompletionStream
 from megatron_infer.config import EngineConfig
-from megatron_infer.fim import MAX_PROMPT_BYTES, FimOptions, FimPrompt
+from megatron_infer.files import read_json_object
+from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.options import (
     Parser,
@@ -24,10 +24,12 @@ from megatron_infer.options import (
     add_option,
     add_options_of,
     build,
+    can_show,
     log_to_stderr,
     model_dir_of,
     run_command,
     say,
+    to_json,
 )
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.world import World
@@ -44,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace, world: World) -> int:
     sampling, options, config = build(SamplingParams, args), build(FimOptions, args), build(EngineConfig, args)
     if args.stream and sampling.n != 1:
-        raise ValueError("--stream shows one completion; leave out --n, or --stream")
+        raise ValueError("--stream shows one completion; leave out --num_samples, or --stream")
     model_dir = model_dir_of(args)
     prompt, is_example = _prompt(args, model_dir)
     log_to_stderr(world, logging.WARNING if args.quiet else logging.INFO)
@@ -56,7 +58,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
         if world.is_first:
             for completion in completions:
                 if args.json:
-                    print(json.dumps(_to_json(completion), ensure_ascii=False, separators=(",", ":")))
+                    print(to_json(_to_json(completion)))
                 elif not args.stream:
                     print(_show(prompt, completion) if is_example else completion.text)
                 say(_timing_line(llm, completion))
@@ -87,7 +89,8 @@ def _show(prompt: FimPrompt, completion: Completion) -> str:
     if sys.stdout.isatty():
         dim, bold, off = "\x1b[2m", "\x1b[1;32m", "\x1b[0m"
         return f"{dim}{prompt.prefix}{off}{bold}{completion.text}{off}{dim}{prompt.suffix}{off}"
-    return f"{prompt.prefix}⟦{completion.text}⟧{prompt.suffix}"
+    left, right = "⟦⟧" if can_show("⟦⟧") else "[]"
+    return f"{prompt.prefix}{left}{completion.text}{right}{prompt.suffix}"
 
 
 def _timing_line(llm: LLM, completion: Completion) -> str:
@@ -125,11 +128,10 @@ def _prompt(args: argparse.Namespace, model_dir: Path) -> tuple[FimPrompt, bool]
         raise ValueError("--path goes with --file or --prefix-file")
     example = Path(args.example) if args.example else model_dir / "example.json"
     if args.example or example.is_file():
-        try:
-            raw = json.loads(read_source(str(example)))
-            return FimPrompt(raw["prefix"], raw["suffix"], raw["path"]), True
-        except (json.JSONDecodeError, KeyError, TypeError):
-            raise ValueError(f"{example} is not a JSON object with prefix, suffix and path") from None
+        raw = read_json_object(example)
+        if not all(isinstance(raw.get(name), str) for name in ("prefix", "suffix", "path")):
+            raise ValueError(f"{example} has not the texts prefix, suffix and path")
+        return FimPrompt(raw["prefix"], raw["suffix"], raw["path"]), True
     return QUICK_SORT, True
 
 

@@ -5,14 +5,13 @@ The border between token ids and text: stop strings, held-back UTF-8 and timings
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_infer.ending.ending import Ending
 from megatron_infer.engine.request import Event, Request
-from megatron_infer.fim import FimPrompt, language_of
+from megatron_infer.fim_prompt import FimPrompt, language_of
 from megatron_infer.text_stream import TextStream
 from megatron_infer.tokenizer import Tokenizer
 
@@ -56,6 +55,8 @@ class Completion:
     prompt_token_ids: what the model was given.
     trimmed_by: the rule that ended the text (ending.ending), where SamplingParams.ending is not raw; raw_text is then
     what the model wrote, up to where it was stopped.
+    draft_sources: how many tokens were drafted, and how many of those were right and saved a step, by where they came
+    from: the prompt, recent answers, or the one that is typed along (engine.drafter).
     """
 
     text: str
@@ -71,6 +72,17 @@ class Completion:
     prompt_token_ids: tuple[int, ...] = ()
     trimmed_by: str | None = None
     raw_text: str | None = None
+    draft_sources: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """Tokens that were drafted, from all sources."""
+        return sum(tokens for tokens, _ in self.draft_sources.values())
+
+    @property
+    def num_draft_accepted(self) -> int:
+        """Of those, how many were right."""
+        return sum(accepted for _, accepted in self.draft_sources.values())
 
     def to_json(self) -> dict[str, Any]:
         """A dictionary of plain JSON values; `from_json` is its inverse."""
@@ -91,6 +103,7 @@ class Completion:
                 "prompt_token_ids": tuple(raw["prompt_token_ids"]),
                 "timings": Timings(**{**timings, "token_seconds": tuple(timings["token_seconds"])}),
                 "logprobs": logprobs,
+                "draft_sources": {name: (n, right) for name, (n, right) in raw["draft_sources"].items()},
             }
         )
 
@@ -106,15 +119,17 @@ class GrowingCompletion:
 
     Args:
         prompt: what is completed; None where it was given as token ids.
+        skip_bytes: of the prefix, which the answer's first tokens write anew.
+        submitted: when, in seconds of the clock that receive() is called with.
     """
 
     def __init__(
         self, request: Request, prompt: FimPrompt | None, tokenizer: Tokenizer, *, prompt_index: int,
-        num_dropped_tokens: int,
+        num_dropped_tokens: int, submitted: float, skip_bytes: int = 0,
     ) -> None:  # fmt: skip
         self.request = request
         self._prompt_index, self._num_dropped_tokens = prompt_index, num_dropped_tokens
-        self._text = TextStream(tokenizer, request.sampling.stop)
+        self._text = TextStream(tokenizer, request.sampling.stop, skip_bytes)
         mode = request.sampling.ending
         # Of a prompt of token ids nothing is known that a rule could look at.
         self._ending = (
@@ -125,15 +140,15 @@ class GrowingCompletion:
         self._unread = 0
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprob] = []
-        self._submitted = time.perf_counter()
+        self._submitted = submitted
         self._token_seconds: list[float] = []
         self._finished_seconds = 0.0
         self.finish_reason: str | None = None
         self.error: str | None = None
 
-    def receive(self, event: Event) -> None:
+    def receive(self, event: Event, now: float) -> None:
         """Take in one engine event; `finish_reason` is set once the request, a stop string or a rule ends it."""
-        now = time.perf_counter() - self._submitted
+        now -= self._submitted
         sampled = event.sampled
         if sampled is not None:
             self._token_ids.append(sampled.token_id)
@@ -156,6 +171,11 @@ class GrowingCompletion:
     def trimmed_by(self) -> str | None:
         """The rule that has ended the text, if one has."""
         return None if self._ending is None else self._ending.reason
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that has ended the text, if one has."""
+        return self._text.stopped
 
     def _add(self, piece: str) -> None:
         if self._ending is not None:
@@ -200,6 +220,7 @@ class GrowingCompletion:
             prompt_token_ids=tuple(self.request.ids[: self.request.num_prompt]),
             trimmed_by=self.trimmed_by,
             raw_text=None if self._ending is None else "".join(self._raw),
+            draft_sources=dict(self.request.drafts),
         )
 
 

@@ -38,7 +38,17 @@ class EngineConfig:
         "vendor (torch's own, GPU) or reference (plain torch, slow)"
     )  # fmt: skip
     cpu_isa: str = option("auto", "instructions of the CPU kernels: auto, avx512, avx2, neon or generic; same answers")
+    num_draft_tokens: int | None = option(
+        None, "most tokens drafted per sequence and step from prompt and recent answers; 0: none (default: 15 on the "
+        "CPU, 0 on GPUs)"
+    )  # fmt: skip
     deterministic: bool = option(False, "GPU: the CPU's numerics contract, slower; the CPU always keeps it")
+    verify_on_load: bool = option(
+        False, "first hash the checkpoint against its manifest.json; reads all of it once more, on rank 0"
+    )
+    rank_timeout_seconds: float = option(
+        60.0, "longest wait in a step for a rank that hangs; ten times as long while ranks start and load"
+    )
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cuda:\d+", self.device):
@@ -57,7 +67,16 @@ class EngineConfig:
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_threads"):
             if getattr(self, name) is not None:
                 positive_int(name, getattr(self, name))
+        if self.num_draft_tokens is not None:
+            int_in("num_draft_tokens", self.num_draft_tokens, 0, 1024)
         int_in("cuda_graph_memory_bytes", self.cuda_graph_memory_bytes, 0, 2**63 - 1)
         one_of("block_size", self.block_size, (8, 16, 32, 64))
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}")
+        if not 0.0 < self.rank_timeout_seconds <= 1e6:
+            raise ValueError(f"rank_timeout_seconds must be above 0 and at most 1e6, got {self.rank_timeout_seconds}")
+
+    @property
+    def start_timeout_seconds(self) -> float:
+        """Longest wait for a rank that starts or loads."""
+        return 10 * self.rank_timeout_seconds

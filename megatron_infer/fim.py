@@ -1,130 +1,43 @@
 """Fill-in-the-middle prompts: FimPrompt -> token ids, laid out as the model family was trained.
 
-Owns header lines, PSM and SPM order, and what is cut when a prompt exceeds its budget. The families are data
-(fim_templates.json), and so are the languages (languages.json). Text becomes ids segment by segment, never parsed.
+Owns the families (data: fim_templates.json), header lines, PSM and SPM order. What a long prompt loses is planned in
+fim_cut.py. Text becomes ids segment by segment, never parsed.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import math
-import re
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_infer.checks import one_of, option
-from megatron_infer.tokenizer import Tokenizer, check_text
+from megatron_infer.fim_cut import REACHES, cut_at_step, num_far_tokens, plan_cut, plan_reach
+from megatron_infer.fim_prompt import FimOptions, FimPrompt, check_size
+from megatron_infer.languages import language_at
+from megatron_infer.tokenizer import Tokenizer
 
-MAX_PROMPT_BYTES = 8 << 20
-"""More UTF-8 text than this is refused before it is tokenized; 32,768 tokens of code are about 0.1 MB."""
+__all__ = ["FimEncoding", "FimFormat", "FimOptions", "FimPrompt", "load_fim", "load_preset"]
 
-_REACH = 32
-"""Characters per budget token: text further from the cursor is not tokenized. Code has about 4 to a token."""
-
-_EXTENSION = re.compile(r"\.\w+$")
-_HEADERS = ("full", "language", "none")
-_ORDERS = ("spm", "psm")
-
-
-@dataclass(frozen=True)
-class FimPrompt:
-    """The code around a cursor.
-
-    path: of the file, as it should appear to the model; it selects the comment header of models that have one.
-    extra_files: (path, text) pairs of the same repository, the most relevant last. repository: its name.
-    language: of the code, a key or name of languages.json, where the path does not tell. Never part of the prompt: it
-    is for the rules that end a completion.
-    """
-
-    prefix: str
-    suffix: str = ""
-    path: str = ""
-    extra_files: tuple[tuple[str, str], ...] = ()
-    repository: str = ""
-    language: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("prefix", "suffix", "path", "repository", "language"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")
-        object.__setattr__(self, "extra_files", tuple(tuple(pair) for pair in self.extra_files))
-        for pair in self.extra_files:
-            if len(pair) != 2 or not all(isinstance(item, str) for item in pair):
-                raise ValueError("extra_files must be pairs of strings: ((path, text), ...)")
-        for path in (self.path, self.repository, *(path for path, _ in self.extra_files)):
-            if "\n" in path or "\r" in path:
-                raise ValueError(f"the path {path!r} has a line break, which would end its comment line; rename it")
-
-
-@dataclass(frozen=True)
-class FimOptions:
-    """How a prompt is laid out, where that differs from the family's habit; presets are instances of this.
-
-    header: "full" (path line and language line), "language" or "none"; only for families with comment headers.
-    frame_empty_suffix: write the FIM frame even around an empty suffix, where the family would continue plain text.
-    prefix_tokens, suffix_tokens: cut each side to so many tokens and encode the rest again, as FIM-Eval does.
-    """
-
-    order: str | None = option(None, "spm (suffix first) or psm (prefix first) (default: the family's)")
-    header: str = option("full", "comment lines of models that have them: full (path and language), language or none")
-    frame_empty_suffix: bool = option(False, "write the FIM frame even around an empty suffix")
-    prefix_tokens: int | None = option(None, "cut the prefix to so many tokens (default: what the context leaves)")
-    suffix_tokens: int | None = option(None, "cut the suffix to so many tokens (default: what the context leaves)")
-
-    def __post_init__(self) -> None:
-        one_of("header", self.header, _HEADERS)
-        one_of("order", self.order, (None, *_ORDERS))
-        for name in ("prefix_tokens", "suffix_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
+log = logging.getLogger("megatron_infer")
 
 
 @dataclass(frozen=True)
 class FimEncoding:
-    """A prompt's token ids, the ids that end its completion, and how many tokens of either side did not fit.
+    """A prompt's token ids, the ids and strings that end its completion, how many tokens of either side did not fit.
 
-    Text too far from the cursor to be tokenized at all is counted as one token per 32 characters.
+    Text too far from the cursor to be tokenized at all is counted as one token per 4 characters. `prefix`: where in
+    `ids` the prefix lies, its header included.
     """
 
     ids: list[int]
     stop_token_ids: frozenset[int]
     dropped_prefix_tokens: int = 0
     dropped_suffix_tokens: int = 0
-
-
-@dataclass(frozen=True)
-class Language:
-    """A language as the header lines name it: `open` and `close` enclose a comment line."""
-
-    name: str
-    open: str
-    close: str
-
-
-def language_of(prompt: FimPrompt) -> str:
-    """The name of the prompt's language, by its path where it does not say; "" where that does not tell either."""
-    language = _language_at(prompt.path)
-    return prompt.language or (language.name if language else "")
-
-
-def _language_at(path: str) -> Language | None:
-    match = _EXTENSION.search(path)
-    return load_languages().get(match[0]) if match else None
-
-
-@functools.cache
-def load_languages() -> Mapping[str, Language]:
-    """File extension (with its dot, case-sensitive) -> language. Where an extension is missing there is no header."""
-    table = json.loads(Path(__file__).with_name("languages.json").read_text(encoding="utf-8"))
-    return {
-        extension: Language(entry["name"], entry["open"], entry["close"])
-        for entry in table.values()
-        for extension in entry["extensions"].split()
-    }
+    stop: tuple[str, ...] = ()
+    prefix: range = range(0)
 
 
 def load_preset(name: str) -> FimOptions:
@@ -136,20 +49,23 @@ def load_preset(name: str) -> FimOptions:
 
 
 def load_fim(name: str | None, tokenizer: Tokenizer) -> FimFormat:
-    """The format of a family by name, or of the first family whose control tokens the tokenizer has."""
+    """The format of a family by name, or, with a note in the log, of the first whose tokens the tokenizer has."""
     families = _read_templates()["families"]
     if name is not None:
         if name not in families:
             raise ValueError(f"there is no FIM family {name!r}; known are {', '.join(families)}")
         return FimFormat(name, families[name], tokenizer)
-    for family, data in families.items():
-        if data["tokens"] and all(tokenizer.id_of(piece) is not None for piece in data["tokens"].values()):
-            return FimFormat(family, data, tokenizer)
-    looked_for = "; ".join(f"{n}: {' '.join(d['tokens'].values())}" for n, d in families.items() if d["tokens"])
-    raise ValueError(
-        f"the tokenizer has the control tokens of no known FIM family ({looked_for}); name the family with fim=..., or "
-        'use fim="none" to continue a prefix without a suffix'
-    )
+    with_tokens = {family: data["tokens"].values() for family, data in families.items() if data["tokens"]}
+    found = [f for f, pieces in with_tokens.items() if all(tokenizer.id_of(piece) is not None for piece in pieces)]
+    if not found:
+        looked_for = "; ".join(f"{family}: {' '.join(pieces)}" for family, pieces in with_tokens.items())
+        raise ValueError(
+            f"the tokenizer has the control tokens of no known FIM family ({looked_for}); name the family with "
+            'fim=..., or use fim="none" to continue a prefix without a suffix'
+        )
+    others = f"; it has those of {', '.join(found[1:])} too" if found[1:] else ""
+    log.info("FIM family: %s, by the tokenizer's control tokens%s (--fim or fim=... names another)", found[0], others)
+    return FimFormat(found[0], families[found[0]], tokenizer)
 
 
 def _read_templates() -> dict[str, Any]:
@@ -185,6 +101,11 @@ class FimFormat:
         self.stop_token_ids = frozenset(i for i in ends if i is not None)
         self._ids |= {"bos": bos, "bos?": bos if tokenizer.adds_bos else []}
 
+    @property
+    def takes_extra_files(self) -> bool:
+        """Whether the family documents a format for other files of the repository."""
+        return self._files is not None
+
     def encode(
         self, prompt: FimPrompt, *, budget_tokens: int | None = None, options: FimOptions | None = None
     ) -> FimEncoding:
@@ -195,31 +116,33 @@ class FimFormat:
         know, other files where it has no format for them, an empty prompt, more than MAX_PROMPT_BYTES of text.
         """
         options = options or FimOptions()
-        _check_size(prompt)
+        check_size(prompt)
         layout = self._layout(prompt, options)
-        before, header = self._other_files(prompt)
+        files, header = self._other_files(prompt, layout)
         header += self.header(prompt.path, options.header)
         if not (header or prompt.prefix or prompt.suffix):
             raise ValueError("the prompt is empty; give it a prefix, a suffix, or a path whose language is known")
-        prefix, cut_prefix = self._limit(prompt.prefix, options.prefix_tokens, keep_head=False)
-        suffix, cut_suffix = self._limit(prompt.suffix, options.suffix_tokens, keep_head=True)
-        if budget_tokens is not None:
-            far_prefix, far_suffix = plan_reach(len(prefix), len(suffix), budget_tokens)
-            prefix, suffix = prefix[far_prefix:], suffix[: len(suffix) - far_suffix]
-            cut_prefix, cut_suffix = cut_prefix + -(-far_prefix // _REACH), cut_suffix + -(-far_suffix // _REACH)
-        texts = {"prefix": self._encode("prefix", header + prefix), "suffix": self._encode("suffix", suffix)}
-        num_fixed = len(before) + sum(len(self._ids[word]) for word in layout if word not in texts)
-        if budget_tokens is not None and num_fixed + sum(map(len, texts.values())) > budget_tokens:
-            texts["prefix"], dropped_p, texts["suffix"], dropped_s = self._cut(
-                header, prefix, texts, budget_tokens - num_fixed
-            )
-            cut_prefix, cut_suffix = cut_prefix + dropped_p, cut_suffix + dropped_s
-        ids = before + [i for word in layout for i in (texts[word] if word in texts else self._ids[word])]
-        return FimEncoding(ids, self.stop_token_ids, cut_prefix, cut_suffix)
+        prefix, far_prefix = self._limit(prompt.prefix, options.prefix_tokens, keep_head=False)
+        suffix, far_suffix = self._limit(prompt.suffix, options.suffix_tokens, keep_head=True)
+        parts = {**self._ids, "files": files, "prefix": [], "suffix": []}
+        num_fixed = sum(len(parts[word]) for word in layout)
+        room = None if budget_tokens is None else budget_tokens - num_fixed
+        parts["prefix"], dropped_prefix, parts["suffix"], dropped_suffix = self._fit(header, prefix, suffix, room)
+        ids = [i for word in layout for i in parts[word]]
+        start = sum(len(parts[word]) for word in layout[: layout.index("prefix")])
+        where = range(start, start + len(parts["prefix"]))
+        stop = tuple(self._files["stop"]) if self._files and prompt.extra_files else ()
+        dropped = far_prefix + dropped_prefix, far_suffix + dropped_suffix
+        return FimEncoding(ids, self.stop_token_ids, *dropped, stop, where)
+
+    @property
+    def interactive(self) -> FimOptions:
+        """For typing: suffix first where the family knows it, so that it stays computed, and words are completed."""
+        return FimOptions(order="spm" if "spm" in self.orders else None, token_healing=True)
 
     def header(self, path: str, which: str = "full") -> str:
         """Comment lines that introduce a file, or nothing where the family or the file's extension has none."""
-        language = _language_at(path) if self._has_header and which != "none" else None
+        language = language_at(path) if self._has_header and which != "none" else None
         if language is None:
             return ""
         lines = [f"the file path is: {path}"] if which == "full" else []
@@ -242,8 +165,8 @@ class FimFormat:
     def _encode(self, side: str, text: str) -> list[int]:
         return self._tokenizer.encode(text, dummy_prefix=side in self._dummy_prefix)
 
-    def _other_files(self, prompt: FimPrompt) -> tuple[list[int], str]:
-        """Ids that come before everything else, and text that comes before the prefix, for `extra_files`."""
+    def _other_files(self, prompt: FimPrompt, layout: list[str]) -> tuple[list[int], str]:
+        """`extra_files`: ids for their place in the layout, and what is text directly before the prefix."""
         if not prompt.extra_files:
             return [], ""
         if self._files is None:
@@ -255,15 +178,20 @@ class FimFormat:
         current = {"path": prompt.path, "repository": prompt.repository}
         pieces = [(word, current) for word in self._files["start"]]
         for path, text in prompt.extra_files:
-            values = {"path": path, "text": text.removesuffix("\n")}
+            values = {"path": path, "text": text, "lines": text if text.endswith("\n") else text + "\n"}
             pieces += [(word, values) for word in self._files["each"]]
         pieces += [(word, current) for word in self._files["current"]]
-        if self._files["place"] == "header":
-            return [], "".join(word.format(**values) for word, values in pieces)
         ids: list[int] = []
+        text = ""
         for word, values in pieces:
-            ids += self._ids[word] if word in self._ids else self._encode("files", word.format(**values))
-        return ids, ""
+            if word in self._ids:
+                ids += [*self._encode("files", text), *self._ids[word]]
+                text = ""
+            else:
+                text += word.format(**values)
+        if dict(pairwise(layout)).get("files", "prefix") == "prefix":
+            return ids, text
+        return ids + self._encode("files", text), ""
 
     def _limit(self, text: str, limit: int | None, *, keep_head: bool) -> tuple[str, int]:
         if limit is None:
@@ -271,65 +199,42 @@ class FimFormat:
         ids = self._tokenizer.encode(text)
         if len(ids) <= limit:
             return text, 0
-        cut = self._tokenizer.decode(ids[:limit] if keep_head else ids[-limit:])
+        # Half a character at an end becomes U+FFFD, as in the reference harness.
+        kept = ids[:limit] if keep_head else ids[-limit:]
+        cut = b"".join(map(self._tokenizer.token_bytes, kept)).decode("utf-8", "replace")
         if self._tokenizer.has_dummy_prefix:
             cut = cut.removeprefix(" ")  # as the reference harness, whose decode takes it for the dummy prefix
         return cut, len(ids) - limit
 
-    def _cut(
-        self, header: str, prefix: str, texts: Mapping[str, list[int]], room: int
-    ) -> tuple[list[int], int, list[int], int]:
+    def _fit(self, header: str, prefix: str, suffix: str, room: int | None) -> tuple[list[int], int, list[int], int]:
         """Prefix ids, how many were dropped, suffix ids, how many were dropped, with both in `room` tokens."""
+        if room is None:
+            return self._encode("prefix", header + prefix), 0, self._encode("suffix", suffix), 0
+        for reach in REACHES:
+            far_prefix, far_suffix = plan_reach(len(prefix), len(suffix), max(1, room) * reach)
+            before = self._encode("prefix", header + prefix[far_prefix:])
+            after = self._encode("suffix", suffix[: len(suffix) - far_suffix])
+            if all(len(ids) > room or not far for ids, far in ((before, far_prefix), (after, far_suffix))):
+                break
+        dropped_prefix, dropped_suffix = num_far_tokens(far_prefix), num_far_tokens(far_suffix)
+        if len(before) + len(after) <= room:
+            return before, dropped_prefix, after, dropped_suffix
         head = self._encode("prefix", header)
-        body = self._tokenizer.encode(prefix, dummy_prefix=False) if header else texts["prefix"]
+        if before[: len(head)] == head:
+            before = before[len(head) :]
+        else:
+            before = self._tokenizer.encode(prefix[far_prefix:], dummy_prefix=False)
         room -= len(head)
         if room < 1:
             raise ValueError(
                 f"the prompt's fixed part (control tokens, header lines, extra files) alone exceeds its budget by "
                 f"{1 - room} tokens; raise the budget, or give a shorter path or fewer extra_files"
             )
-        suffix = texts["suffix"]
-        drop_prefix, drop_suffix = plan_cut(len(body), len(suffix), room)
-        return head + body[drop_prefix:], drop_prefix, suffix[: len(suffix) - drop_suffix], drop_suffix
+        least_prefix, least_suffix = plan_cut(len(before), len(after), room)
+        cut_prefix = cut_at_step(least_prefix, len(before), room, lambda i: self._ends_line(before[i - 1]))
+        cut_suffix = cut_at_step(least_suffix, len(after), room, lambda i: self._ends_line(after[-i - 1]))
+        kept_suffix = after[: len(after) - cut_suffix]
+        return head + before[cut_prefix:], dropped_prefix + cut_prefix, kept_suffix, dropped_suffix + cut_suffix
 
-
-def plan_reach(num_prefix: int, num_suffix: int, budget_tokens: int) -> tuple[int, int]:
-    """How many characters to leave out of a long prefix and suffix before they are tokenized, to bound the work.
-
-    The prefix starts at a multiple of the reach, so that its start, and with it every cut, stays while one types.
-    """
-    reach = max(1, budget_tokens) * _REACH
-    return max(0, num_prefix // reach - 1) * reach, max(0, num_suffix - reach)
-
-
-def plan_cut(num_prefix: int, num_suffix: int, room: int) -> tuple[int, int]:
-    """How many tokens to drop from the prefix's head and from the suffix's tail, so that the rest fits into `room`.
-
-    Three quarters of the room are the prefix's, and either side may use what the other leaves. Drops are whole
-    multiples of a step of about an eighth of the room: while one types, the cuts stay where they are for a step's
-    length, and the KV cache of everything behind them stays valid.
-    """
-    if num_prefix + num_suffix <= room:
-        return 0, 0
-    step = max(1, room // 8)
-    if step >= 64:
-        step -= step % 64
-    prefix_share = room - room // 4
-    prefix_room = max(prefix_share, room - num_suffix)
-    suffix_room = max(room - prefix_share, room - num_prefix)
-    drop_prefix = math.ceil(max(0, num_prefix - prefix_room) / step) * step
-    drop_suffix = math.ceil(max(0, num_suffix - suffix_room) / step) * step
-    return min(drop_prefix, num_prefix), min(drop_suffix, num_suffix)
-
-
-def _check_size(prompt: FimPrompt) -> None:
-    texts = [(name, str(getattr(prompt, name))) for name in ("prefix", "suffix", "path", "repository")]
-    texts += [(f"extra file {i}", item) for i, pair in enumerate(prompt.extra_files) for item in pair]
-    size = 0
-    for name, text in texts:
-        check_text(text, name)
-        size += len(text.encode())
-    if size > MAX_PROMPT_BYTES:
-        raise ValueError(
-            f"the prompt has {size} bytes of text, and {MAX_PROMPT_BYTES} are allowed; send the part around the cursor"
-        )
+    def _ends_line(self, token_id: int) -> bool:
+        return self._tokenizer.token_bytes(token_id).endswith(b"\n")

@@ -133,8 +133,9 @@ def _sentencepiece(header: GgufHeader, tokens: list[str], types: list[int], ids:
     ):
         if (kind == _BYTE and not re.fullmatch("<0x[0-9A-Fa-f]{2}>", token)) or not 1 <= kind <= _BYTE or not token:
             raise ValueError(f"{header.path}: token {i}, {token!r}, cannot be of type {kind}; convert the model again")
-        # The converter writes spaces of added tokens as such.
-        proto.pieces.add(piece=token.replace(" ", "▁"), score=score, type=kind)
+        # The converter writes spaces of added tokens as such. An id that is not in use gets a name that is no piece.
+        piece = f"unused {i}" if kind == _UNUSED else token.replace(" ", "▁")
+        proto.pieces.add(piece=piece, score=score, type=kind)
     spec = proto.trainer_spec
     spec.model_type, spec.vocab_size, spec.byte_fallback = _BPE, len(tokens), _BYTE in types
     for name, default in (("unk", 0), ("bos", 1), ("eos", 2), ("pad", -1)):

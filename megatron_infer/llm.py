@@ -22,6 +22,7 @@ from megatron_infer.collective import Follower, Leader
 from megatron_infer.completion import Completion, CompletionStream, Items, Timings, TokenLogprob
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.bring_up import bring_up
+from megatron_infer.engine.drafter import LookupDrafter
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.follower import Followers
 from megatron_infer.engine.memory import check_memory
@@ -36,12 +37,14 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Prompt, Session
+from megatron_infer.session import Handle, Load, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher
 
-__all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Timings", "TokenLogprob"]
+__all__ = [
+    "LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Load", "Prompt", "Timings", "TokenLogprob"
+]  # fmt: skip
 
 log = logging.getLogger("megatron_infer")
 
@@ -61,20 +64,28 @@ def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str 
         return _preview(checkpoint, config, fim, world)
 
 
-def listed_hashes(model_dir: Path) -> dict[str, tuple[int, str]]:
-    """Size in bytes and SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
+def listed_hashes(model_dir: Path) -> dict[str, str]:
+    """SHA-256 of the files that the checkpoint's own manifest lists; none without a manifest."""
     manifest = Manifest.load(model_dir)
-    return {name: (entry.size, entry.sha256) for name, entry in manifest.files.items()} if manifest else {}
+    return {name: entry.sha256 for name, entry in manifest.files.items()} if manifest else {}
 
 
 def _preview(checkpoint: Checkpoint, config: EngineConfig, fim: str | None, world: World) -> Preview:
-    tokenizer, model = load_tokenizer(checkpoint.model_dir), checkpoint.config
+    model = checkpoint.config
+    tokenizer = load_tokenizer(checkpoint.model_dir, model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer in {checkpoint.model_dir} has {tokenizer.vocab_size} pieces, the model only "
             f"{model.vocab_size}; they do not belong together"
         )
     return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
+
+
+def _release(group: TPGroup, followers: Followers | None) -> None:
+    """What a runner that nobody closed holds outside of Python."""
+    if followers is not None:
+        followers.close(patience_seconds=0)
+    group.close()
 
 
 class LLM:
@@ -104,7 +115,9 @@ class LLM:
         self.model_dir = local_path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
-        with open_checkpoint(self.model_dir, model_name) as checkpoint:
+        end_with_launcher(world)
+        verify = asked.verify_on_load and world.is_first
+        with open_checkpoint(self.model_dir, model_name, verify=verify) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
             known = _preview(checkpoint, asked, fim, world)
@@ -129,16 +142,19 @@ class LLM:
         if not world.is_launched:
             world = World(0, size, 0, size)
         check_memory(config, checkpoint.config, world)
+        gaps = self.tokenizer.gaps(checkpoint.config.vocab_size)
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
-            self._followers = Followers(checkpoint.model_dir, model_name, config)
-        in_world = partial(TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic)
+            self._followers = Followers(checkpoint.model_dir, model_name, config, gaps)
+        in_world = partial(
+            TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic,
+            timeout_seconds=config.start_timeout_seconds,
+        )  # fmt: skip
         join = in_world if self._followers is None else self._followers.join
         try:
-            runner = bring_up(checkpoint, config, world, join, profile)
-            if self._followers is not None:
-                # As long as the runner: a stream, or the session alone, needs the followers as much as this object.
-                weakref.finalize(runner, self._followers.close)
+            runner = bring_up(checkpoint, config, world, join, profile, gaps=gaps)
+            # As long as the runner: a stream, or the session alone, needs the ranks as much as this object.
+            weakref.finalize(runner, _release, runner.tp, self._followers)
             return runner
         except BaseException as error:
             if self._followers is not None:
@@ -157,6 +173,7 @@ class LLM:
         scheduler = Scheduler(
             BlockPool(kv.num_blocks, kv.block_size, config.enable_prefix_caching), max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens, max_model_len=self.max_model_len,
+            drafter=LookupDrafter(config.num_draft_tokens) if config.num_draft_tokens else None,
         )  # fmt: skip
         session = Session(
             Engine(self._runner, scheduler, profile), self.tokenizer, self.fim, self.model_config,
@@ -170,6 +187,8 @@ class LLM:
             is_default = given == getattr(EngineConfig(), name)
             source = ("default" if is_default else "given") if given == value else f"resolved from {given or 'nothing'}"
             log.info("config: %s = %s (%s)", name, value, source)
+        model, fim = self.model_config.eos_token_ids, sorted(self.fim.stop_token_ids)
+        log.info("end tokens: %s of the checkpoint's settings, %s of its tokenizer and FIM family", list(model), fim)
         group = self._runner.tp
         log.info("tensor parallel: %d rank(s) over %s (%s)", group.size, group.backend, group.why)
 

@@ -1,19 +1,20 @@
 """What a model is: its shape, as Hugging Face's `config.json` has it, and how heads are divided among ranks.
 
-Owns ModelConfig and RopeScaling: frozen, validated at construction, with errors that name the remedy. Knows nothing of
-torch, files other than config.json, or devices.
+Owns ModelConfig: frozen, validated at construction, with errors that name the remedy. Knows nothing of torch, devices,
+or files other than config.json and generation_config.json.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
-from megatron_infer.checks import finite, int_in, one_of, positive_int
+from megatron_infer.checks import boolean, finite, int_in, one_of, positive_int
+from megatron_infer.files import read_json_object
 from megatron_infer.quantization import Quantization
+from megatron_infer.rope_scaling import RopeScaling, read_rope
 
 TP_SIZES = (1, 2, 4, 8)
 """Tensor-parallel degrees of the numerics contract: a linear layer has 8 K-chunks, and a rank owns 8/tp whole ones."""
@@ -23,55 +24,38 @@ DEFAULT_MODEL_NAME = "aix3-7b-base"
 
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "mistral": "MistralForCausalLM"}
-_ROPE_SCALINGS = ("linear", "yarn")
-_LLAMA_SHAPED = tuple(_ARCHITECTURES)
+_MAX_LAYERS = 4096
+_MAX_SIZE = 2**31 - 1
+"""Of every size: token ids and positions are int32."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes that every config.json must state; the others have a default."""
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """Stretching of rotary positions beyond the trained context.
+class _Family(NamedTuple):
+    """What a model_type leaves unsaid in config.json, and what transformers does whatever is said there."""
 
-    `linear` divides positions by `factor`; `yarn` is YaRN (arXiv 2309.00071) with the field names and defaults of
-    Hugging Face's `rope_scaling`.
-    """
+    architecture: str
+    defaults: Mapping[str, Any]
+    fixed: Mapping[str, Any]
 
-    rope_type: Literal["linear", "yarn"]
-    factor: float
-    original_max_position_embeddings: int | None = None
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
 
-    def __post_init__(self) -> None:
-        one_of("rope scaling type", self.rope_type, _ROPE_SCALINGS)
-        finite("rope scaling factor", self.factor, low=1.0)
-
-    @classmethod
-    def from_hf(cls, raw: Mapping[str, Any]) -> RopeScaling | None:
-        """Read `rope_scaling` (transformers 4) or `rope_parameters` (transformers 5); None for plain RoPE."""
-        rope_type = raw.get("rope_type", raw.get("type", "default"))
-        if rope_type == "default":
-            return None
-        one_of("config.json: rope scaling type", rope_type, _ROPE_SCALINGS)
-        given = {name: raw[name] for name in cls.__dataclass_fields__ if raw.get(name) is not None}
-        if "factor" not in given:
-            raise ValueError(f"config.json: rope scaling of type {rope_type!r} has no 'factor'")
-        return cls(**{**given, "rope_type": rope_type})
-
-    def to_hf(self) -> dict[str, Any]:
-        """The Hugging Face dictionary this was read from, defaults left out."""
-        out: dict[str, Any] = {"rope_type": self.rope_type, "factor": self.factor}
-        for name, spec in self.__dataclass_fields__.items():
-            value = getattr(self, name)
-            if name not in out and value != spec.default:
-                out[name] = value
-        return out
+_QWEN = {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768}
+_FAMILIES = {
+    "llama": _Family("LlamaForCausalLM", {"max_position_embeddings": 2048}, {"use_sliding_window": False}),
+    "mistral": _Family(
+        "MistralForCausalLM",
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0},
+    ),
+    "qwen2": _Family("Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "mlp_bias": False}),
+    "qwen3": _Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, {"mlp_bias": False}),
+}
+_DEFAULTS = {
+    "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "use_sliding_window": False,
+    "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+}  # fmt: skip
+"""Of transformers 5, where the family has no other (configuration_llama.py and its siblings)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +63,7 @@ class ModelConfig:
     """Shape of a Llama-shaped decoder: RMSNorm, RoPE (half-split), GQA, SwiGLU. Names as in Hugging Face's config.json.
 
     `attention_bias` covers q, k and v; `attention_output_bias` covers o (Qwen2 has the first only, Granite both).
+    `qk_norm`: each query and key head has an RMSNorm before its rotation (Qwen3).
     `quantization`: of the linear layers on disk; None: they are stored in floating point.
     """
 
@@ -96,6 +81,7 @@ class ModelConfig:
     attention_bias: bool = False
     attention_output_bias: bool = False
     mlp_bias: bool = False
+    qk_norm: bool = False
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
@@ -105,9 +91,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"model config: {name} must be a positive integer, got {value!r}")
+            largest = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+            int_in(f"model config: {name}", getattr(self, name), 1, largest)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"model config: num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -117,9 +102,15 @@ class ModelConfig:
             raise ValueError(f"model config: head_dim must be even for RoPE, got {self.head_dim}")
         one_of("model config: torch_dtype", self.torch_dtype, FLOAT_DTYPES)
         finite("model config: rms_norm_eps", self.rms_norm_eps, low=0.0)
-        finite("model config: rope_theta", self.rope_theta, low=1.0)
-        for token_id in (*self.eos_token_ids, *(() if self.bos_token_id is None else (self.bos_token_id,))):
-            int_in("model config: bos_token_id and eos_token_id", token_id, 0, self.vocab_size - 1)
+        finite("model config: rope_theta", self.rope_theta, low=2.0)
+        for name in ("attention_bias", "attention_output_bias", "mlp_bias", "tie_word_embeddings"):
+            boolean(f"model config: {name}", getattr(self, name))
+        if self.bos_token_id is not None:  # only kept for whoever reads the file next, so it need not be a row
+            int_in("model config: bos_token_id", self.bos_token_id, -_MAX_SIZE, _MAX_SIZE)
+        for token_id in self.eos_token_ids:
+            int_in("model config: eos_token_id", token_id, 0, self.vocab_size - 1)
+        if self.fim is not None and not isinstance(self.fim, str):
+            raise ValueError(f"model config: fim must be the name of a family, got {self.fim!r:.80}")
         if self.quantization and (self.hidden_size % 2 or self.intermediate_size % 2):
             raise ValueError("model config: quantized weights need an even hidden_size and intermediate_size")
 
@@ -147,69 +138,74 @@ class ModelConfig:
         Raises:
             ValueError: another architecture, a field that is missing, or a feature this network does not have.
         """
-        model_type = raw.get("model_type", "llama")
-        if model_type not in _LLAMA_SHAPED:
-            raise ValueError(
-                f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(_LLAMA_SHAPED)} "
-                "(RMSNorm, RoPE, GQA, SwiGLU decoders)"
-            )
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            raise ValueError(f"config.json: hidden_act {raw['hidden_act']!r} is not supported; only silu (SwiGLU) is")
-        if raw.get("sliding_window") and raw.get("use_sliding_window", model_type == "mistral"):
-            raise ValueError("config.json: sliding-window attention is not supported")
-        for name in _REQUIRED:
-            positive_int(f"config.json: {name}", raw.get(name))
-        rope: dict[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            if not isinstance(raw.get(name) or {}, Mapping):
-                raise ValueError(f"config.json: {name} must be an object, got {raw[name]!r}")
-            rope |= raw.get(name) or {}
-        if any(source.get("partial_rotary_factor") not in (None, 1) for source in (raw, rope)):
-            raise ValueError("config.json: partial_rotary_factor is not supported; this network rotates whole heads")
-        heads = raw["num_attention_heads"]
-        attention_bias = bool(raw.get("attention_bias", model_type == "qwen2"))
-        eos = raw.get("eos_token_id", 2)
-        dtype = str(raw.get("torch_dtype") or raw.get("dtype") or "bfloat16")
+        model_type = raw.get("model_type")
+        if not isinstance(model_type, str) or model_type not in _FAMILIES:
+            wrong = "is missing" if model_type is None else f"{model_type!r:.80} is not supported"
+            supported = f"{', '.join(_FAMILIES)} (RMSNorm, RoPE, GQA, SwiGLU decoders)"
+            raise ValueError(f"model_type {wrong}; supported: {supported}")
+        family = _FAMILIES[model_type]
+        said = {**_DEFAULTS, **family.defaults, **raw, **family.fixed}
+        if said.get("hidden_act", "silu") not in ("silu", "swish"):
+            raise ValueError(f"hidden_act {said['hidden_act']!r:.80} is not supported; only silu (SwiGLU) is")
+        if said.get("is_causal", True) is not True:
+            raise ValueError(f"is_causal is {said['is_causal']!r}, but this network attends backwards only; remove it")
+        for name in (*_REQUIRED, "max_position_embeddings"):
+            positive_int(name, said.get(name))
+        longest = said["max_position_embeddings"]
+        theta, scaling = read_rope(raw, longest)
+        if scaling and scaling.rope_type == "yarn":
+            assert scaling.original_max_position_embeddings is not None
+            longest = max(longest, int(scaling.factor * scaling.original_max_position_embeddings))
+        _refuse_window(said, longest)
+        kv_heads, head_dim, heads = said["num_key_value_heads"], said["head_dim"], said["num_attention_heads"]
         return cls(
-            **{name: raw[name] for name in _REQUIRED},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
-            rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-            rope_theta=raw.get("rope_theta") or rope.get("rope_theta") or 10000.0,
-            rope_scaling=RopeScaling.from_hf(rope),
-            attention_bias=attention_bias,
-            attention_output_bias=attention_bias and model_type == "llama",
-            mlp_bias=bool(raw.get("mlp_bias", False)),
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            bos_token_id=raw.get("bos_token_id", 1),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
-            torch_dtype=dtype.removeprefix("torch."),
+            **{name: said[name] for name in (*_REQUIRED, "rms_norm_eps", "attention_bias", "mlp_bias")},
+            num_key_value_heads=heads if kv_heads is None else kv_heads,
+            head_dim=said["hidden_size"] // heads if head_dim is None else head_dim,
+            max_position_embeddings=longest,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            qk_norm=model_type == "qwen3",
+            attention_output_bias=said["attention_bias"] and model_type != "qwen2",
+            tie_word_embeddings=said["tie_word_embeddings"],
+            bos_token_id=said["bos_token_id"],
+            eos_token_ids=_token_ids(said["eos_token_id"]),
+            torch_dtype=str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch."),
             fim=raw.get("fim"),
             quantization=Quantization.from_hf(raw.get("quantization_config")),
         )
 
     @classmethod
     def from_dir(cls, model_dir: str | Path) -> ModelConfig:
-        """Read `config.json` of a checkpoint directory."""
+        """Read `config.json` of a checkpoint directory, and the end tokens that generation_config.json adds.
+
+        Raises:
+            ValueError: a file that is missing or damaged, or what `from_hf` refuses, with the path of the file.
+        """
         path = Path(model_dir) / "config.json"
+        if not path.exists():
+            raise ValueError(f"{path} does not exist; a checkpoint directory needs a config.json")
+        raw = read_json_object(path)
         try:
-            raw = json.loads(path.read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ValueError(f"{path} does not exist; a checkpoint directory needs a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise ValueError(f"{path} must hold a JSON object")
-        return cls.from_hf(raw)
+            config = cls.from_hf(raw)
+            path = path.with_name("generation_config.json")
+            if not path.exists():
+                return config
+            more = replace(config, eos_token_ids=_token_ids(read_json_object(path).get("eos_token_id")))
+            return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more.eos_token_ids))))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def to_hf(self) -> dict[str, Any]:
-        """A `config.json` that both this engine and transformers read back to the same network."""
-        model_type = "qwen2" if self.attention_bias and not self.attention_output_bias else "llama"
-        rope: dict[str, Any] = self.rope_scaling.to_hf() if self.rope_scaling else {"rope_type": "default"}
+        """A `config.json` that both this engine and transformers read back to the same network.
+
+        It spells the scaling as transformers 4 and 5 both read it, and once: whoever edits it edits what counts.
+        """
+        qkv_bias_only = self.attention_bias and not self.attention_output_bias
+        model_type = "qwen3" if self.qk_norm else "qwen2" if qkv_bias_only else "llama"
         eos = self.eos_token_ids
         out: dict[str, Any] = {
-            "architectures": [_ARCHITECTURES[model_type]],
+            "architectures": [_FAMILIES[model_type].architecture],
             "model_type": model_type,
             **{name: getattr(self, name) for name in (*_REQUIRED, "num_key_value_heads", "head_dim")},
             "hidden_act": "silu",
@@ -217,7 +213,6 @@ class ModelConfig:
             "rms_norm_eps": self.rms_norm_eps,
             "rope_theta": self.rope_theta,
             "rope_scaling": self.rope_scaling.to_hf() if self.rope_scaling else None,
-            "rope_parameters": {**rope, "rope_theta": self.rope_theta},
             "attention_bias": self.attention_bias,
             "mlp_bias": self.mlp_bias,
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -225,7 +220,7 @@ class ModelConfig:
             "eos_token_id": eos[0] if len(eos) == 1 else (list(eos) or None),
             "torch_dtype": self.torch_dtype,
         }
-        if model_type == "qwen2":
+        if model_type != "llama":
             out["use_sliding_window"] = False
         if self.fim:
             out["fim"] = self.fim
@@ -259,3 +254,28 @@ class ModelConfig:
             return range(rank * per_rank, (rank + 1) * per_rank)
         head = rank * self.num_key_value_heads // tp
         return range(head, head + 1)
+
+
+def _token_ids(value: Any) -> tuple[int, ...]:
+    """`eos_token_id` as the files have it: a number, a list of them, or null."""
+    return tuple(value) if isinstance(value, list) else (() if value is None else (value,))
+
+
+def _refuse_window(said: Mapping[str, Any], longest: int) -> None:
+    """Refuse a sliding window of attention, unless it is as long as the longest context and so changes nothing."""
+    window, layer_types = said["sliding_window"], said["layer_types"]
+    boolean("use_sliding_window", said["use_sliding_window"])
+    int_in("max_window_layers", said["max_window_layers"], 0, _MAX_LAYERS)
+    slides = said["use_sliding_window"] and said["max_window_layers"] < said["num_hidden_layers"] and window is not None
+    if layer_types is not None:
+        for kind in layer_types if isinstance(layer_types, list) else [layer_types]:
+            one_of("layer_types", kind, ("full_attention", "sliding_attention"))
+        slides = "sliding_attention" in layer_types
+    if not slides:
+        return
+    positive_int("sliding_window", window)
+    if window < longest:
+        raise ValueError(
+            f"sliding-window attention is not supported (sliding_window {window} of {longest} positions); to use the "
+            f"model up to {window} tokens, where the window changes nothing, set max_position_embeddings to {window}"
+        )

@@ -6,6 +6,8 @@ A new field of EngineConfig or SamplingParams is an option of every command with
 from __future__ import annotations
 
 import argparse
+import io
+import json
 import logging
 import sys
 import time
@@ -21,7 +23,7 @@ import megatron_infer
 from megatron_infer.hub import local_path
 from megatron_infer.llm import EngineDeadError
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
-from megatron_infer.world import World
+from megatron_infer.world import World, end_with_launcher, tell_launcher
 
 
 def _find_demo() -> Path:
@@ -35,6 +37,10 @@ DEMO_DIR = _find_demo()
 """The checkpoint that comes with the package; used where none is named."""
 
 
+_SYNONYMS = {"n": ("num_samples",)}
+"""For what torchrun takes as the beginning of an option of its own, even behind the name of the program."""
+
+
 class Parser(argparse.ArgumentParser):
     """Rank 0 alone reports a wrong option."""
 
@@ -44,6 +50,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         if self._world.is_first:
+            tell_launcher(f"error: {message}")
             super().error(message)
         raise SystemExit(_refused(self._world))
 
@@ -53,16 +60,20 @@ def run_command(command: Callable[[World], int]) -> int:
 
     Returns the exit status.
     """
+    survive_any_encoding()
     world = World()  # every rank reports what is wrong with its own environment
     try:
         world = World.from_env()
+        end_with_launcher(world)
         return command(world)
     except ValueError as error:
         if world.is_first:
+            tell_launcher(f"error: {error}")
             say(f"error: {error}")
         return _refused(world)
     except (EngineDeadError, DistError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell_launcher(f"error: {error}")
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -70,6 +81,28 @@ def run_command(command: Callable[[World], int]) -> int:
         # The reader of stdout went away (`| head`): not an error, but Python must not try to flush again.
         sys.stdout = None
         return 0
+
+
+def survive_any_encoding() -> None:
+    r"""From now on print what a terminal's encoding lacks as \uXXXX; Python would raise, after the work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def can_show(text: str) -> bool:
+    """Whether the encoding of stdout has all of `text`."""
+    try:
+        text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def to_json(value: Any) -> str:
+    """One line of JSON for stdout, its characters as they are where stdout's encoding has them all."""
+    line = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return line if can_show(line) else json.dumps(value, separators=(",", ":"))
 
 
 def _refused(world: World) -> int:
@@ -113,7 +146,8 @@ def model_dir_of(args: argparse.Namespace) -> Path:
 
 def add_option(group: Any, name: str, **settings: Any) -> None:
     """One option, in both spellings: with _ and with -."""
-    spellings = [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+    names = [name, *_SYNONYMS.get(name, ())]
+    spellings = [f"--{text}" for name in names for text in dict.fromkeys((name, name.replace("_", "-")))]
     group.add_argument(*spellings, dest=name, **settings)
 
 
@@ -134,9 +168,8 @@ def _add_field(group: Any, cls: type, spec: Field[Any]) -> None:
     if kind is bool:
         add_option(group, spec.name, action=argparse.BooleanOptionalAction, default=None, help=spec.metadata["help"])
     elif typing.get_origin(kind) is tuple:
-        add_option(
-            group, spec.name, action="append", type=options[0], metavar="VALUE", help=help_text + "; may be repeated"
-        )
+        parse = spec.metadata["parse"] or options[0]
+        add_option(group, spec.name, action="append", type=parse, metavar="VALUE", help=help_text + "; may be repeated")
     else:
         add_option(group, spec.name, type=options[0], metavar=options[0].__name__.upper(), help=help_text)
 

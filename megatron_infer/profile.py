@@ -71,8 +71,8 @@ class Profile:
     """Records while recording(), for one rank and one thread.
 
     A step lasts from the end of the one before it, or from the start of the recording, to its own end: queueing,
-    planning and text count. It is a prefill step when some sequence has more than one query token in it, else a decode
-    step. The recording itself is left out of every figure.
+    planning and text count. It is a prefill step when some sequence has more than one query token in it, drafts aside,
+    else a decode step. The recording itself is left out of every figure.
 
     Args:
         op_by_op: have the halves of a layer made of single ops, so that each is seen. The answers are the same; steps
@@ -158,6 +158,10 @@ class Profile:
         totals.engine_seconds.append(seconds - sum(call_seconds for _, call_seconds in self._calls))
         self._begin_step()
 
+    def begin(self, *, is_prefill: bool) -> None:
+        """What the step in progress is."""
+        self._has_prefill |= is_prefill
+
     def _begin_step(self) -> None:
         self._calls.clear()
         self._has_prefill = False
@@ -171,7 +175,6 @@ class Profile:
     def _attention_of(self, num_heads: int, batch: BatchView, k_cache: Tensor) -> Work:
         head_dim = k_cache.shape[3]
         starts, contexts = batch.query_start_S1.tolist(), batch.context_lens_S.tolist()
-        self._has_prefill |= starts[-1] > len(contexts)
         position_bytes = 2 * k_cache.shape[1] * head_dim * k_cache.element_size()
         seen = 0
         for start, end, context in zip(starts, starts[1:], contexts, strict=False):

@@ -46,12 +46,12 @@ class Quantization:
         method = raw.get("quant_method") if isinstance(raw, Mapping) else raw
         if method != QUANT_METHOD:
             raise ValueError(
-                f"config.json: weights quantized by another tool ({method!r}) are not read; take the checkpoint before "
+                f"weights quantized by another tool ({method!r}) are not read; take the checkpoint before "
                 "quantization and use quantization='int8' or 'int4', or python -m checkpoints_convert quantize"
             )
         formats = {bits: name for name, bits in _BITS.items()}
         bits = raw.get("bits")
-        one_of("config.json: quantization_config.bits", bits, tuple(formats))
+        one_of("quantization_config.bits", bits, tuple(formats))
         return cls(formats[bits], raw.get("group_size"), raw.get("rounding"))
 
     def to_hf(self) -> dict[str, Any]:

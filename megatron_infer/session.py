@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import operator
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Event, Request
 from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
+from megatron_infer.healing import Healing, TokenTable, heal
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
@@ -34,9 +38,10 @@ Prompt = FimPrompt | str | Sequence[int]
 class Handle:
     """One submitted prompt on its way: `completions` grow, one per sample. A handle that is dropped is cancelled."""
 
+    completions: tuple[GrowingCompletion, ...] = ()
+
     def __init__(self, session: Session, completions: tuple[GrowingCompletion, ...]) -> None:
-        self.completions = completions
-        self._session = session
+        self._session, self.completions = session, completions
 
     @property
     def is_finished(self) -> bool:
@@ -47,8 +52,21 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def __del__(self) -> None:
+    def cancel(self) -> None:
+        """As Session.cancel."""
         self._session.cancel(self)
+
+    def __del__(self) -> None:
+        self.cancel()
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that compute and that wait, and the share of the KV cache in use."""
+
+    num_running: int
+    num_waiting: int
+    kv_usage: float
 
 
 @dataclass(frozen=True)
@@ -59,6 +77,9 @@ class _Encoded:
     ids: Sequence[int]
     stop_token_ids: frozenset[int]
     num_dropped_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    healing: Healing | None = None
+    prefix: range | None = None
 
 
 class Session:
@@ -68,16 +89,19 @@ class Session:
         max_model_len: prompt and completion together, in tokens.
         max_num_seqs: sequences the engine computes together; a batch that must stay in order keeps twice as many.
         profile: told when a step is over.
+        clock: in seconds.
     """
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer, fim: FimFormat, model: ModelConfig, *, max_model_len: int,
-        max_num_seqs: int, profile: Profile | None = None,
+        max_num_seqs: int, profile: Profile | None = None, clock: Callable[[], float] = time.perf_counter,
     ) -> None:  # fmt: skip
         self._engine, self._tokenizer, self._fim = engine, tokenizer, fim
         self._vocab_size, self._end_ids = model.vocab_size, frozenset(model.eos_token_ids)
+        self._num_pieces = model.vocab_size - sum(stop - start for start, stop in tokenizer.gaps(model.vocab_size))
         self._max_model_len, self.max_num_seqs = max_model_len, max_num_seqs
-        self._profile = profile
+        self._profile, self._clock = profile, clock
+        self._has_said_clamped = False
         self._ids = itertools.count()
         self._active: dict[int, tuple[GrowingCompletion, Callable[[], None] | None]] = {}
         self._due: deque[Callable[[], None]] = deque()
@@ -101,18 +125,32 @@ class Session:
             ValueError: bad prompt or parameters; nothing was queued.
             EngineDeadError: a rank failed.
         """
+        submitted = self._clock()
         self._engine.ensure_alive()
         if not isinstance(sampling, SamplingParams):
             raise ValueError(f"sampling must be SamplingParams, not {type(sampling).__name__}")
-        too_high = [i for i in sampling.stop_token_ids if i >= self._vocab_size]
-        if too_high:
-            raise ValueError(f"stop_token_ids {too_high} are outside the vocabulary of {self._vocab_size}")
+        for name, ids in (("stop_token_ids", sampling.stop_token_ids), ("logit_bias", dict(sampling.logit_bias))):
+            too_high = [i for i in ids if i >= self._vocab_size]
+            if too_high:
+                raise ValueError(f"{name} {too_high} are outside the vocabulary of {self._vocab_size}")
+        bad_words = self._bad_words(sampling)
         encoded = self._encode(prompt, sampling, options)
+        room = self._max_model_len - len(encoded.ids)
+        if 0 < room < sampling.max_new_tokens and not self._has_said_clamped:
+            self._has_said_clamped = True
+            log.warning(
+                "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
+                "(said once)", sampling.max_new_tokens, room, self._max_model_len, len(encoded.ids),
+            )  # fmt: skip
+        # A control token has no text that a stop string could be found in.
+        control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
+        stop, stop_ids = (*sampling.stop, *encoded.stop), (*sampling.stop_token_ids, *control)
+        sampling = replace(sampling, stop=stop, stop_token_ids=stop_ids)
         seed = secrets.randbits(63) if sampling.seed is None else sampling.seed
         requests = [
             Request(
                 next(self._ids), encoded.ids, sampling, self._max_model_len, encoded.stop_token_ids,
-                seed=seed, choice=choice,
+                seed=seed, choice=choice, bad_words=bad_words, guide=encoded.healing, prefix=encoded.prefix,
             )
             for choice in range(sampling.n)
         ]  # fmt: skip
@@ -120,6 +158,7 @@ class Session:
             GrowingCompletion(
                 request, encoded.prompt, self._tokenizer,
                 prompt_index=prompt_index, num_dropped_tokens=encoded.num_dropped_tokens,
+                submitted=submitted, skip_bytes=len(encoded.healing.text) if encoded.healing is not None else 0,
             )
             for request in requests
         )  # fmt: skip
@@ -137,12 +176,13 @@ class Session:
     def step(self) -> None:
         """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed."""
         with self.undisturbed():
-            for event in self._engine.step():
+            events, now = self._engine.step(), self._clock()
+            for event in events:
                 request_id = event.request.request_id
                 if request_id not in self._active:
                     continue
                 growing, notify = self._active[request_id]
-                growing.receive(event)
+                growing.receive(event, now)
                 if notify is not None:
                     self._grown.append(notify)
                 if growing.finish_reason is not None:
@@ -163,6 +203,13 @@ class Session:
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return self._engine.has_work
+
+    @property
+    def load(self) -> Load:
+        """At this moment; during a step, of somewhere within it."""
+        scheduler = self._engine.scheduler
+        pool = scheduler.pool
+        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -221,28 +268,39 @@ class Session:
             if request_id in self._active:
                 _, notify = self._active.pop(request_id)
                 self._engine.abort(request_id)
-                growing.receive(Event(growing.request, None, "abort"))
+                growing.receive(Event(growing.request, None, "abort"), self._clock())
                 if notify is not None:
                     self._grown.append(notify)
 
+    def _bad_words(self, sampling: SamplingParams) -> list[tuple[int, ...]]:
+        """Every word as ids, as it stands and behind a space. Raises ValueError: no token could ever be drawn."""
+        texts = {start + word for word in sampling.bad_words for start in ("", "" if word[0].isspace() else " ")}
+        words = [tuple(self._tokenizer.encode(text, dummy_prefix=False)) for text in sorted(texts)]
+        forbidden = {word[-1] for word in words} | {i for i, bias in sampling.logit_bias if bias == -math.inf}
+        if sampling.min_new_tokens:
+            forbidden |= self._end_ids | set(sampling.stop_token_ids)
+        if sampling.edits_logits and self._num_pieces <= len(forbidden):
+            raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
+        return words
+
+    @cached_property
+    def _token_table(self) -> TokenTable:
+        return TokenTable(self._tokenizer)
+
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
-        budget = self._max_model_len - sampling.max_new_tokens
-        if budget < 1:
-            raise ValueError(
-                f"max_new_tokens {sampling.max_new_tokens} leaves no room for a prompt in a context of "
-                f"{self._max_model_len} tokens; lower it or raise max_model_len"
-            )
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
-            encoding = self._fim.encode(fim_prompt, budget_tokens=budget, options=options)
+            # The completion takes at most half of the context away from a long prompt; the engine clamps it.
+            longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
+            encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens
-            return _Encoded(fim_prompt, encoding.ids, self._end_ids | encoding.stop_token_ids, num_dropped)
+            ends = self._end_ids | encoding.stop_token_ids
+            ids, prefix, healing = encoding.ids, encoding.prefix, None
+            if options is not None and options.token_healing and fim_prompt.prefix:
+                ids, healing = heal(ids, prefix, self._token_table)
+                prefix = range(prefix.start, prefix.stop + len(ids) - len(encoding.ids))
+            return _Encoded(fim_prompt, ids, ends, num_dropped, encoding.stop, healing, prefix)
         ids = _token_ids(prompt, self._vocab_size)
-        if len(ids) > budget:
-            raise ValueError(
-                f"the prompt's {len(ids)} tokens and max_new_tokens {sampling.max_new_tokens} exceed the context of "
-                f"{self._max_model_len} tokens"
-            )
         return _Encoded(None, ids, self._end_ids | self._fim.stop_token_ids)
 
 

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Sequence
 
 from megatron_infer.tokenizer import Tokenizer
+
+_BARE_NEWLINE = re.compile(r"(?<!\r)\n")
 
 
 class TextStream:
     """Turns token ids into text as they come, cut at the first stop string.
 
     Joined, the pieces of `feed` and `finish` are exactly `tokenizer.decode(ids)` up to the earliest start of a stop
-    string, wherever tokens begin and end. Held back are only unfinished UTF-8 and text that may begin a stop string.
-    `stopped`: the stop string that ended the text, or None.
+    string, wherever tokens begin and end. A newline in a stop string is any line end, LF or CRLF. Held back are only
+    unfinished UTF-8 and text that may begin a stop string.
+    `stopped`: the stop string that ended the text, or None. skip_bytes: the first ones are no part of the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), skip_bytes: int = 0) -> None:
         if isinstance(stop, str) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be a list of non-empty strings, not {stop!r}")
         self.stopped: str | None = None
         self._tokenizer = tokenizer
         # Shortest first: of two that start at one place, the shorter one is complete earlier.
         self._stop = sorted(set(stop), key=lambda s: (len(s), s))
+        self._patterns = {s: re.compile("\r?\n".join(map(re.escape, _BARE_NEWLINE.split(s)))) for s in self._stop}
+        self._in_lines = [s.replace("\r\n", "\n") for s in self._stop]
+        self._reach = max((len(s) + s.count("\n") for s in self._stop), default=0)
+        """As long as the longest match."""
+        self._skip_bytes = skip_bytes
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
 
     def feed(self, token_id: int) -> str:
         """The text that is certain after this token; empty after a stop string."""
-        return self._take(self._utf8.decode(self._tokenizer.token_bytes(token_id)), final=False)
+        data = self._tokenizer.token_bytes(token_id)
+        skipped, self._skip_bytes = self._skip_bytes, max(0, self._skip_bytes - len(data))
+        return self._take(self._utf8.decode(data[skipped:]), final=False)
 
     def finish(self) -> str:
-        """What was held back, once no token follows."""
-        return self._take(self._utf8.decode(b"", final=True), final=True)
+        """What was held back, once no token follows; a character that has only begun is left out."""
+        return self._take("", final=True)
 
     def _take(self, text: str, final: bool) -> str:
         if self.stopped is not None:
@@ -40,17 +51,24 @@ class TextStream:
         if not self._stop:
             return text
         self._held += text
-        match = min(((at, s) for s in self._stop if (at := self._held.find(s)) >= 0), key=lambda m: m[0], default=None)
+        matches = [(m.start(), s) for s, pattern in self._patterns.items() if (m := pattern.search(self._held))]
         end = len(self._held) if final else self._first_open_start()
-        if match is not None and match[0] <= end:
+        if matches and (match := min(matches, key=lambda m: m[0]))[0] <= end:
             end, self.stopped = match
         piece, self._held = self._held[:end], self._held[end:]
         return piece
 
     def _first_open_start(self) -> int:
         """First place in the held text where a stop string may have begun without having ended; else its length."""
-        longest = len(self._stop[-1])
-        for at in range(max(0, len(self._held) - longest + 1), len(self._held)):
-            if any(s.startswith(self._held[at:]) and len(s) > len(self._held) - at for s in self._stop):
+        for at in range(max(0, len(self._held) - self._reach + 1), len(self._held)):
+            begun = self._held[at:].replace("\r\n", "\n")
+            if any(_may_become(begun, s) for s in self._in_lines):
                 return at
         return len(self._held)
+
+
+def _may_become(begun: str, stop: str) -> bool:
+    """Whether text that ends with `begun` may go on to have `stop` from there; both with LF for CRLF."""
+    return (stop.startswith(begun) and len(stop) > len(begun)) or (
+        begun.endswith("\r") and stop.startswith(begun[:-1] + "\n")
+    )

@@ -5,20 +5,31 @@ A World is read once and passed down. How its ranks form groups is tensor_parall
 
 from __future__ import annotations
 
+import ipaddress
+import json
 import logging
 import os
+import re
+import signal
+import socket
+import threading
+import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from queue import Empty, Queue
 from threading import Thread
 
-from torch._C._distributed_c10d import PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.rendezvous import rendezvous
 
 log = logging.getLogger("megatron_infer")
 
 _PATIENCE_SECONDS = 4.0
 """So long nothing is said about ranks that have not come."""
+_LOOK_SECONDS, _FAREWELL_SECONDS = 0.5, 5.0
+_LAUNCHER_WATCH = "megatron_infer-launcher"
 _REMEDY = "start with `torchrun --nproc_per_node N ...`, or unset RANK and WORLD_SIZE to run as a single process"
 
 
@@ -67,6 +78,8 @@ class World:
         if not 0 <= rank < size:
             raise ValueError(f"RANK={rank} is not below WORLD_SIZE={size}: {_REMEDY}")
         local_rank, local_size = _integer("LOCAL_RANK", 0), _integer("LOCAL_WORLD_SIZE", 1)
+        if "LOCAL_RANK" not in os.environ and os.environ.get("SLURM_PROCID") == str(rank):
+            local_rank, local_size = _integer("SLURM_LOCALID"), _slurm_tasks_here()
         if not 1 <= local_size <= size or ("LOCAL_WORLD_SIZE" in os.environ and not 0 <= local_rank < local_size):
             raise ValueError(
                 f"LOCAL_RANK={local_rank} and LOCAL_WORLD_SIZE={local_size} do not fit WORLD_SIZE={size}: {_REMEDY}"
@@ -83,6 +96,65 @@ def _integer(key: str, default: int | None = None) -> int:
         raise ValueError(f"{key}={text!r} is not an integer: {_REMEDY}") from None
 
 
+def _slurm_tasks_here() -> int:
+    """Of "2(x3),1": three hosts with two tasks each, then one with one (srun(1), SLURM_STEP_TASKS_PER_NODE)."""
+    counts: list[int] = []
+    for tasks, repeats in re.findall(r"(\d+)(?:\(x(\d+)\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(tasks)] * int(repeats or 1)
+    node = _integer("SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else _integer("SLURM_LOCALID") + 1
+
+
+def _host_on_loopback(world: World, timeout: timedelta) -> Store | None:
+    """Where rank 0 hosts the store itself and all ranks meet at this host's loopback address: a store that listens
+    there alone. torch's own listens on every interface, and asks nobody who he is."""
+    host, _, port = world.address.rpartition(":")
+    if not world.is_first or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    with suppress(OSError):  # no such host, which torch explains; or the program has a store there, which torch finds
+        if ipaddress.ip_address(address := socket.gethostbyname(host)).is_loopback:
+            fd = socket.create_server((address, int(port))).detach()
+            return TCPStore(host, int(port), world.size, True, timeout, multi_tenant=True, master_listen_fd=fd)
+    return None
+
+
+def end_with_launcher(world: World) -> None:
+    """Have this process end when torchrun does: a torchrun that was killed cannot stop its ranks. Idempotent.
+
+    First as SIGTERM ends it, and for certain a few seconds later. Other launchers end their processes themselves.
+    """
+    if not world.is_launched or "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and not _is_orphan(parent):
+            time.sleep(_LOOK_SECONDS)
+        os.write(2, f"rank {world.rank} ends: its launcher is gone\n".encode())
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(_FAREWELL_SECONDS)
+        os._exit(1)
+
+    if not any(thread.name == _LAUNCHER_WATCH for thread in threading.enumerate()):
+        Thread(target=watch, daemon=True, name=_LAUNCHER_WATCH).start()
+
+
+def tell_launcher(error: str) -> None:
+    """What the report of torchrun shall end with, in the format of torch.distributed.elastic.multiprocessing.errors."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        message = {"message": error, "extraInfo": {"py_callstack": error, "timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(path).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def _is_orphan(parent: int) -> bool:
+    """Whether torchrun, a Python program, was gone before anyone looked. In a container it may be process 1 itself."""
+    try:
+        return parent == 1 and "python" not in os.readlink("/proc/1/exe")
+    except OSError:
+        return True  # of another user
+
+
 def launcher_store(world: World, timeout_seconds: float) -> Store:
     """The launcher's store (rank 0 hosts it where the launcher has none), apart for each restart of the workers.
 
@@ -95,8 +167,8 @@ def launcher_store(world: World, timeout_seconds: float) -> Store:
 
     def connect() -> None:
         try:
-            store, _, _ = next(iter(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds))))
-            found.put(store)
+            timeout = timedelta(seconds=timeout_seconds)
+            found.put(_host_on_loopback(world, timeout) or next(iter(rendezvous("env://", timeout=timeout)))[0])
         except Exception as error:
             found.put(error)
 

@@ -10,6 +10,7 @@ import pytest
 from checkpoints_convert import __main__ as convert
 from megatron_infer import bench, cli
 from megatron_infer.eval import command as eval_command
+from megatron_infer.serve import command as serve_command
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -18,6 +19,7 @@ PROGRAMS = {
     "sess_megatron.py": cli.main,
     "-m megatron_infer bench": bench.main,
     "-m megatron_infer eval": eval_command.main,
+    "-m megatron_infer serve": serve_command.main,
     "-m checkpoints_convert": convert.main,
 }
 COMMAND = re.compile(rf"({'|'.join(PROGRAMS)})(?: (\w[\w-]*))?")

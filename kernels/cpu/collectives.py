@@ -7,9 +7,10 @@ counts, neither tensors nor how the ranks found each other. The contract is in c
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
-import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,10 @@ WINDOW_BYTES = 512 * 1024
 MAX_RANKS = 64
 _OK, _AGAIN, _GROW = 0, 1, 3
 _SMALL_INTS = 4096
+# Linux's fcntl.h; named in Python's fcntl from 3.12 on only where the C library has them.
+_F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
+_SEALS = 0x1 | 0x2 | 0x4
+"""F_SEAL_SEAL, F_SEAL_SHRINK and F_SEAL_GROW: nobody changes the size, or these."""
 
 _POINTER, _INT, _INT64 = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _SIGNATURES: dict[str, tuple[type | None, list[type]]] = {
@@ -64,32 +69,45 @@ def load_library(path: Path = LIBRARY_PATH) -> ctypes.CDLL:
 
 def create_file(library: ctypes.CDLL, size: int) -> int:
     """File descriptor of a zero-filled anonymous file for `size` ranks. Having no name, it cannot be left behind."""
-    fd = os.memfd_create("megatron_infer", os.MFD_CLOEXEC)
+    fd = os.memfd_create("megatron_infer", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         # Reserves the pages now: a host without memory fails here, not with a bus error in the middle of a step.
         os.posix_fallocate(fd, 0, library.mi_coll_mapping_bytes(size, WINDOW_BYTES))
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
     except OSError:
         os.close(fd)
         raise
     return fd
 
 
+def check_file(library: ctypes.CDLL, fd: int, size: int) -> None:
+    """Refuse a descriptor that create_file() cannot have made for `size` ranks (OSError). Writes nothing."""
+    try:
+        # A file of the disk has no seals, and one that is sealed cannot shrink below a mapping.
+        is_ours = fcntl.fcntl(fd, _F_GET_SEALS) == _SEALS
+    except OSError:
+        is_ours = False
+    if not is_ours or os.fstat(fd).st_size != library.mi_coll_mapping_bytes(size, WINDOW_BYTES):
+        raise OSError("what was handed over is not the group's shared memory")
+
+
 class SharedMemory:
     """One rank's end of the mapping. Not thread-safe, except poll() and fail().
 
-    Owns `fd` from here on. `identity` tells processes apart (the same for threads of one process).
+    Owns `fd` once it stands. `identity` tells processes apart (the same for threads of one process). `waiting` is
+    entered with the name of an operation that waits; what it yields says why a late rank is given up, or nothing.
     Methods raise PeerFailure when the group has failed; rank and cause are the same on every rank.
     """
 
     def __init__(
-        self, library: ctypes.CDLL, fd: int, rank: int, size: int, identity: int, timeout_seconds: float
-    ) -> None:
+        self, library: ctypes.CDLL, fd: int, rank: int, size: int, identity: int,
+        waiting: Callable[[str], AbstractContextManager[Callable[[int], str]]],
+    ) -> None:  # fmt: skip
         self._library = library
-        self._timeout_seconds = timeout_seconds
+        self._waiting = waiting
         self._is_root = rank == 0
         self._context = library.mi_coll_attach(fd, rank, size, WINDOW_BYTES, identity)
         if not self._context:
-            os.close(fd)
             raise OSError(ctypes.get_errno(), f"cannot map shared memory: {os.strerror(ctypes.get_errno())}")
         self._small = np.empty(_SMALL_INTS, dtype=np.int64)
         self._length = ctypes.c_int64()
@@ -147,11 +165,10 @@ class SharedMemory:
 
     def _retry(self, name: str, function: Callable[..., int], *arguments: int, limited: bool = True) -> int:
         """Continue a call that did not complete at once; between the calls Python runs its signal handlers."""
-        start = time.monotonic()
-        while (rc := function(self._context, *arguments)) == _AGAIN:
-            if limited and time.monotonic() - start > self._timeout_seconds:
-                late = self._library.mi_coll_late_rank(self._context)
-                self.fail(late, f"it is alive but did not reach {name} within {self._timeout_seconds:g} s")
-        if rc not in (_OK, _GROW):
-            raise self.failure()
+        with self._waiting(name) as over:
+            while (rc := function(self._context, *arguments)) == _AGAIN:
+                if limited and (cause := over(late := self._library.mi_coll_late_rank(self._context))):
+                    self.fail(late, cause)
+            if rc not in (_OK, _GROW):
+                raise self.failure()
         return rc

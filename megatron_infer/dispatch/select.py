@@ -21,6 +21,8 @@ from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
 from megatron_infer.ops.reference import ReferenceOps
 from megatron_infer.ops.vendor import VendorOps
 
+CANDIDATES = ("native", "triton", "vendor", "reference")
+"""In the order in which they are wanted."""
 _REPLACED = {"flash-attn": ("paged_attention",), "apex": ("rms_norm", "add_rms_norm")}
 """Ops of torch's own that a package replaces."""
 
@@ -141,7 +143,7 @@ def _assembled(chosen: Candidate, refused: list[Candidate], replacing: list[Cand
                 line = f"{other.name} ({other.detail}){because}"
         report.append(f"{op}: {line}")
     *_, ops = (candidate.ops for candidate in (chosen, *replacing) if candidate.ops is not None)
-    ops.report = tuple(report)
+    ops.report, ops.chosen = tuple(report), chosen.name
     return ops
 
 
@@ -175,7 +177,7 @@ def select_ops(
     if force not in (None, *make):
         raise ValueError(f"force is {force!r}; it must be one of {', '.join(make)}")
     refused: list[Candidate] = []
-    for name in [force] if force else list(make):
+    for name in [force] if force else CANDIDATES:
         candidate = make[name]()
         if candidate.ops is not None:
             replacing = _replacing(candidate, device, shape, deterministic) if shape is not None else []

@@ -5,16 +5,20 @@ What can be refused without reading a weight is refused before, in resolve.py an
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.config import EngineConfig
-from megatron_infer.dispatch.select import CheckShape, select_ops
+from megatron_infer.dispatch.select import CANDIDATES, CheckShape, select_ops
 from megatron_infer.engine.graphs import CudaRecorder, graph_keys
 from megatron_infer.engine.memory import TORCH_DTYPES, gib, num_kv_blocks
 from megatron_infer.engine.runner import ModelRunner
@@ -28,12 +32,18 @@ from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.world import World
 
+_OF_ONE_RANK = {
+    "num_threads", "cpu_isa", "kv_cache_memory_bytes", "gpu_memory_utilization", "rank_timeout_seconds",
+    "verify_on_load",
+}  # fmt: skip
+"""Fields of EngineConfig that may differ, as from host to host."""
+
 log = logging.getLogger("megatron_infer")
 
 
 def bring_up(
     checkpoint: Checkpoint, config: EngineConfig, world: World, join: Callable[[torch.device], TPGroup],
-    profile: Profile | None = None,
+    profile: Profile | None = None, *, gaps: Sequence[tuple[int, int]] = (),
 ) -> ModelRunner:  # fmt: skip
     """Join the group, load this rank's share of the model and allocate its KV cache; collective over the group.
 
@@ -43,25 +53,25 @@ def bring_up(
         world: where this rank runs.
         join: meets the other ranks, given this rank's device.
         profile: where rank 0 times its ops and collectives into, if anywhere.
+        gaps: ranges of ids that are never sampled; see ModelRunner.
 
     Raises:
         RankFailure: another rank failed. What is raised here, the others are told.
     """
     group = join(rank_device(config, world))
     with group.reporting_failure():
-        return build_runner(checkpoint, config, world, group, profile if group.rank == 0 else None)
+        return build_runner(checkpoint, config, world, group, profile if group.rank == 0 else None, gaps=gaps)
 
 
 def build_runner(
-    checkpoint: Checkpoint, config: EngineConfig, world: World, group: TPGroup, profile: Profile | None = None
-) -> ModelRunner:
+    checkpoint: Checkpoint, config: EngineConfig, world: World, group: TPGroup, profile: Profile | None = None, *,
+    gaps: Sequence[tuple[int, int]] = (),
+) -> ModelRunner:  # fmt: skip
     """The same in a group that has been joined."""
     use_device(group.device)
     model_config = checkpoint.config
-    ops = select_ops(
-        group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa, deterministic=config.deterministic,
-        shape=_check_shape(config, model_config, group), force=None if config.ops == "auto" else config.ops,
-    )  # fmt: skip
+    _check_agreement(group, {**asdict(config), **asdict(model_config), "bytes of the checkpoint": checkpoint.num_bytes})
+    ops = _agreed_ops(config, model_config, group)
     if group.rank == 0:
         for chosen, names in _grouped(ops.report).items():
             log.info("ops: %s: %s", chosen, ", ".join(names))
@@ -74,10 +84,40 @@ def build_runner(
         len(model_config.kv_heads_on(group.rank, group.size)), config.block_size, model_config.head_dim,
         dtype=TORCH_DTYPES[config.kv_cache_dtype], device=group.device,
     )  # fmt: skip
-    runner = ModelRunner(model, kv)
+    runner = ModelRunner(model, kv, gaps=gaps)
     if ops.is_recordable and group.is_recordable and config.cuda_graph_memory_bytes:
         _record_graphs(runner, config)
+    group.set_patience(config.rank_timeout_seconds)
     return runner
+
+
+def _check_agreement(group: TPGroup, own: Mapping[str, Any]) -> None:
+    """Raise ValueError, on every rank, where the ranks were given different things to do: they would wait for ever."""
+    told = [json.loads(text) for text in group.gather_text(json.dumps(own, default=str))]
+    for name in sorted(told[0].keys() - _OF_ONE_RANK):
+        for rank, theirs in enumerate(told):
+            if (other := theirs.get(name)) != (first := told[0][name]):
+                raise ValueError(
+                    f"the ranks disagree: {name} is {first!r} on rank 0 and {other!r} on rank {rank}; start all with "
+                    "the same options and the same checkpoint"
+                )
+
+
+def _agreed_ops(config: EngineConfig, model: ModelConfig, group: TPGroup) -> Ops:
+    """The same implementation on every rank: where one cannot use what others can, none does."""
+    select = partial(
+        select_ops, group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa,
+        deterministic=config.deterministic, shape=_check_shape(config, model, group),
+    )  # fmt: skip
+    ops = select(force=None if config.ops == "auto" else config.ops)
+    told = group.gather_text(ops.chosen)
+    least = max(told, key=CANDIDATES.index)
+    if set(told) != {least}:
+        log.warning("rank %d has %s ops, but rank %d only %s: all take these", group.rank, ops.chosen,
+                    told.index(least), least)  # fmt: skip
+        ops = select(force=least)
+    _check_agreement(group, dict(line.split(" (", 1)[0].split(": ") for line in ops.report))
+    return ops
 
 
 def _load(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, ops: Ops) -> Transformer:
@@ -119,7 +159,7 @@ def _record_graphs(runner: ModelRunner, config: EngineConfig) -> None:
     assert config.max_model_len is not None
     runner.record_graphs(
         CudaRecorder(runner.tp.device),
-        graph_keys(config.max_num_seqs),
+        graph_keys(config.max_num_seqs, has_drafts=bool(config.num_draft_tokens)),
         max_model_len=config.max_model_len,
         max_num_seqs=config.max_num_seqs,
         memory_bytes=config.cuda_graph_memory_bytes,

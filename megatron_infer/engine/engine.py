@@ -7,6 +7,7 @@ Speaks token ids only. A failure in one request is an event; a failure of a rank
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from typing import NoReturn
 
@@ -59,16 +60,20 @@ class Engine:
             EngineDeadError: a rank died or raised, or the drafter did, with rank and cause.
         """
         self.ensure_alive()
+        began = time.perf_counter()
         try:
             current = self._in_flight or self._start(self.scheduler.schedule())
             if current is None:
                 return []
             self._in_flight = self._start(self.scheduler.schedule_ahead()) if self.runner.is_asynchronous else None
             plan, pending = current
-            sampled = pending.wait()
+            with self.group.waiting():
+                sampled = pending.wait()
+            # With a drafter no step was in flight before, so this is how long the whole step took.
+            seconds = time.perf_counter() - began
             # A GPU that no longer waits for a rank that died goes on with whatever it has.
             self.group.check()
-            return self.scheduler.commit(plan, sampled)
+            return self.scheduler.commit(plan, sampled, seconds)
         except BaseException as error:
             # KeyboardInterrupt included: a step that is torn apart leaves the ranks, or the queues, out of step.
             self._fail(error)
@@ -76,8 +81,10 @@ class Engine:
     def _start(self, plan: Plan | None) -> tuple[Plan, Pending] | None:
         if plan is None:
             return None
-        is_timed = self._profile is not None and self._profile.is_active
-        step = replace(plan.step, op_by_op=True) if is_timed else plan.step
+        step = plan.step
+        if self._profile is not None and self._profile.is_active:
+            self._profile.begin(is_prefill=not plan.is_decoding)
+            step = replace(step, op_by_op=True)
         if self.group.size > 1:
             worker.send_step(self.group, step)
         return plan, self.runner.start(step, plan.draws)

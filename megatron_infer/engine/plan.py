@@ -26,6 +26,8 @@ class Row(NamedTuple):
     end: int
     """Position behind `token_ids`. All of the request's ids are computed then, or it is not sampled."""
     draft: Sequence[int] = ()
+    source: str = ""
+    """of the draft"""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class Plan:
         """The plan that computes `rows`, each request's blocks being in its table."""
         token_ids: list[int] = []
         query_lens, context_lens, num_samples, block_tables = [], [], [], []
-        full_logits = False
-        for request, ids, end, draft in rows:
+        draws: list[Draw] = []
+        for request, ids, end, draft, _ in rows:
             context_len = end + len(draft)
             is_sampled = end >= len(request.ids)
             token_ids += ids
@@ -52,7 +54,7 @@ class Plan:
             query_lens.append(len(ids) + len(draft))
             context_lens.append(context_len)
             num_samples.append(1 + len(draft) if is_sampled else 0)
-            full_logits |= is_sampled and not request.sampling.greedy_only
+            draws += [request.draw(end + j, draft[:j]) for j in range(num_samples[-1])]
             # A copy: commit may exchange a block of the table, and an exported array cannot grow.
             table = np.frombuffer(request.block_table, dtype=np.int32, count=pool.blocks_for(context_len)).copy()
             block_tables.append(table)
@@ -63,12 +65,14 @@ class Plan:
             block_tables=block_tables,
             num_samples_S=np.array(num_samples, dtype=np.int32),
             copies_C3=np.array(copies, dtype=np.int32).reshape(-1, 3),
-            full_logits=full_logits,
+            full_logits=any(draw.needs_logits for draw in draws),
         )
-        draws = []
-        if full_logits:
-            draws = [row.request.draw(row.end + j) for row, n in zip(rows, num_samples, strict=True) for j in range(n)]
-        return cls(rows, copies, step, draws)
+        return cls(rows, copies, step, draws if step.full_logits else [])
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether no row computes more than one token and its draft."""
+        return all(len(row.token_ids) == 1 for row in self.rows)
 
     def has(self, request: Request) -> bool:
         return any(row.request is request for row in self.rows)

@@ -9,8 +9,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
+from megatron_infer.engine.logits import Edit, Guide, Processor
 from megatron_infer.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -18,12 +19,21 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What a row is sampled with: its parameters, the request's own seed, and how many tokens are generated before."""
+    """What a row is sampled with: its parameters, the request's own seed, and how many tokens are generated before.
+
+    edit: what is changed of its logits first.
+    """
 
     params: SamplingParams
     seed: int
     choice: int
     position: int
+    edit: Edit | None = None
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether more than the arg-max of the row is wanted."""
+        return self.edit is not None or not self.params.greedy_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +44,13 @@ class Sampled:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] | None = None
     error: str | None = None
+
+
+class Draft(NamedTuple):
+    """Ids that may follow a request's, the next one first, and where they come from."""
+
+    token_ids: Sequence[int] = ()
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +68,16 @@ class Request:
 
     `stop_token_ids` are the model's end tokens; `sampling.stop_token_ids` end it too, and `sampling.ignore_eos` leaves
     only those. `max_len` bounds prompt + completion. The token that ends a completion is part of `ids`. `seed` and
-    `choice` are what its random draws depend on, beside the position.
+    `choice` are what its random draws depend on, beside the position. `bad_words` are those of `sampling` as ids, and
+    `guide` says what the first tokens must be. `prefix`: where in the prompt the text lies that the completion
+    continues; None: at its end.
     """
 
     def __init__(
         self, request_id: int, prompt_ids: Sequence[int], sampling: SamplingParams, max_len: int,
         stop_token_ids: frozenset[int], *, seed: int = 0, choice: int = 0,
+        bad_words: Sequence[tuple[int, ...]] = (), guide: Guide | None = None,
+        prefix: range | None = None,
     ) -> None:  # fmt: skip
         self.request_id = request_id
         self.seed, self.choice = seed, choice
@@ -64,15 +85,16 @@ class Request:
         self.stop_token_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else stop_token_ids
         )
+        is_edited = sampling.edits_logits or guide is not None
+        self._processor = Processor(sampling, self.stop_token_ids, bad_words, guide) if is_edited else None
         self.ids = list(prompt_ids)
         self.num_prompt = len(self.ids)
+        self.prefix = range(self.num_prompt, self.num_prompt) if prefix is None else prefix
         self.finish_reason: FinishReason | None = None
         self.takes_drafts = True
         """False once numbers that are not finite came with one."""
-        self.num_draft_tokens = 0
-        """Proposed and computed."""
-        self.num_draft_accepted = 0
-        """Of those, how many saved the request a step."""
+        self.drafts: dict[str, tuple[int, int]] = {}
+        """By source: how many tokens were proposed and computed, and how many of those saved the request a step."""
 
         self.num_computed = 0
         self.num_cached_tokens: int | None = None
@@ -93,21 +115,31 @@ class Request:
         """The most tokens, prompt included, that this request can come to."""
         return min(self.max_len, self.num_prompt + self.sampling.max_new_tokens)
 
-    def draw(self, length: int) -> Draw:
-        """How the token behind the first `length` is drawn."""
-        return Draw(self.sampling, self.seed, self.choice, length - self.num_prompt)
+    @property
+    def needs_history(self) -> bool:
+        """Whether its next tokens can only be drawn once all before them are known."""
+        return self._processor is not None and self._processor.needs_history(self.ids[self.num_prompt :])
 
-    def accept(self, sampled: Sequence[Sampled], draft: Sequence[int] = ()) -> list[Event]:
+    def draw(self, length: int, draft: Sequence[int] = ()) -> Draw:
+        """How the token behind the first `length`, the last of which are those of `draft`, is drawn."""
+        num_new = length - self.num_prompt
+        edit = None
+        if self._processor is not None:
+            edit = self._processor.edit([*self.ids, *draft], self.num_prompt, num_new)
+        return Draw(self.sampling, self.seed, self.choice, num_new, edit)
+
+    def accept(self, sampled: Sequence[Sampled], draft: Sequence[int] = (), source: str = "") -> list[Event]:
         """Take the samples of a step, and decide whether the request is finished.
 
         The first sample follows `ids` and the others follow the draft's tokens. So each holds as long as the draft
-        before it is what was sampled; the rest continue a text that is not there, and count as never computed.
+        before it is what was sampled; the rest continue a text that is not there, and count as never computed. What
+        came of the draft is counted in `drafts`, under its `source`.
 
         An error is believed only without a draft: attention multiplies what a token must not see by zero, and zero
         times NaN is NaN. So the draft alone may be to blame, and the token is computed again without one.
         """
         assert self.finish_reason is None, f"request {self.request_id} is finished"
-        self.num_draft_tokens += len(draft)
+        num_accepted = 0
         events = []
         for result, drafted in zip(sampled, (*draft, None), strict=True):
             if result.error is not None:
@@ -115,6 +147,9 @@ class Request:
                     self.takes_drafts = False
                 else:
                     events.append(self.finish("error", result.error))
+                break
+            if len(self.ids) >= self.longest_len:  # the prompt alone was wanted
+                events.append(self.finish("length"))
                 break
             self.ids.append(result.token_id)
             if result.token_id in self.stop_token_ids:
@@ -124,7 +159,10 @@ class Request:
             events.append(Event(self, result, self.finish_reason))
             if self.finish_reason is not None or result.token_id != drafted:
                 break
-            self.num_draft_accepted += 1
+            num_accepted += 1
+        if draft:
+            tokens, accepted = self.drafts.get(source, (0, 0))
+            self.drafts[source] = tokens + len(draft), accepted + num_accepted
         return events
 
     def finish(self, reason: FinishReason, error: str | None = None) -> Event:

@@ -57,6 +57,8 @@ def resolve(config: EngineConfig, model: ModelConfig, world: World) -> EngineCon
     if quantization == "fp8":
         capability = None if device == "cpu" else torch.cuda.get_device_capability(device)
         check_fp8(model, config, size, capability)
+    # On a GPU the steps that are planned ahead of their samples are worth more than drafts, which do without them.
+    num_draft_tokens = (15 if device == "cpu" else 0) if config.num_draft_tokens is None else config.num_draft_tokens
     return replace(
         config,
         tensor_parallel_size=size,
@@ -65,6 +67,7 @@ def resolve(config: EngineConfig, model: ModelConfig, world: World) -> EngineCon
         quantization=quantization,
         kv_cache_dtype=dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype,
         max_model_len=longest,
+        num_draft_tokens=num_draft_tokens,
         num_threads=config.num_threads or max(1, usable_cores() // sharing),
     )
 

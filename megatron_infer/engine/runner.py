@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_infer.cache.kv_cache import KVCache
 from megatron_infer.engine.batch import Batch, Layout, Uploads
 from megatron_infer.engine.graphs import Graphs, Key, Outputs, Recorder
+from megatron_infer.engine.logits import NEVER
 from megatron_infer.engine.request import Draw, Sampled
 from megatron_infer.engine.sampler import NOT_FINITE, draw_numbers, logprobs_on_device, sample, sample_on_device
 from megatron_infer.engine.step import Ints, Step
@@ -37,13 +38,21 @@ class ModelRunner:
     Attributes:
         is_asynchronous: steps run on the device while the host goes on; rows are then sampled there, and the next step
             may be started before this one's samples are known. Else rows are sampled on the host.
+        gaps: ranges [start, stop) of ids that stand for no token, which are never sampled.
         graphs: recorded steps, once record_graphs() was called.
     """
 
-    def __init__(self, model: Transformer, kv: KVCache, *, is_asynchronous: bool | None = None) -> None:
+    def __init__(
+        self, model: Transformer, kv: KVCache, *, gaps: Sequence[tuple[int, int]] = (),
+        is_asynchronous: bool | None = None,
+    ) -> None:  # fmt: skip
         self.model, self.kv, self.tp = model, kv, model.tp
         self.is_asynchronous = self.tp.device.type == "cuda" if is_asynchronous is None else is_asynchronous
         self.graphs: Graphs | None = None
+        head = model.head
+        own = [i - head.start for start, stop in gaps for i in range(max(start, head.start), min(stop, head.stop))]
+        self._gaps = torch.tensor(own, dtype=torch.int64, device=self.tp.device) if own else None
+        """Of this rank's logits, those that stand for no token."""
         self._uploads = Uploads(self.tp.device)
         self._last_ids = torch.zeros(0, dtype=torch.int64, device=self.tp.device)
         """Samples of the last step, for the ids of the next that stand for them."""
@@ -115,6 +124,8 @@ class ModelRunner:
         # While all decode, every row is sampled.
         is_all = batch.sample_rows.shape[0] == hidden_TD.shape[0]
         local_SV = self.model.logits(hidden_TD if is_all else hidden_TD.index_select(0, batch.sample_rows))
+        if self._gaps is not None:
+            local_SV.index_fill_(1, self._gaps, NEVER)
         ids_S = self._greedy(local_SV)
         if self.is_asynchronous:
             self._remember(ids_S, batch)
@@ -155,7 +166,7 @@ class ModelRunner:
     def _sample_on_device(self, logits_SV: Tensor, batch: Batch, step: Step, draws: Sequence[Draw]) -> Pending:
         """Rank 0 draws; the others get its ids, for the next step."""
         if self.tp.rank == 0:
-            ids_S = sample_on_device(logits_SV, batch.draws_S5[: len(draws)])
+            ids_S = sample_on_device(logits_SV, batch.draws_S5[: len(draws)], [draw.edit for draw in draws])
         else:
             ids_S = torch.zeros_like(logits_SV[:, 0]).long()
         if self.tp.size > 1:

@@ -6,11 +6,14 @@ what is drawn. Randomness is counter-based: (seed, choice, position) alone decid
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megatron_infer.engine.logits import NEVER, Edit
 from megatron_infer.engine.request import Draw, Sampled
 
 Row = npt.NDArray[np.float64]
@@ -21,7 +24,7 @@ NOT_FINITE = "the model produced NaN or Inf for this request; check the checkpoi
 
 
 def sample(logits_V: npt.NDArray[np.float32], draw: Draw) -> Sampled:
-    """Sample one token; log probabilities are those of the unscaled distribution (temperature 1, nothing cut).
+    """Sample one token; log probabilities are those of the model's own distribution (nothing edited, scaled or cut).
 
     Args:
         logits_V: fp32 logits of one sequence, [vocabulary].
@@ -33,7 +36,10 @@ def sample(logits_V: npt.NDArray[np.float32], draw: Draw) -> Sampled:
     if not np.isfinite(row_V).all():
         return Sampled(token_id=0, error=NOT_FINITE)
     params = draw.params
-    token_id = int(row_V.argmax()) if params.temperature == 0.0 else _draw_token(row_V, draw)
+    drawn_V = np.where(row_V <= NEVER, -np.inf, row_V)
+    if draw.edit is not None:
+        draw.edit.apply(drawn_V)
+    token_id = int(drawn_V.argmax()) if params.temperature == 0.0 else _draw_token(drawn_V, draw)
     if params.logprobs is None:
         return Sampled(token_id)
     logprobs_V = _log_softmax(row_V).astype(np.float32)
@@ -94,17 +100,40 @@ def draw_numbers(draw: Draw) -> tuple[float, float, float, float, float]:
     return params.temperature, float(params.top_k), params.top_p, params.min_p, uniform
 
 
-def sample_on_device(logits_SV: Tensor, draws_S5: Tensor) -> Tensor:
+def sample_on_device(logits_SV: Tensor, draws_S5: Tensor, edits: Sequence[Edit | None]) -> Tensor:
     """`sample` for many rows without the host: ids_S int64, -1 where a logit is NaN or infinite.
 
     The same steps in float64. Sums over the vocabulary may round otherwise than NumPy's, which shows only where the
     random number falls on the edge between two tokens.
 
     Args:
-        logits_SV: of any floating dtype. draws_S5: float64, `draw_numbers` of each row.
+        logits_SV: of any floating dtype. draws_S5: float64, `draw_numbers` of each row. edits: of each row.
     """
-    parts = zip(logits_SV.split(_ROWS_AT_ONCE), draws_S5.split(_ROWS_AT_ONCE), strict=True)
-    return torch.cat([_sample_rows(logits.double(), draws) for logits, draws in parts])
+    ids = []
+    for start in range(0, len(edits), _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        raw_SV = logits_SV[rows].double()
+        drawn_SV = torch.where(raw_SV <= NEVER, -torch.inf, raw_SV)
+        _edit_rows(drawn_SV, edits[rows])
+        ids.append(torch.where(raw_SV.isfinite().all(dim=1), _sample_rows(drawn_SV, draws_S5[rows]), -1))
+    return torch.cat(ids)
+
+
+def _edit_rows(logits_SV: Tensor, edits: Sequence[Edit | None]) -> None:
+    """`Edit.apply` of several rows, in place: the same operations in float64, hence the same bits."""
+    edited = [(row, edit) for row, edit in enumerate(edits) if edit is not None]
+    if not edited:
+        return
+    device = logits_SV.device
+    rows_n = torch.from_numpy(np.repeat([row for row, _ in edited], [len(e.ids_n) for _, e in edited])).to(device)
+    ids_n = torch.from_numpy(np.concatenate([edit.ids_n for _, edit in edited])).to(device)
+    changes_3n = torch.from_numpy(np.concatenate([edit.changes_3n for _, edit in edited], axis=1)).to(device)
+    bias_n, penalty_n, minus_n = changes_3n
+    x_n = logits_SV[rows_n, ids_n] + bias_n
+    for row, edit in edited:
+        if edit.is_exclusive:
+            logits_SV[row] = -torch.inf
+    logits_SV[rows_n, ids_n] = torch.where(x_n > 0, x_n / penalty_n, x_n * penalty_n) - minus_n
 
 
 def _sample_rows(logits_SV: Tensor, draws_S5: Tensor) -> Tensor:
@@ -113,7 +142,7 @@ def _sample_rows(logits_SV: Tensor, draws_S5: Tensor) -> Tensor:
     scaled_SV = (logits_SV - logits_SV.amax(dim=1, keepdim=True)) / torch.where(is_greedy, 1.0, temperature)
     probs_SV, ids_SV = torch.softmax(scaled_SV, dim=1).sort(dim=1, descending=True, stable=True)
     rank_V = torch.arange(probs_SV.shape[1], device=probs_SV.device)
-    kept_SV = (rank_V < top_k) | (top_k == 0)
+    kept_SV = ((rank_V < top_k) | (top_k == 0)) & (probs_SV > 0)
     probs_SV = probs_SV * kept_SV
     before_SV = probs_SV.cumsum(dim=1) - probs_SV
     kept_SV &= (before_SV < top_p * probs_SV.sum(dim=1, keepdim=True)) | (top_p == 1.0) | (rank_V == 0)
@@ -121,8 +150,8 @@ def _sample_rows(logits_SV: Tensor, draws_S5: Tensor) -> Tensor:
     cumulative_SV = (probs_SV * kept_SV).cumsum(dim=1)
     drawn_S1 = (cumulative_SV <= uniform * cumulative_SV[:, -1:]).sum(dim=1, keepdim=True)
     drawn_S1 = torch.minimum(drawn_S1, kept_SV.sum(dim=1, keepdim=True) - 1)
-    ids_S1 = torch.where(is_greedy, logits_SV.argmax(dim=1, keepdim=True), ids_SV.gather(1, drawn_S1.clamp(min=0)))
-    return torch.where(logits_SV.isfinite().all(dim=1), ids_S1[:, 0], -1)
+    drawn_S1 = ids_SV.gather(1, drawn_S1.clamp(min=0))
+    return torch.where(is_greedy, logits_SV.argmax(dim=1, keepdim=True), drawn_S1)[:, 0]
 
 
 def logprobs_on_device(logits_SV: Tensor, ids_S: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

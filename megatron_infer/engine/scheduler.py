@@ -13,19 +13,23 @@ from typing import Protocol
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.engine.block_table import Copy, allocate, grow, seal_full_blocks, shrink, vacate
 from megatron_infer.engine.plan import Plan, Row
-from megatron_infer.engine.request import Event, Request, Sampled
+from megatron_infer.engine.request import Draft, Event, Request, Sampled
 from megatron_infer.engine.shared_prefill import Chunk, SharedPrefill
 
 
 class Drafter(Protocol):
     """Guesses how requests go on. No guess changes an answer: right ones save steps, wrong ones cost time."""
 
-    def propose(self, request: Request) -> list[int]:
-        """Ids of the vocabulary that may follow `request.ids`, the next one first; [] for none.
+    def propose(self, request: Request) -> Draft:
+        """Ids of the vocabulary that may follow `request.ids`.
 
         Called when a step computes all of `request.ids`. The step takes as many of the ids as fit. What came of
-        earlier ones is in `request.ids`, `num_draft_tokens` and `num_draft_accepted`.
+        earlier ones is in `request.ids`.
         """
+        ...
+
+    def observe(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
+        """Called after a step of decoding sequences, with what it computed, drafts included, and how long it took."""
         ...
 
 
@@ -57,6 +61,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
     def add(self, request: Request) -> None:
         """Queue a request.
 
@@ -68,13 +80,13 @@ class Scheduler:
         if not request.ids:
             raise ValueError("the prompt is empty; it needs at least one token")
         request.max_len = min(request.max_len, self.max_model_len)
-        if request.num_prompt >= request.max_len:
+        if request.num_prompt + min(request.sampling.max_new_tokens, 1) > request.max_len:
             raise ValueError(
                 f"the prompt's {request.num_prompt} tokens leave no room for a completion in a context of "
                 f"{request.max_len}; shorten it or raise max_model_len"
             )
         # The last token of a completion is never computed.
-        needed = self.pool.blocks_for(request.longest_len - 1)
+        needed = self.pool.blocks_for(max(request.longest_len - 1, request.num_prompt))
         if needed > self.pool.num_blocks:
             raise ValueError(
                 f"a prompt of {request.num_prompt} tokens with max_new_tokens {request.sampling.max_new_tokens} can "
@@ -119,11 +131,11 @@ class Scheduler:
         rows = []
         for request, chunk in chunks:
             start, end = request.num_computed, request.num_computed + chunk
-            draft: list[int] = []
+            draft = Draft()
             if self._drafter is not None and request.takes_drafts and end == len(request.ids):
                 draft = self._draft(self._drafter, request, budget)
-                budget -= len(draft)
-            rows.append(Row(request, request.ids[start:end], end, draft))
+                budget -= len(draft.token_ids)
+            rows.append(Row(request, request.ids[start:end], end, *draft))
         plan = Plan.of(rows, copies, self.pool)
         self._plans.append(plan)
         return plan
@@ -131,7 +143,8 @@ class Scheduler:
     def schedule_ahead(self) -> Plan | None:
         """Plan the step after the one in flight, whose samples are not known yet; None where they must be.
 
-        That is so for a drafter, which goes on from them, and unless all rows are sampled and nobody could be admitted.
+        That is so for a drafter and for what edits logits by history, which go on from them, and unless all rows are
+        sampled and nobody could be admitted.
         The new step computes the samples themselves, of those requests that need not end with them: id -1 - j is the
         j-th sample of the step in flight. A request that turns out to have ended has its row computed for nothing.
         """
@@ -144,7 +157,7 @@ class Scheduler:
             request, end = row.request, len(row.request.ids) + 1
             if request.finish_reason is not None or end >= request.longest_len:
                 continue
-            if not grow(self.pool, request, end):
+            if request.needs_history or not grow(self.pool, request, end):
                 return None
             rows.append(Row(request, [-1 - j], end))
         if not rows:
@@ -152,7 +165,9 @@ class Scheduler:
         self._plans.append(Plan.of(rows, [], self.pool))
         return self._plans[-1]
 
-    def commit(self, plan: Plan, sampled: Sequence[Sequence[Sampled]]) -> list[Event]:
+    def commit(
+        self, plan: Plan, sampled: Sequence[Sequence[Sampled]], seconds: float | None = None
+    ) -> list[Event]:  # fmt: skip
         """Take in an executed step.
 
         Only now do its full blocks become matchable. What was computed for nothing, for a rejected draft or behind the
@@ -160,6 +175,7 @@ class Scheduler:
 
         Args:
             sampled: for each row as many as `num_samples_S` says.
+            seconds: how long the step took, where that was measured.
         Returns:
             an Event per new token, and one for each request that failed; none for those that have ended by now.
         """
@@ -170,14 +186,16 @@ class Scheduler:
         self._plans.popleft()
         if plan.copies:
             self.pool.release([source for source, _, _ in plan.copies])
+        if self._drafter is not None and seconds is not None and plan.is_decoding:
+            self._drafter.observe(len(plan.rows), len(plan.step.token_ids_T), seconds)
         events: list[Event] = []
         for row, samples in zip(plan.rows, sampled, strict=True):
             request = row.request
             if not samples or request.finish_reason is not None:
                 request.num_computed = min(row.end, len(request.ids))
-            elif new := request.accept(samples, row.draft):  # else the row is computed again
+            elif new := request.accept(samples, row.draft, row.source):  # else the row is computed again
                 events += new
-                request.num_computed = len(request.ids) - 1
+                request.num_computed = max(row.end, len(request.ids) - 1)
             if request.finish_reason is not None and samples and samples[0].error is not None:
                 # Nobody may inherit what gave no finite logits, be it a fault of the hardware or of the prompt.
                 self.pool.forget(request.block_table[0])
@@ -220,7 +238,7 @@ class Scheduler:
                 self._waiting.appendleft(latest)
                 self.num_preemptions += 1
 
-    def _draft(self, drafter: Drafter, request: Request, budget: int) -> list[int]:
+    def _draft(self, drafter: Drafter, request: Request, budget: int) -> Draft:
         """A draft of what nobody else wants: tokens that are left of the budget, and blocks that are free.
 
         One block per running request stays free, as at admission. The last sample must not exceed the longest length.
@@ -229,10 +247,10 @@ class Scheduler:
         num_spare = max(pool.num_free - len(self._running), 0)
         num_slots = (len(request.block_table) + num_spare) * pool.block_size
         most = min(budget, min(num_slots, request.longest_len - 1) - len(request.ids))
-        draft = drafter.propose(request)[:most] if most > 0 else []
-        has_grown = grow(pool, request, len(request.ids) + len(draft))
+        ids, source = drafter.propose(request) if most > 0 else Draft()
+        has_grown = grow(pool, request, len(request.ids) + len(ids[:most]))
         assert has_grown
-        return draft
+        return Draft(ids[:most], source)
 
     def _may_admit(self) -> bool:
         """Whether it is worth matching, a hash per block of a prompt: the first that waits has not found too few blocks

@@ -16,8 +16,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from megatron_infer.files import read_json_object
 from megatron_infer.gguf_header import GgufHeader
+from megatron_infer.model.directory import existing, hf_entry, hf_files, nothing_found, shards_in
 from megatron_infer.model.gguf_file import GgufFile, gguf_config
 from megatron_infer.model.manifest import (
     MANIFEST_NAME,
@@ -28,6 +28,7 @@ from megatron_infer.model.manifest import (
     shard_name,
     verify_manifest,
 )
+from megatron_infer.model.naming import without_wrappers, wrapper_note
 from megatron_infer.model.pieces import Piece, overlaps, refuse, shard_pieces, whole_pieces
 from megatron_infer.model.tensor_files import PickleFile, SafetensorsFile, TensorFile
 from megatron_infer.model.weights import (
@@ -47,6 +48,7 @@ KINDS = ("sharded-safetensors", "hf-safetensors", "megatron-pt", "megatron-pt-sh
 UPSTREAM_PT_EPS = 1e-5
 """RMSNorm epsilon of upstream's Megatron path, which its `.pt` files do not state (argparse --layernorm-epsilon)."""
 
+_COMPARED_ROWS = 4096
 _Pieces = Mapping[str, Sequence[Piece]]
 
 
@@ -55,13 +57,13 @@ class Checkpoint:
 
     Attributes:
         kind: one of KINDS. model_dir: where it and its tokenizer lie, a `.gguf` file itself. config: the model's shape.
-        notes: what the reader chose or ignored, for the log.
+        pieces: where each tensor lies, by its stored name. notes: what the reader chose or ignored, for the log.
         num_bytes: size of all tensors as read, replicas not counted.
     """
 
     def __init__(self, kind: str, model_dir: Path, config: ModelConfig, pieces: _Pieces, notes: Sequence[str]) -> None:
         self.kind, self.model_dir, self.config, self.notes = kind, model_dir, config, tuple(notes)
-        self._pieces = pieces
+        self.pieces = pieces
         self._shapes = expected_tensors(config)
         self._is_megatron = kind not in ("hf-safetensors", "hf-bin", "gguf")
         named = {"hf-safetensors": hf_name, "hf-bin": hf_name, "gguf": gguf_name}
@@ -74,7 +76,7 @@ class Checkpoint:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype of a tensor on disk."""
-        piece = self._pieces[self._stored_name(name)][0]
+        piece = self.pieces[self._stored_name(name)][0]
         dtype: torch.dtype = getattr(torch, piece.file.tensors[piece.key].dtype)
         return dtype
 
@@ -90,7 +92,7 @@ class Checkpoint:
         ranges = [_checked_range(name, given, n) for given, n in zip((rows, cols), shape, strict=False)]
         col_range = ranges[1] if len(ranges) == 2 else None
         runs = megatron_rows(self.config, name, ranges[0]) if self._is_megatron else [ranges[0]]
-        parts = list(overlaps(self._pieces[self._stored_name(name)], runs, col_range))
+        parts = list(overlaps(self.pieces[self._stored_name(name)], runs, col_range))
         # The readers below make tensors on torch's default device, which may be the program's GPU.
         with torch.device("cpu"):
             if len(parts) == 1:
@@ -102,7 +104,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Let go of the files."""
-        for pieces in self._pieces.values():
+        for pieces in self.pieces.values():
             for piece in pieces:
                 piece.file.close()
 
@@ -140,16 +142,16 @@ def open_checkpoint(model_dir: str | Path, model_name: str = DEFAULT_MODEL_NAME,
     open_hf = partial(_open_hf, "hf-safetensors", SafetensorsFile)
     open_hf_bin = partial(_open_hf, "hf-bin", partial(PickleFile, unwrap=False))
     candidates: list[tuple[str, list[Path], Callable[[Path, list[Path]], Checkpoint]]] = [
-        ("sharded-safetensors", _shards_in(directory), _open_sharded),
-        ("hf-safetensors", _hf_entry(directory, "model", ".safetensors"), open_hf),
-        ("megatron-pt", _existing(directory / f"{model_name}.pt"), _open_pt),
+        ("sharded-safetensors", shards_in(directory), _open_sharded),
+        ("hf-safetensors", hf_entry(directory, "model", ".safetensors"), open_hf),
+        ("megatron-pt", existing(directory / f"{model_name}.pt"), _open_pt),
         ("megatron-pt-shards", sorted(directory.glob(f"{glob.escape(model_name)}_states_*.pt")), _open_pt_shards),
-        ("hf-bin", _hf_entry(directory, "pytorch_model", ".bin"), open_hf_bin),
+        ("hf-bin", hf_entry(directory, "pytorch_model", ".bin"), open_hf_bin),
         ("gguf", [directory] if is_file else sorted(directory.glob("*.gguf")), _open_gguf),
     ]
     found = [(kind, paths, opener) for kind, paths, opener in candidates if paths]
     if not found:
-        raise ValueError(_nothing_found(directory, model_name))
+        raise ValueError(nothing_found(directory, model_name))
     kind, paths, opener = found[0]
     if verify:
         verify_manifest(directory)
@@ -180,10 +182,12 @@ def _open_sharded(directory: Path, paths: list[Path]) -> Checkpoint:
         check_sizes(directory, manifest, listed)
     files = [SafetensorsFile(path) for path in ordered]
     check_identities({file.path: file.metadata for file in files}, manifest)
-    pieces, skipped = shard_pieces(files, megatron_tensors(config), _tied(config, "output.weight"))
+    stored = _with_stored_head(config, files, "output.weight", {})
+    pieces, skipped = shard_pieces(files, megatron_tensors(stored))
     if manifest is not None:
         _check_listing(directory, manifest, pieces)
-    return Checkpoint("sharded-safetensors", directory, config, pieces, _ignored_note(skipped))
+    checkpoint = Checkpoint("sharded-safetensors", directory, stored, pieces, ())
+    return _settled(checkpoint, config, skipped, "output.weight")
 
 
 def _check_listing(directory: Path, manifest: Manifest, pieces: _Pieces) -> None:
@@ -198,25 +202,31 @@ def _check_listing(directory: Path, manifest: Manifest, pieces: _Pieces) -> None
 
 
 def _open_hf(kind: str, open_file: Callable[[Path], TensorFile], directory: Path, entry: list[Path]) -> Checkpoint:
-    paths, weight_map = _hf_files(entry)
+    paths, weight_map = hf_files(entry)
     config = _plain_config(directory)
     files = [open_file(path) for path in paths]
-    pieces, skipped = whole_pieces(files, hf_tensors(config), _tied(config, "lm_head.weight"))
+    tensors = hf_tensors(replace(config, tie_word_embeddings=False))
+    names = without_wrappers([key for file in files for key in file.tensors], tensors)
+    stored = _with_stored_head(config, files, "lm_head.weight", names)
+    pieces, skipped = whole_pieces(files, hf_tensors(stored), names)
     problems = [
-        f"tensor {key!r} is in {held[0].file.path}, but {entry[0].name} says {weight_map.get(key, 'nothing of it')}"
-        for key, held in pieces.items()
-        if weight_map and weight_map.get(key) != held[0].file.path.name
+        f"tensor {piece.key!r} is in {piece.file.path}, but {entry[0].name} says "
+        f"{weight_map.get(piece.key, 'nothing of it')}"
+        for (piece,) in pieces.values()
+        if weight_map and weight_map.get(piece.key) != piece.file.path.name
     ]
     refuse(problems, "Files of several downloads are mixed; download the checkpoint again")
-    return Checkpoint(kind, directory, config, pieces, _ignored_note(skipped))
+    return _settled(Checkpoint(kind, directory, stored, pieces, wrapper_note(names)), config, skipped, "lm_head.weight")
 
 
 def _open_pt(directory: Path, paths: list[Path]) -> Checkpoint:
     file = PickleFile(paths[0], unwrap=True)
     check_identities({file.path: file.metadata}, None)
     config, note = _pt_config(directory, file)
-    pieces, skipped = whole_pieces([file], megatron_tensors(config), _tied(config, "output.weight"))
-    return Checkpoint("megatron-pt", directory, config, pieces, [note, *_ignored_note(skipped)])
+    stored = _with_stored_head(config, [file], "output.weight", {})
+    pieces, skipped = whole_pieces([file], megatron_tensors(stored), {})
+    checkpoint = Checkpoint("megatron-pt", directory, stored, pieces, [note])
+    return _settled(checkpoint, config, skipped, "output.weight")
 
 
 def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
@@ -228,7 +238,8 @@ def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
         if twin is not file.path:
             raise ValueError(f"{file.path} is a copy of {twin}, not another shard; copy the right file")
     config, note = _pt_config(directory, files[0])
-    pieces, skipped = shard_pieces(files, megatron_tensors(config), _tied(config, "output.weight"))
+    stored = _with_stored_head(config, files, "output.weight", {})
+    pieces, skipped = shard_pieces(files, megatron_tensors(stored))
     check_num_shards(config, len(files))
     norms = [file.read("norm.weight", (0, config.hidden_size), None) for file in files]
     for file, norm in zip(files, norms, strict=True):
@@ -237,7 +248,8 @@ def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
                 f"tensor 'norm.weight' differs between {files[0].path} and {file.path}, so these are not shards of one "
                 "checkpoint; copy them again"
             )
-    return Checkpoint("megatron-pt-shards", directory, config, pieces, [note, *_ignored_note(skipped)])
+    checkpoint = Checkpoint("megatron-pt-shards", directory, stored, pieces, [note])
+    return _settled(checkpoint, config, skipped, "output.weight")
 
 
 def _pt_config(directory: Path, file: PickleFile) -> tuple[ModelConfig, str]:
@@ -259,8 +271,8 @@ def _open_gguf(directory: Path, paths: list[Path]) -> Checkpoint:
         raise ValueError(f"{directory} holds several GGUF files; name the one to read, such as {paths[0]} ({names})")
     header = GgufHeader.read(paths[0])
     config = gguf_config(header)
-    pieces, skipped = whole_pieces([GgufFile(header, config)], gguf_tensors(config), frozenset())
-    return Checkpoint("gguf", paths[0], config, pieces, _ignored_note(skipped))
+    pieces, _ = whole_pieces([GgufFile(header, config)], gguf_tensors(config), {})
+    return Checkpoint("gguf", paths[0], config, pieces, ())
 
 
 def _plain_config(directory: Path) -> ModelConfig:
@@ -273,57 +285,34 @@ def _plain_config(directory: Path) -> ModelConfig:
     return config
 
 
-def _shards_in(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("model-rank*.safetensors") if parse_shard_name(path.name))
+def _with_stored_head(
+    config: ModelConfig, files: Sequence[TensorFile], head: str, names: Mapping[str, str]
+) -> ModelConfig:
+    """As untied, if files of a tied model hold a head: what that is, its values must tell."""
+    is_there = any(names.get(key, key) == head for file in files for key in file.tensors)
+    return replace(config, tie_word_embeddings=config.tie_word_embeddings and not is_there)
 
 
-def _existing(path: Path) -> list[Path]:
-    return [path] if path.is_file() else []
+def _settled(checkpoint: Checkpoint, config: ModelConfig, skipped: list[str], head: str) -> Checkpoint:
+    """A checkpoint that was read as `_with_stored_head` says: the head of a tied model counts if it is no copy.
+
+    So does transformers 5. A copy takes as long to tell as reading both; others differ in their first rows already.
+    """
+    notes = list(checkpoint.notes)
+    if config != checkpoint.config:
+        if _equal(checkpoint, "tok_embeddings.weight", "output.weight"):
+            skipped = [head, *skipped]
+        else:
+            config = checkpoint.config
+            notes.append(f"tie_word_embeddings is set, but {head} is not the embedding: it is used as the head")
+    if skipped:
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        notes.append(f"ignored: {', '.join(skipped[:3])}{more} (derived or tied)")
+    return Checkpoint(checkpoint.kind, checkpoint.model_dir, config, checkpoint.pieces, notes)
 
 
-def _hf_entry(directory: Path, stem: str, suffix: str) -> list[Path]:
-    """What announces a Hugging Face checkpoint: its single file, else its index, else shards that lack one."""
-    found = _existing(directory / f"{stem}{suffix}") or _existing(directory / f"{stem}{suffix}.index.json")
-    return found or sorted(directory.glob(f"{stem}-[0-9]*-of-[0-9]*{suffix}"))
-
-
-def _hf_files(entry: list[Path]) -> tuple[list[Path], dict[str, str]]:
-    """Files to read, and the index's map of tensor name to file name (empty for a single file)."""
-    index = entry[0]
-    if index.suffix != ".json":
-        unlisted = [f"{path} lies there without an index" for path in entry if "-of-" in path.name]
-        refuse(unlisted, "Download the .index.json file too")
-        return entry, {}
-    weight_map = read_json_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{index} has no weight_map; download it again")
-    paths: dict[str, Path] = {}
-    for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise ValueError(f"{index} points outside its directory ({name!r}); refused")
-        paths[name] = index.parent / name
-        if not paths[name].is_file():
-            raise ValueError(f"{index} says tensor {tensor!r} is in {name}, which does not exist; download {name}")
-    return [paths[name] for name in sorted(paths)], weight_map
-
-
-def _tied(config: ModelConfig, head: str) -> frozenset[str]:
-    """Names to ignore: the copy of the embedding that some tools save as a tied model's head."""
-    return frozenset([head]) if config.tie_word_embeddings else frozenset()
-
-
-def _ignored_note(skipped: Sequence[str]) -> list[str]:
-    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-    return [f"ignored: {', '.join(skipped[:3])}{more} (derived or tied)"] if skipped else []
-
-
-def _nothing_found(directory: Path, model_name: str) -> str:
-    names = sorted(path.name for path in directory.iterdir())
-    listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
-    other = [name for name in names if name.endswith(".pt")]
-    hint = f". For {other[0]} pass its name without .pt (or without _states_N.pt) as model_name" if other else ""
-    return (
-        f"{directory} holds no checkpoint; accepted are model-rankR-of-N.safetensors (converted), model.safetensors or "
-        f"its shards with model.safetensors.index.json, {model_name}.pt, {model_name}_states_*.pt, "
-        f"pytorch_model.bin or its shards with an index, and one .gguf file; found: {listed}{hint}"
-    )
+def _equal(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two matrices of one shape hold the same numbers, a few rows at a time."""
+    num_rows = checkpoint.config.vocab_size
+    blocks = ((start, min(start + _COMPARED_ROWS, num_rows)) for start in range(0, num_rows, _COMPARED_ROWS))
+    return all(bool((checkpoint.read(name, rows) == checkpoint.read(other, rows)).all()) for rows in blocks)

@@ -20,18 +20,21 @@ from megatron_infer.model.pieces import refuse
 from megatron_infer.model.tensor_files import Range, TensorInfo, check_unchanged, file_stamp
 from megatron_infer.model_config import ModelConfig
 
-_ARCHITECTURES = ("llama", "qwen2")
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 _FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _SETTINGS = {
     "block_count": "num_hidden_layers", "context_length": "max_position_embeddings", "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size", "attention.head_count": "num_attention_heads",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps", "attention.head_count_kv": "num_key_value_heads",
-    "attention.key_length": "head_dim", "rope.freq_base": "rope_theta", "attention.sliding_window": "sliding_window",
+    "attention.key_length": "head_dim", "rope.freq_base": "rope_theta",
 }  # fmt: skip
 """Settings of an architecture, and what config.json calls them; the first six are in every file."""
 _NUM_REQUIRED = 6
 _UNUSED = ("vocab_size", "attention.value_length", "rope.dimension_count", "tensor_data_layout")
-_OFF = (("rope.scaling.type", "none"), ("expert_count", "0"), ("expert_used_count", "0"), ("attention.causal", "True"))
+_OFF = (
+    ("rope.scaling.type", "none"), ("expert_count", "0"), ("expert_used_count", "0"), ("attention.causal", "True"),
+    ("attention.sliding_window", "0"),
+)  # fmt: skip
 """Features that this network does not have, and the value that turns them off."""
 _END_TOKENS = (
     "eos", "eot", "eom", "fim_pre", "fim_suf", "fim_mid", "fim_pad", "fim_rep", "fim_sep", "prefix", "suffix", "middle",
@@ -71,7 +74,6 @@ def gguf_config(header: GgufHeader) -> ModelConfig:
         **{name: given[key] for key, name in _SETTINGS.items() if key in given},
         "model_type": architecture,
         "vocab_size": tensors["token_embd.weight"].shape[0],
-        "use_sliding_window": True,
         "attention_bias": "blk.0.attn_q.bias" in tensors,
         "mlp_bias": "blk.0.ffn_gate.bias" in tensors,
         "tie_word_embeddings": "output.weight" not in tensors,
@@ -85,7 +87,7 @@ def gguf_config(header: GgufHeader) -> ModelConfig:
     try:
         config = ModelConfig.from_hf(raw)
     except ValueError as error:
-        raise ValueError(f"{header.path}: its metadata, read as a {error}") from None
+        raise ValueError(f"{header.path}: its metadata, read as a config.json: {error}") from None
     for key in ("attention.value_length", "rope.dimension_count"):
         if given.get(key, config.head_dim) != config.head_dim:
             raise ValueError(f"{header.path}: {architecture}.{key} is {given[key]}, a head has {config.head_dim}")

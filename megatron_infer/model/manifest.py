@@ -17,7 +17,7 @@ from megatron_infer.files import read_json_object, sha256_of
 FORMAT = "megatron_infer-sharded"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-_SHARD_NAME = re.compile(r"model-rank(\d+)-of-(\d+)\.safetensors")
+_SHARD_NAME = re.compile(r"model-rank(\d{1,4})-of-(\d{1,4})\.safetensors")
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from megatron_infer.model.naming import is_derived
 from megatron_infer.model.tensor_files import Range, TensorFile
 from megatron_infer.model.weights import StoredTensor
 from megatron_infer.model_config import FLOAT_DTYPES
 
 _SHOWN = 5
-_BUFFERS = ("rotary_emb.inv_freq", "rope.freqs")
 _REMEDY = (
     "The download may be incomplete, or the files do not belong to the config.json beside them (or, without one, to "
     "aiXcoder-7B)"
 )
+_TIE = "If the model's head is its embedding, set tie_word_embeddings to true in config.json"
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,12 @@ def overlaps(pieces: Sequence[Piece], runs: Iterable[Range], cols: Range | None)
 
 
 def whole_pieces(
-    files: Sequence[TensorFile], tensors: Mapping[str, StoredTensor], ignored: frozenset[str]
+    files: Sequence[TensorFile], tensors: Mapping[str, StoredTensor], names: Mapping[str, str]
 ) -> tuple[dict[str, list[Piece]], list[str]]:
     """Match files that together hold every tensor once; returns the pieces and the names that were ignored.
 
+    Args:
+        names: of those tensors that a file has under another name, by that name.
     Raises:
         ValueError: a tensor is missing, unexpected, duplicated, of another shape or of a dtype that is not read.
     """
@@ -87,32 +90,34 @@ def whole_pieces(
     problems, skipped = [], []
     for file in files:
         for key in file.tensors:
-            if key in pieces:
-                problems.append(f"tensor {key!r} is both in {pieces[key][0].file.path} and in {file.path}")
-            elif key in tensors:
-                problems += _mismatch(file, key, tensors[key], tensors[key].shape)
-                pieces[key] = [Piece(file, key)]
-            elif _ignorable(key, ignored):
+            name = names.get(key, key)
+            if name in pieces:
+                problems.append(f"tensor {key!r} is both in {pieces[name][0].file.path} and in {file.path}")
+            elif name in tensors:
+                problems += _mismatch(file, key, tensors[name], tensors[name].shape)
+                pieces[name] = [Piece(file, key)]
+            elif is_derived(key):
                 skipped.append(key)
             else:
                 problems.append(f"tensor {key!r} in {file.path} is not part of this model")
     where = files[0].path if len(files) == 1 else f"all {len(files)} files in {files[0].path.parent}"
-    problems += [f"tensor {key!r} is missing from {where}" for key in tensors if key not in pieces]
-    refuse(problems, _REMEDY)
+    missing = [key for key in tensors if key not in pieces]
+    refuse([*problems, *(f"tensor {key!r} is missing from {where}" for key in missing)], _remedy(missing))
     return pieces, skipped
 
 
 def shard_pieces(
-    files: Sequence[TensorFile], tensors: Mapping[str, StoredTensor], ignored: frozenset[str]
+    files: Sequence[TensorFile], tensors: Mapping[str, StoredTensor]
 ) -> tuple[dict[str, list[Piece]], list[str]]:
     """Match tensor-parallel shards, in rank order, with the rules that divide each tensor; else as `whole_pieces`."""
     size = len(files)
     _check_count(files, tensors)
     pieces: dict[str, list[Piece]] = {key: [] for key in tensors}
-    problems, skipped = [], []
+    problems, skipped, missing = [], [], []
     for rank, file in enumerate(files):
         for key, stored in tensors.items():
             if key not in file.tensors:
+                missing.append(key)
                 problems.append(f"tensor {key!r} is missing from {file.path}")
                 continue
             problems += _mismatch(file, key, stored, stored.shard_shape(rank, size))
@@ -123,12 +128,16 @@ def shard_pieces(
             elif rank == 0:
                 pieces[key].append(Piece(file, key))
         for key in file.tensors:
-            if key not in tensors and _ignorable(key, ignored):
+            if key not in tensors and is_derived(key):
                 skipped.append(key)
             elif key not in tensors:
                 problems.append(f"tensor {key!r} in {file.path} is not part of this model")
-    refuse(problems, _REMEDY)
+    refuse(problems, _remedy(missing))
     return pieces, sorted(set(skipped))
+
+
+def _remedy(missing: Sequence[str]) -> str:
+    return _TIE if set(missing) in ({"lm_head.weight"}, {"output.weight"}) else _REMEDY
 
 
 def refuse(problems: Sequence[str], remedy: str) -> None:
@@ -170,7 +179,3 @@ def _mismatch(file: TensorFile, key: str, stored: StoredTensor, shape: tuple[int
             "quantized by other tools are not"
         )
     return problems
-
-
-def _ignorable(key: str, ignored: frozenset[str]) -> bool:
-    return key in ignored or key.endswith(_BUFFERS)

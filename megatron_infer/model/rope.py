@@ -1,6 +1,6 @@
 """Rotary position tables (RoFormer, arXiv 2104.09864), half-split as Llama and aiXcoder use them.
 
-Owns cos/sin for plain, linearly scaled and YaRN-scaled positions. Does not rotate anything: the ops do.
+Owns cos/sin for plain and scaled positions. Does not rotate anything: the ops do.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from megatron_infer.model_config import ModelConfig, RopeScaling
+from megatron_infer.model_config import ModelConfig
+from megatron_infer.rope_scaling import RopeScaling
 
 
 def rope_tables(config: ModelConfig, num_positions: int) -> tuple[Tensor, Tensor]:
@@ -32,13 +33,29 @@ def _inverse_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
         return inv_freq_H, 1.0
     if scaling.rope_type == "linear":
         return inv_freq_H / scaling.factor, 1.0
+    if scaling.rope_type == "llama3":
+        return _llama3(scaling, inv_freq_H), 1.0
     return _yarn(config, scaling, inv_freq_H)
+
+
+def _llama3(scaling: RopeScaling, inv_freq_H: Tensor) -> Tensor:
+    """Llama 3.1 (transformers, `_compute_llama3_parameters`): waves longer than the trained context over
+    `low_freq_factor` are stretched by `factor`, those shorter than it over `high_freq_factor` are not, and what lies
+    between is blended."""
+    trained, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    assert trained is not None and low is not None and high is not None
+    wavelength_H = 2 * math.pi / inv_freq_H
+    keep_H = (trained / wavelength_H - low) / (high - low)
+    blended_H = (1 - keep_H) * inv_freq_H / scaling.factor + keep_H * inv_freq_H
+    stretched_H = torch.where(wavelength_H > trained / low, inv_freq_H / scaling.factor, blended_H)
+    return torch.where(wavelength_H < trained / high, inv_freq_H, stretched_H)
 
 
 def _yarn(config: ModelConfig, scaling: RopeScaling, inv_freq_H: Tensor) -> tuple[Tensor, float]:
     """YaRN (arXiv 2309.00071, section 3): fast dimensions keep their frequency, slow ones are divided by `factor`."""
     dim = config.head_dim
-    trained = scaling.original_max_position_embeddings or config.max_position_embeddings
+    trained = scaling.original_max_position_embeddings
+    assert trained is not None
 
     def dimension_of(rotations: float) -> float:
         """The dimension that turns `rotations` times over the trained context."""

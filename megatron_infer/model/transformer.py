@@ -25,11 +25,13 @@ from megatron_infer.tensor_parallel.group import TPGroup
 
 
 class Norm:
-    """RMSNorm of the residual stream, whole on every rank."""
+    """RMSNorm of the residual stream, or of rows of another `dim`, whole on every rank."""
 
-    def __init__(self, name: str, config: ModelConfig, *, ops: Ops, device: torch.device) -> None:
+    def __init__(
+        self, name: str, config: ModelConfig, *, ops: Ops, device: torch.device, dim: int | None = None
+    ) -> None:
         self.name, self.ops = name, ops
-        weight_D = torch.empty(config.hidden_size, dtype=torch.float32, device=device)
+        weight_D = torch.empty(dim or config.hidden_size, dtype=torch.float32, device=device)
         self.weight = NormWeight(weight_D, config.rms_norm_eps)
 
     def load(self, source: TensorSource) -> None:
@@ -48,6 +50,8 @@ class Attention:
         query, kv = config.query_heads_on(tp.rank, tp.size), config.kv_heads_on(tp.rank, tp.size)
         self.ops, self.heads = ops, Heads(len(query), len(kv), dim**-0.5)
         self.norm = Norm(f"{name}_norm", config, ops=ops, device=tp.device)
+        named = ("q_norm", "k_norm") if config.qk_norm else ()
+        self.head_norms = [Norm(f"{name}.{n}", config, ops=ops, device=tp.device, dim=dim) for n in named]
         query_rows, kv_rows = ((heads.start * dim, heads.stop * dim) for heads in (query, kv))
         parts = [Slice(f"{name}.wq", query_rows), Slice(f"{name}.wk", kv_rows), Slice(f"{name}.wv", kv_rows)]
         hidden, all_heads, bias = config.hidden_size, config.num_attention_heads * dim, config.attention_output_bias
@@ -56,11 +60,26 @@ class Attention:
 
     def add_to(self, stream: Stream, rope: Rope, batch: BatchView, kv: LayerKV) -> None:
         """Add the attention over x, the stream, to it; writes this step's keys and values into `kv`."""
-        self.ops.attention_layer(
-            stream, self.norm.weight, self.qkv.packed, self.out.packed, rope, batch, kv, self.heads,
-            self.out.completes_sum,
-        )  # fmt: skip
+        if self.head_norms:
+            # Op by op: the halves of a layer at once know of no norm between the product and the rotation.
+            q_TNH = self.ops.rope_store_kv(self._with_normed_heads(stream), rope, batch, kv, self.heads)
+            o_TNH = self.ops.paged_attention(q_TNH, batch, kv, self.heads.scale)
+            stream.pending_TD = self.ops.linear(o_TNH.flatten(1), self.out.packed)
+        else:
+            self.ops.attention_layer(
+                stream, self.norm.weight, self.qkv.packed, self.out.packed, rope, batch, kv, self.heads,
+                self.out.completes_sum,
+            )  # fmt: skip
         self.out.reduce(stream)
+
+    def _with_normed_heads(self, stream: Stream) -> Tensor:
+        """The product qkv_TC, each of its query and key heads normed by itself (Qwen3)."""
+        qkv_TC = self.qkv(self.norm(stream))
+        heads_TNH = qkv_TC.view(len(qkv_TC), -1, self.head_norms[0].weight.weight_D.shape[0])
+        q_TNH, k_TGH, _ = heads_TNH.split([self.heads.num, self.heads.num_kv, self.heads.num_kv], dim=1)
+        for norm, x_TNH in zip(self.head_norms, (q_TNH, k_TGH), strict=True):
+            x_TNH.copy_(self.ops.rms_norm(x_TNH.flatten(0, 1).contiguous(), norm.weight).view_as(x_TNH))
+        return qkv_TC
 
 
 class FeedForward:
@@ -93,8 +112,10 @@ class Block:
     def load(self, source: TensorSource) -> None:
         """Read this rank's slice of the layer's tensors, one at a time."""
         attention, ffn = self.attention, self.feed_forward
-        for part in (attention.norm, attention.qkv, attention.out, ffn.norm, ffn.gate_up, ffn.down):
-            part.load(source)
+        for norm in (attention.norm, *attention.head_norms, ffn.norm):
+            norm.load(source)
+        for linear in (attention.qkv, attention.out, ffn.gate_up, ffn.down):
+            linear.load(source)
 
     def __call__(self, stream: Stream, rope: Rope, batch: BatchView, kv: LayerKV) -> None:
         self.attention.add_to(stream, rope, batch, kv)

@@ -22,6 +22,8 @@ _HF_LAYER_NAMES = {
     "attention.wk": "self_attn.k_proj",
     "attention.wv": "self_attn.v_proj",
     "attention.wo": "self_attn.o_proj",
+    "attention.q_norm": "self_attn.q_norm",
+    "attention.k_norm": "self_attn.k_norm",
     "feed_forward.w1": "mlp.gate_proj",
     "feed_forward.w2": "mlp.down_proj",
     "feed_forward.w3": "mlp.up_proj",
@@ -37,6 +39,7 @@ _GGUF_NAMES = {
     "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output", "attention.wq": "attn_q",
     "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
     "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
 }  # fmt: skip
 _FUSED = "query_key_value"
 _LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output", _FUSED)
@@ -93,6 +96,8 @@ def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for layer in range(config.num_hidden_layers):
         out[f"layers.{layer}.attention_norm.weight"] = (hidden,)
         out[f"layers.{layer}.ffn_norm.weight"] = (hidden,)
+        if config.qk_norm:
+            out |= {f"layers.{layer}.attention.{name}_norm.weight": (config.head_dim,) for name in "qk"}
         for name, out_dim, in_dim, bias in linears:
             out |= _linear_tensors(config, f"layers.{layer}.{name}", out_dim, in_dim)
             if bias:
@@ -263,7 +268,7 @@ def memory_estimate(config: ModelConfig, tp: int, dtype: torch.dtype, quantizati
     kv = len(config.kv_heads_on(0, tp)) * config.head_dim
     ffn, vocab = -(-config.intermediate_size // tp), -(-config.vocab_size // tp)
     matrices = hidden * (query + 2 * kv) + hidden * query + 3 * hidden * ffn
-    vectors = 2 * hidden
+    vectors = 2 * hidden + 2 * config.head_dim * config.qk_norm
     vectors += (query + 2 * kv) * config.attention_bias + hidden * config.attention_output_bias
     vectors += (2 * ffn + hidden) * config.mlp_bias
     layers = config.num_hidden_layers

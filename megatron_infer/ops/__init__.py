@@ -139,12 +139,13 @@ class Ops(ABC):
     The halves of a decoder layer are made of them here; a subclass that can launch one at once overrides it.
 
     Attributes:
-        report: a line per single op, how it was chosen.
+        report: a line per single op, how it was chosen. chosen: the candidate that most of them are of.
         is_recordable: a step of equally long queries can be a CUDA graph and is worth it: nothing in it waits for the
             host, and it reads no more of the KV cache than the lengths on the device say, however wide the tables.
     """
 
     report: tuple[str, ...] = ()
+    chosen: str = ""
     is_recordable = False
 
     @abstractmethod

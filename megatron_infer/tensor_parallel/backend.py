@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,10 @@ class Backend(ABC):
 
     def check(self) -> None:  # noqa: B027
         """Nothing to raise where every collective waits for its peers on the host."""
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait for the device: it ends, and raises, where a rank fails or hangs. Nothing to do on the host."""
+        return nullcontext()
 
     @abstractmethod
     def poll(self) -> None:

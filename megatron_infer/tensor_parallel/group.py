@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from torch.distributed import is_gloo_available, is_nccl_available
 from megatron_infer.kernels.cpu.collectives import LIBRARY_PATH
 from megatron_infer.tensor_parallel.backend import Backend, Ints
 from megatron_infer.tensor_parallel.process_groups import GlooBackend, NcclBackend
-from megatron_infer.tensor_parallel.rendezvous import RankFailure, Rendezvous, first
+from megatron_infer.tensor_parallel.rendezvous import Patience, RankFailure, Rendezvous, first
 from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory, gpu_uuid
 from megatron_infer.world import World, launcher_store
@@ -51,6 +51,7 @@ class TPGroup:
         self._backend = backend
         # Kept alive: where no launcher does, rank 0 hosts it, also for the next group and for the user's own use.
         self._store: Store | None = None
+        self._patience = Patience(DEFAULT_TIMEOUT_SECONDS)
         self._failure: RankFailure | None = None
         self._is_closed = False
         self._pid = os.getpid()
@@ -106,7 +107,7 @@ class TPGroup:
             backend: a CPU backend to insist on. Ranks that cannot use NCCL, because they share a GPU or it is missing,
                 take gloo in any case.
             timeout_seconds: how long to wait for a rank that is alive, in joining and in every collective except for
-                followers in broadcast_ints (they may idle for ever).
+                followers in broadcast_ints (they may idle for ever); set_patience() changes the latter.
             is_alive: whether a rank's process still runs, where the caller knows; asked while waiting for it to join.
             library_path: the native library with the shared memory collectives.
 
@@ -132,7 +133,7 @@ class TPGroup:
             chosen, why = _connect_cuda(meeting, device, chosen, why, deterministic)
         meeting.finish()
         group = cls(rank, size, device, chosen, why)
-        group._store = store
+        group._store, group._patience = store, meeting.patience
         return group
 
     def all_reduce(self, x: Tensor) -> Tensor:
@@ -168,6 +169,14 @@ class TPGroup:
         numbers_1R = self.all_gather(torch.tensor([[own]], dtype=torch.int64, device=self.device))
         return [int(number) for number in numbers_1R[0].tolist()]
 
+    def gather_text(self, own: str) -> list[str]:
+        """Every rank's text, in rank order. Waits for all ranks."""
+        data = own.encode()
+        longest = max(self.gather_number(len(data)))
+        padded_1C = torch.tensor([list(data.ljust(longest, b"\0"))], dtype=torch.uint8, device=self.device)
+        rows = self.all_gather(padded_1C)[0].reshape(self.size, longest).tolist()
+        return [bytes(row).rstrip(b"\0").decode() for row in rows]
+
     def broadcast_ints(self, ints: Ints | None) -> Ints:
         """Rank 0 passes a 1-D int64 array of any length, the others None; every rank returns rank 0's array.
 
@@ -189,6 +198,14 @@ class TPGroup:
     def is_recordable(self) -> bool:
         """Whether the collectives on tensors may be part of a CUDA graph."""
         return self._backend is None or self._backend.is_recordable
+
+    def set_patience(self, limit_seconds: float) -> None:
+        """From now on, how late a rank that is alive may be in a collective. A warning comes after 5 s."""
+        self._patience.limit_seconds, self._patience.warn_seconds = limit_seconds, min(5.0, limit_seconds / 2)
+
+    def waiting(self) -> AbstractContextManager[None]:
+        """Around a wait for the device, which would be endless where it waits for a rank that hangs (RankFailure)."""
+        return nullcontext() if self._backend is None else self._backend.waiting()
 
     def check(self) -> None:
         """Raise RankFailure if the group has failed: what kernels that waited for other ranks left is void then."""

@@ -10,7 +10,7 @@ import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -21,7 +21,14 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore
 
 from megatron_infer.tensor_parallel.backend import Backend, Ints
-from megatron_infer.tensor_parallel.rendezvous import UNKNOWN_RANK, ProcessIdentity, RankFailure, Rendezvous, first_line
+from megatron_infer.tensor_parallel.rendezvous import (
+    UNKNOWN_RANK,
+    ProcessIdentity,
+    RankFailure,
+    Rendezvous,
+    Wait,
+    first_line,
+)
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 
 Result = TypeVar("Result")
@@ -54,11 +61,12 @@ class GlooBackend(Backend):
 
     def __init__(self, meeting: Rendezvous) -> None:
         self._rank, self._size, self._store = meeting.rank, meeting.size, meeting.store
-        self._timeout_seconds = meeting.timeout_seconds
+        self._patience = meeting.patience
+        self._num_calls = 0
         self._own = ProcessIdentity.own()
         self._peers = [ProcessIdentity.parse(text) for text in meeting.exchange("identity", str(self._own))]
         options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=meeting.timeout_seconds)
+        options._timeout = timedelta(seconds=meeting.patience.limit_seconds)
         # Ranks of one host have no business on the network; between hosts GLOO_SOCKET_IFNAME chooses the interface.
         is_local = all(peer.host == self._own.host for peer in self._peers)
         make = c10d.ProcessGroupGloo
@@ -116,7 +124,7 @@ class GlooBackend(Backend):
         parts = [torch.empty_like(flat) for _ in range(self._size)]
         options = c10d.AllgatherOptions()
         # _finish() gives up first, with the cause; gloo's own timeout looks like a broken connection.
-        options.timeout = timedelta(seconds=self._timeout_seconds + 60)
+        options.timeout = _UNLIMITED
         # As bytes: gloo has no kernels for some types.
         work = self._start("allgather", [[part.view(torch.uint8) for part in parts]], [flat.view(torch.uint8)], options)
         self._finish(work, name, limited=True)
@@ -146,21 +154,30 @@ class GlooBackend(Backend):
             raise
 
     def _wait(self, work: Any, name: str, limited: bool) -> None:
-        deadline = time.monotonic() + self._timeout_seconds
-        while True:
-            try:
-                work.wait(_TICK)
-                return
-            except RuntimeError:
-                if work.is_completed():
-                    break
-            self.poll()
-            if limited and time.monotonic() > deadline:
-                raise self._record(UNKNOWN_RANK, f"it did not reach {name} within {self._timeout_seconds:g} s")
+        self._num_calls += 1
+        with Wait(self._rank, f"reach {name}", self._patience) as wait:
+            while True:
+                try:
+                    work.wait(_TICK)
+                    return
+                except RuntimeError:
+                    if work.is_completed():
+                        break
+                self.poll()
+                if limited and (cause := wait.over(late := self._late_rank())):
+                    raise self._record(late, cause)
         try:
             work.wait()
         except RuntimeError as error:
             raise self._diagnose(error) from None
+
+    def _late_rank(self) -> int:
+        """The first that has not said that it waits in this very call."""
+        calls = f"waits/{self._num_calls}"
+        with contextlib.suppress(RuntimeError):  # the store went; poll() says so
+            self._store.set(f"{calls}/{self._rank}", "")
+            return next((q for q in range(self._size) if not self._store.check([f"{calls}/{q}"])), UNKNOWN_RANK)
+        return UNKNOWN_RANK
 
     def _diagnose(self, error: RuntimeError) -> RankFailure:
         """Who is behind a broken connection. It also breaks where a healthy peer left because of another rank."""
@@ -217,8 +234,10 @@ class NcclBackend(Backend):
         self._deterministic, self._symmetric = deterministic, symmetric
         self.adds_all_reduce = symmetric is not None
         self._failure: RankFailure | None = None
+        self._rank, self._patience = meeting.rank, meeting.patience
+        self._wait: Wait | None = None
         options = c10d.ProcessGroupNCCL.Options()
-        options._timeout = timedelta(seconds=meeting.timeout_seconds)
+        options._timeout = timedelta(seconds=meeting.patience.limit_seconds)
         options.global_ranks_in_group = list(range(meeting.size))
         store = PrefixStore("nccl", meeting.store)
         self._group: Any = c10d.ProcessGroupNCCL(store, meeting.rank, meeting.size, options)
@@ -245,6 +264,15 @@ class NcclBackend(Backend):
 
     def broadcast_ints(self, ints: Ints | None) -> Ints:
         return self._control.broadcast_ints(ints)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        with Wait(self._rank, "finish a step on the GPU", self._patience) as self._wait:
+            try:
+                yield
+                self.check()
+            finally:
+                self._wait = None
 
     def check(self) -> None:
         if self._failure is not None:
@@ -287,6 +315,8 @@ class NcclBackend(Backend):
         while not self._stop.wait(0.5):
             try:
                 self._control.poll()
+                if (wait := self._wait) is not None and (cause := wait.over(UNKNOWN_RANK)):
+                    raise self._control.abort(f"{cause}; another rank may hang")
             except RankFailure as failure:
                 self._failure = failure
                 self._end_waits()

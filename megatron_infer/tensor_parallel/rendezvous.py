@@ -1,14 +1,17 @@
 """How ranks find each other: through a c10d Store and nothing else (no port, file or shared-memory name of our own).
 
-Owns RankFailure, the exchange of small values between ranks, and what tells two processes and hosts apart.
+Owns RankFailure, how long a rank waits for another, the exchange of small values between ranks, and what tells two
+processes and hosts apart.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 log = logging.getLogger("megatron_infer")
 
 UNKNOWN_RANK = -1
-_LATE_SECONDS = 20.0
-"""So long nothing is said about a rank that has not joined its group; it may still be starting."""
+_STDERR_FD = 2
 
 
 class RankFailure(RuntimeError):
@@ -32,6 +34,49 @@ class RankFailure(RuntimeError):
         super().__init__(f"{who} of the tensor-parallel group failed: {cause}")
         self.rank = rank
         self.cause = cause
+
+
+@dataclass
+class Patience:
+    """How long a rank that is alive is waited for. warn_seconds: so long nothing is said about it."""
+
+    limit_seconds: float
+    warn_seconds: float = 20.0
+
+
+class Wait:
+    """A wait for another rank; where it fails after its warning, the stacks of this process go to stderr.
+
+    Time counts as it passes here: none goes by while this process is itself stopped.
+    """
+
+    def __init__(self, rank: int, what: str, patience: Patience) -> None:
+        self._rank, self._what, self._patience = rank, what, patience
+        self._waited_seconds, self._seen, self._is_late = 0.0, time.monotonic(), False
+
+    def over(self, late_rank: int) -> str:
+        """Why the rank is given up, or nothing: to be asked several times a second. Warns once that it is late."""
+        now = time.monotonic()
+        self._waited_seconds += min(now - self._seen, 1.0)
+        self._seen = now
+        if self._waited_seconds > self._patience.warn_seconds and not self._is_late:
+            self._is_late = True
+            who = f"rank {late_rank}" if late_rank != UNKNOWN_RANK else "another rank"
+            log.warning(
+                "rank %d has waited %.1f s for %s to %s; it gives up after %g s",
+                self._rank, self._waited_seconds, who, self._what, self._patience.limit_seconds,
+            )  # fmt: skip
+        limit = self._patience.limit_seconds
+        return f"it did not {self._what} within {limit:g} s" if self._waited_seconds > limit else ""
+
+    def __enter__(self) -> Wait:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._is_late and kind is not None and issubclass(kind, RuntimeError):
+            with suppress(OSError):  # a daemon may have closed it
+                os.write(_STDERR_FD, f"rank {self._rank}, which waited for another to {self._what}:\n".encode())
+                faulthandler.dump_traceback(_STDERR_FD)
 
 
 @dataclass(frozen=True)
@@ -91,7 +136,7 @@ class Rendezvous:
         is_alive: Callable[[int], bool] = lambda rank: True,
     ) -> None:  # fmt: skip
         self.rank, self.size = rank, size
-        self.timeout_seconds, self.is_alive = timeout_seconds, is_alive
+        self.patience, self.is_alive = Patience(timeout_seconds), is_alive
         base = f"megatron_infer/{name}/{size}-ranks"
         # A program may make groups of one name one after the other: each rank counts its own, in the same order.
         number = store.add(f"{base}/rank-{rank}", 1)
@@ -123,18 +168,15 @@ class Rendezvous:
 
     def _await(self, key: str, rank: int) -> str:
         # Polling instead of Store.get: a blocked get cannot be interrupted with Ctrl-C.
-        began, pause, is_late = time.monotonic(), 0.001, False
-        while not self.store.check([key]):
-            if not self.is_alive(rank):
-                raise RankFailure(rank, "its process ended before it joined the group; see its output above")
-            waited_seconds = time.monotonic() - began
-            if waited_seconds > self.timeout_seconds:
-                raise RankFailure(rank, f"it did not join the group within {self.timeout_seconds:g} s")
-            if waited_seconds > _LATE_SECONDS and not is_late:
-                is_late = True
-                log.warning("rank %d waits for rank %d to join the group of %d", self.rank, rank, self.size)
-            time.sleep(pause)
-            pause = min(2 * pause, 0.05)
+        pause = 0.001
+        with Wait(self.rank, f"join the group of {self.size}", self.patience) as wait:
+            while not self.store.check([key]):
+                if not self.is_alive(rank):
+                    raise RankFailure(rank, "its process ended before it joined the group; see its output above")
+                if cause := wait.over(rank):
+                    raise RankFailure(rank, cause)
+                time.sleep(pause)
+                pause = min(2 * pause, 0.05)
         return str(self.store.get(key).decode())
 
 

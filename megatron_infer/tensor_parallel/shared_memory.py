@@ -7,8 +7,12 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
+import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,13 +24,16 @@ from megatron_infer.kernels.cpu.collectives import (
     MAX_RANKS,
     PeerFailure,
     SharedMemory,
+    check_file,
     create_file,
     load_library,
 )
 from megatron_infer.tensor_parallel.backend import Backend, Ints
-from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, RankFailure, Rendezvous, first
+from megatron_infer.tensor_parallel.rendezvous import ProcessIdentity, RankFailure, Rendezvous, Wait, first
 
 R = TypeVar("R")
+_SENT_SECONDS = 10.0
+"""More than enough for what has been sent already."""
 
 
 class SharedMemoryBackend(Backend):
@@ -35,20 +42,26 @@ class SharedMemoryBackend(Backend):
     name = "shared memory"
 
     def __init__(self, memory: SharedMemory, rank: int, size: int) -> None:
+        """For connect()."""
         self._memory, self._rank, self._size = memory, rank, size
 
     @classmethod
     def connect(cls, meeting: Rendezvous, library_path: Path = LIBRARY_PATH) -> SharedMemoryBackend | str:
         """The backend, or why it cannot be used: the same outcome on every rank."""
-        identity = ProcessIdentity.own()
+        host = ProcessIdentity.own().host
         library, reason = _usable_library(meeting.size, library_path)
-        told = [text.split("\n") for text in meeting.exchange("shm-able", f"{identity.host}\n{reason}")]
-        if reason := first(f"rank {q}: {why}" for q, (_, why) in enumerate(told) if why):
-            return reason
-        if len({host for host, _ in told}) > 1:
-            return "the ranks run on several hosts (or in several PID namespaces)"
-        assert library is not None
-        memory, error = _share_file(meeting, library, identity)
+        with socket.socket(socket.AF_UNIX) as mailbox:
+            if not reason:
+                mailbox.bind("")  # the kernel finds a free name, and it goes with the socket
+                mailbox.listen(1)
+            address = mailbox.getsockname()[1:].decode() if not reason else ""
+            told = [text.split("\n") for text in meeting.exchange("shm-able", f"{host}\n{reason}\n{address}")]
+            if reason := first(f"rank {q}: {why}" for q, (_, why, _) in enumerate(told) if why):
+                return reason
+            if len({host for host, _, _ in told}) > 1:
+                return "the ranks run on several hosts (or in several PID namespaces)"
+            assert library is not None
+            memory, error = _share_file(meeting, library, mailbox, [address for _, _, address in told])
         if reason := first(meeting.exchange("shm-attached", error)):
             if memory is not None:
                 memory.close()
@@ -111,24 +124,61 @@ def _usable_library(size: int, path: Path) -> tuple[ctypes.CDLL | None, str]:
 
 
 def _share_file(
-    meeting: Rendezvous, library: ctypes.CDLL, identity: ProcessIdentity
+    meeting: Rendezvous, library: ctypes.CDLL, mailbox: socket.socket, addresses: Sequence[str]
 ) -> tuple[SharedMemory | None, str]:
-    """Rank 0 creates an anonymous file; the others open it through rank 0's /proc entry, so it never has a name."""
+    """Rank 0 makes an anonymous file and hands its descriptor to the others: nobody opens what the store names."""
+    fd = -1
     try:
         if meeting.rank == 0:
-            try:
-                fd = create_file(library, meeting.size)
-            except OSError as error:
-                meeting.tell("shm-file", "")
-                return None, f"rank 0 cannot reserve shared memory: {error}"
-            meeting.tell("shm-file", f"{identity.pid} {fd}")
+            fd = create_file(library, meeting.size)
+            for address in addresses[1:]:
+                _send(fd, address)
+            meeting.tell("shm-file", "sent")
+        elif meeting.ask("shm-file"):
+            fd = _received(mailbox)
+            check_file(library, fd, meeting.size)
         else:
-            where = meeting.ask("shm-file")
-            if not where:
-                return None, ""  # rank 0 reports why
-            pid, rank0_fd = where.split()
-            fd = os.open(f"/proc/{pid}/fd/{rank0_fd}", os.O_RDWR | os.O_CLOEXEC)
-        memory = SharedMemory(library, fd, meeting.rank, meeting.size, identity.number, meeting.timeout_seconds)
-    except OSError as error:
-        return None, f"rank {meeting.rank} cannot open the shared memory of rank 0: {error}"
-    return memory, ""
+            return None, ""  # rank 0 reports why
+        number = ProcessIdentity.own().number
+        return SharedMemory(library, fd, meeting.rank, meeting.size, number, partial(_waiting, meeting)), ""
+    except BaseException as error:
+        if fd >= 0:
+            os.close(fd)
+        if meeting.rank == 0:
+            meeting.tell("shm-file", "")
+        if not isinstance(error, OSError):
+            raise
+        return None, f"rank {meeting.rank} cannot share memory: {error}"
+
+
+@contextmanager
+def _waiting(meeting: Rendezvous, name: str) -> Iterator[Callable[[int], str]]:
+    with Wait(meeting.rank, f"reach {name}", meeting.patience) as wait:
+        yield wait.over
+
+
+def _send(fd: int, address: str) -> None:
+    """Hand a descriptor to the process of this user that listens there (OSError)."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(b"\0" + address.encode())
+        _check_user(connection)
+        socket.send_fds(connection, [b"."], [fd])
+
+
+def _received(mailbox: socket.socket) -> int:
+    """The descriptor that rank 0 has sent. Raises OSError: another user's process has sent it, or nobody."""
+    mailbox.settimeout(_SENT_SECONDS)
+    with mailbox.accept()[0] as connection:
+        _check_user(connection)
+        connection.settimeout(_SENT_SECONDS)
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+        if not descriptors:
+            raise OSError("no descriptor came")
+        os.set_inheritable(descriptors[0], False)
+        return descriptors[0]
+
+
+def _check_user(connection: socket.socket) -> None:
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if uid != os.geteuid():
+        raise OSError(f"the other end belongs to user {uid}, not to {os.geteuid()}")

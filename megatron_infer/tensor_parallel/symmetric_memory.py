@@ -154,11 +154,14 @@ class SymmetricMemory:
             return "the ranks run on several hosts (or in several PID namespaces)"
         assert memory is not None
         addresses, error = _map(memory, meeting.rank, address, [exported for _, exported, _ in told])
-        if reason := first(meeting.exchange("symmetric-mapped", error)):
-            return reason
-        symmetric = cls(memory, meeting.rank, device, addresses)
-        if reason := first(meeting.exchange("symmetric-tried", symmetric._try(device))):
-            return reason
+        with contextlib.ExitStack() as on_failure:
+            on_failure.callback(_unmap, memory, meeting.rank, addresses)
+            if reason := first(meeting.exchange("symmetric-mapped", error)):
+                return reason
+            symmetric = cls(memory, meeting.rank, device, addresses)
+            if reason := first(meeting.exchange("symmetric-tried", symmetric._try(device))):
+                return reason
+            on_failure.pop_all()
         return symmetric
 
     def add_all_reduce(self, x_TD: Tensor, residual_TD: Tensor) -> bool:
@@ -175,10 +178,7 @@ class SymmetricMemory:
 
     def close(self) -> None:
         """Let go of the other ranks' memory. No kernel of this rank may be running."""
-        for q, address in enumerate(self._addresses):
-            if q != self._rank:
-                with contextlib.suppress(OSError):  # of a process that is gone
-                    self._memory.unmap(address)
+        _unmap(self._memory, self._rank, self._addresses)
 
     def _run(self, x_TD: Tensor, y_TD: Tensor, *, add: bool) -> bool:
         if x_TD.numel() * x_TD.element_size() > self._max_bytes:
@@ -227,7 +227,18 @@ def _allocate(
 
 
 def _map(memory: Memory, rank: int, address: int, exported: list[str]) -> tuple[list[int], str]:
+    """The addresses of all ranks' buffers, as far as they could be mapped, and why not all could."""
+    addresses: list[int] = []
     try:
-        return [address if q == rank else memory.map(text) for q, text in enumerate(exported)], ""
-    except (OSError, RuntimeError) as error:
-        return [], f"rank {rank}: {first_line(error)}"
+        for q, text in enumerate(exported):
+            addresses.append(address if q == rank else memory.map(text))
+    except (OSError, RuntimeError, ValueError) as error:
+        return addresses, f"rank {rank}: {first_line(error)}"
+    return addresses, ""
+
+
+def _unmap(memory: Memory, rank: int, addresses: list[int]) -> None:
+    for q, address in enumerate(addresses):
+        if q != rank:
+            with contextlib.suppress(OSError):  # of a process that is gone
+                memory.unmap(address)

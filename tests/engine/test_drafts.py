@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from megatron_infer.engine.request import Request, Sampled
-from tests.support.drafters import RandomDrafter, accept_generously
+from megatron_infer.engine.request import Draft, Request, Sampled
+from tests.support.drafters import RandomDrafter, Untimed, accept_generously, draft_counts
 from tests.support.fake_model import (
     EOS,
     VOCAB,
@@ -22,27 +22,27 @@ from tests.support.fake_model import (
 from tests.support.invariants import check_scheduler
 
 
-class Right:
+class Right(Untimed):
     """Eight tokens, all as they will be sampled."""
 
-    def propose(self, request: Request) -> list[int]:
-        return continuation(request)
+    def propose(self, request: Request) -> Draft:
+        return Draft(continuation(request))
 
 
-class Wrong:
+class Wrong(Untimed):
     """Eight tokens, of which the first is not what will be sampled."""
 
-    def propose(self, request: Request) -> list[int]:
+    def propose(self, request: Request) -> Draft:
         first, *rest = continuation(request)
-        return [(first + 1) % VOCAB, *rest]
+        return Draft([(first + 1) % VOCAB, *rest])
 
 
-class HalfRight:
+class HalfRight(Untimed):
     """Eight tokens, of which the fourth is not what will be sampled."""
 
-    def propose(self, request: Request) -> list[int]:
+    def propose(self, request: Request) -> Draft:
         draft = continuation(request)
-        return [*draft[:3], (draft[3] + 1) % VOCAB, *draft[4:]]
+        return Draft([*draft[:3], (draft[3] + 1) % VOCAB, *draft[4:]])
 
 
 # ---- what holds ---------------------------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def test_a_right_draft_saves_the_steps_of_its_tokens() -> None:
     assert [plan.step.query_lens_S.tolist() for plan in plans] == [[5 + 8], [1 + 8]]
     assert [plan.step.num_samples_S.tolist() for plan in plans] == [[9], [9]]
     request = bench.requests[request_id]
-    assert (request.num_draft_tokens, request.num_draft_accepted) == (16, 16)
+    assert draft_counts(request) == (16, 16)
 
 
 def test_a_draft_holds_up_to_its_first_wrong_token_which_is_replaced() -> None:
@@ -65,7 +65,7 @@ def test_a_draft_holds_up_to_its_first_wrong_token_which_is_replaced() -> None:
     bench.step()
     request = bench.requests[request_id]
     assert output_of(request) == completion(request.ids[:5], 4, frozenset())
-    assert (request.num_draft_tokens, request.num_draft_accepted) == (8, 3)
+    assert draft_counts(request) == (8, 3)
     assert request.num_computed == len(request.ids) - 1
     assert len(bench.run()) == 2
     bench.verify(request_id)
@@ -88,7 +88,7 @@ def test_a_stop_token_in_a_right_draft_ends_the_request() -> None:
     assert len(bench.run()) == 1
     bench.verify(request_id)
     request = bench.requests[request_id]
-    assert (len(output_of(request)), request.num_draft_accepted) == (3, 2)
+    assert (len(output_of(request)), draft_counts(request)[1]) == (3, 2)
     typed = [*request.ids, *completion(request.ids, 6, frozenset())]
     plain = Bench()
     plain.ask(prompt, 20)
@@ -239,7 +239,7 @@ def test_answers_are_those_without_drafts_while_requests_are_preempted(share_rig
     assert bench.scheduler.num_preemptions > 0
     for request_id in ids:
         bench.verify(request_id)
-    accepted = sum(request.num_draft_accepted for request in bench.requests.values())
+    accepted = sum(draft_counts(request)[1] for request in bench.requests.values())
     assert (accepted > 10) == (share_right > 0)
 
 

@@ -23,7 +23,7 @@ from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
-from tests.support.drafters import drafter_of
+from tests.support.drafters import UntimedLookup, drafter_of
 from tests.support.invariants import check_scheduler
 from tests.support.tiny_models import (
     CPU,
@@ -40,6 +40,10 @@ from tests.support.tiny_models import tiny_config as make_config
 
 GREEDY = SamplingParams(max_new_tokens=24, ignore_eos=True)
 SEEDED = SamplingParams(max_new_tokens=24, ignore_eos=True, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, seed=11)
+EDITED = SamplingParams(
+    max_new_tokens=24, ignore_eos=True, repetition_penalty=1.2, frequency_penalty=0.4, temperature=0.5, seed=3
+)
+BIASED = SamplingParams(max_new_tokens=24, ignore_eos=True, logit_bias={5: 3.0, 9: -100.0}, min_new_tokens=3)
 LOGPROBS = SamplingParams(max_new_tokens=12, ignore_eos=True, logprobs=3)
 MAX_NUM_SEQS = 12
 
@@ -136,7 +140,7 @@ def counted(engine: Engine) -> list[bool]:
 
 
 @pytest.mark.parametrize("recorded", [False, True], ids=["launched", "recorded"])
-@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED, BIASED], ids=["greedy", "seeded", "biased"])
 def test_answers_are_those_of_one_step_at_a_time(config, tensors, prompts, sampling, recorded) -> None:
     expected = generate(one_at_a_time(config, tensors), prompts, sampling)
     recorder = FakeRecorder() if recorded else None
@@ -149,6 +153,23 @@ def test_answers_are_those_of_one_step_at_a_time(config, tensors, prompts, sampl
         assert generate(engine, [prompt], sampling)[0] == output
     if recorder is not None:
         assert recorder.num_replays > 100
+
+
+def test_edits_that_depend_on_history_wait_for_it(config, tensors, prompts) -> None:
+    expected = generate(one_at_a_time(config, tensors), prompts, EDITED)
+    engine = engine_of(config, tensors, FakeRecorder())
+    started = counted(engine)
+    assert generate(engine, prompts, EDITED) == expected
+    assert not any(started)
+    drafter = drafter_of(zip(prompts, expected, strict=True), config.vocab_size, 0.7)
+    assert generate(engine_of(config, tensors, FakeRecorder(), drafter=drafter), prompts, EDITED) == expected
+    assert drafter.num_accepted > 50
+
+
+def test_negative_control_edits_of_steps_ahead_lack_a_token(config, tensors, prompts, monkeypatch) -> None:
+    expected = generate(one_at_a_time(config, tensors), prompts, EDITED)
+    monkeypatch.setattr(Request, "needs_history", False)
+    assert generate(engine_of(config, tensors, FakeRecorder()), prompts, EDITED) != expected
 
 
 def test_log_probabilities_are_those_of_the_host(config, tensors, prompts) -> None:
@@ -274,6 +295,19 @@ def test_drafts_are_recorded_too_and_change_nothing(config, tensors, prompts, sa
     assert drafter.num_accepted > 50 and not any(started), "no step is planned ahead of what is drafted"
     replayed = [key for key, recording in zip(graphs.keys, recorder.recordings, strict=True) if recording.num_replays]
     assert len([key for key in replayed if key[2] > 1]) >= 5
+
+
+def test_looked_up_drafts_replay_recordings(config, tensors, prompts) -> None:
+    expected = generate(one_at_a_time(config, tensors), prompts, GREEDY)
+    recorder, drafter = FakeRecorder(), UntimedLookup()
+    engine = engine_of(config, tensors, recorder, drafter=drafter)
+    graphs = engine.runner.graphs
+    assert graphs is not None
+    for _ in range(2):
+        assert [generate(engine, [prompt], GREEDY)[0] for prompt in prompts] == expected
+    assert drafter.counts("typed")[1] > 50
+    replayed = [key for key, recording in zip(graphs.keys, recorder.recordings, strict=True) if recording.num_replays]
+    assert any(key[2] > 1 for key in replayed)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])

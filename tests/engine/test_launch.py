@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine import memory
+from megatron_infer.engine import bring_up, memory
 from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.topology import rank_device
+from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.world import World
+from tests.session.test_torchrun import run, torchrun
+from tests.tensor_parallel.test_group import BACKENDS, Rank, Ranks
 
 MODEL = ModelConfig.aixcoder_7b()
 GIB = 1 << 30
@@ -97,3 +102,47 @@ def test_the_cpu_takes_no_ops_whose_answers_depend_on_the_batch() -> None:
         with pytest.raises(ValueError, match="on the CPU no answer depends on the batch"):
             resolve(EngineConfig(device="cpu", ops=ops), MODEL, ALONE)
     assert resolve(EngineConfig(device="cpu", ops="reference"), MODEL, ALONE).ops == "reference"
+
+
+# ---- ranks that disagree --------------------------------------------------------------------------------------------
+
+
+def choose_ops(me: Rank, backend: str) -> tuple[str, str]:
+    """Rank 1 cannot load the native kernels."""
+    if me.rank == 1:
+
+        def unavailable(*_: object) -> None:
+            raise abi.Unavailable("a full disk")
+
+        native.CpuKernels = unavailable  # type: ignore[assignment, misc]
+    group = me.join("ops", backend)
+    config = resolve(EngineConfig(device="cpu", tensor_parallel_size=me.size), MODEL, ALONE)
+    ops = bring_up._agreed_ops(config, MODEL, group)
+    return ops.chosen, type(ops).__name__
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_where_one_rank_cannot_use_the_kernels_none_does(backend: str) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    assert Ranks(store, choose_ops, 2, backend).results() == [("reference", "ReferenceOps")] * 2
+
+
+DISAGREEING_SCRIPT = """
+import os, sys
+from megatron_infer import LLM
+from megatron_infer.options import run_command
+
+own = eval(sys.argv[2]) if os.environ["RANK"] == "1" else {}
+sys.exit(run_command(lambda world: LLM(sys.argv[1], device="cpu", kv_cache_memory_bytes=4 << 20, **own) and 0))
+"""
+
+
+@pytest.mark.parametrize("own", [{"block_size": 32}, {"dtype": "float32"}])
+def test_ranks_with_other_options_are_refused_by_name(tiny_checkpoint: Path, tmp_path: Path, own: dict) -> None:
+    script = tmp_path / "job.py"
+    script.write_text(DISAGREEING_SCRIPT)
+    done = run(torchrun(2, script, str(tiny_checkpoint), repr(own)))
+    assert done.returncode != 0
+    name = next(iter(own))
+    (line,) = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    assert f"error: the ranks disagree: {name} is" in line and repr(own[name]) in line and "on rank 1" in line

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 import torch
+from transformers import RepetitionPenaltyLogitsProcessor
 
+from megatron_infer.engine.logits import NEVER, Edit, Processor
 from megatron_infer.engine.request import Draw
 from megatron_infer.engine.sampler import draw_numbers, logprobs_on_device, sample, sample_on_device
 from megatron_infer.sampling_params import SamplingParams
@@ -104,11 +109,12 @@ def test_the_device_draws_what_the_host_draws(params) -> None:
     expected = [sample(row, draw).token_id for row, draw in zip(rows_SV, draws, strict=True)]
     numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
     logits_SV = torch.from_numpy(rows_SV)
-    assert sample_on_device(logits_SV, numbers).tolist() == expected
+    none = [None] * 150
+    assert sample_on_device(logits_SV, numbers, none).tolist() == expected
     mixed = numbers.clone()
     mixed[::2, 0] = 0.0
     greedy = [int(row.argmax()) for row in rows_SV]
-    drawn = sample_on_device(logits_SV, mixed).tolist()
+    drawn = sample_on_device(logits_SV, mixed, none).tolist()
     assert drawn == [greedy[i] if i % 2 == 0 else expected[i] for i in range(150)]
 
 
@@ -117,7 +123,7 @@ def test_on_the_device_too_a_row_without_finite_logits_has_no_token() -> None:
     rows_SV[0, 1], rows_SV[1, 5] = float("nan"), float("-inf")
     for temperature in (0.0, 1.0):
         numbers = torch.tensor([draw_numbers(Draw(SamplingParams(temperature=temperature), 0, 0, 0))] * 3).double()
-        ids = sample_on_device(rows_SV, numbers).tolist()
+        ids = sample_on_device(rows_SV, numbers, [None] * 3).tolist()
         assert ids[:2] == [-1, -1] and ids[2] >= 0
 
 
@@ -127,3 +133,112 @@ def test_log_probabilities_from_the_device() -> None:
     assert float(logprobs_S[0]) == pytest.approx(np.log(PROBABILITIES[3]), abs=1e-6)
     assert top_ids_SC.tolist() == [[1, 3, 4], [4, 1, 2]]
     assert top_SC[0].tolist() == pytest.approx(np.log(PROBABILITIES[[1, 3, 4]]), abs=1e-6)
+
+
+# ---- edited rows --------------------------------------------------------------------------------------------------
+
+
+class Fixed:
+    """A guide with one answer."""
+
+    def __init__(self, *ids: int) -> None:
+        self._ids = np.array(ids, dtype=np.int64)
+
+    def allowed(self, new_ids: Sequence[int]) -> np.ndarray:
+        return self._ids
+
+
+def edited(processor: Processor, ids: list[int], num_prompt: int, logits: np.ndarray = LOGITS) -> list[float]:
+    row = logits.astype(np.float64)
+    edit = processor.edit(ids, num_prompt, len(ids) - num_prompt)
+    if edit is not None:
+        edit.apply(row)
+    return row.tolist()
+
+
+def test_the_repetition_penalty_counts_prompt_and_completion() -> None:
+    """transformers' RepetitionPenaltyLogitsProcessor: divided where positive, multiplied where negative."""
+    processor = Processor(SamplingParams(repetition_penalty=2.0))
+    assert edited(processor, [1, 5, 5, 3], 2) == [0.0, 1.5, 1.0, 1.0, 2.0, -10.0]
+
+
+def test_presence_and_frequency_count_the_completion_alone() -> None:
+    """OpenAI's: c * frequency + [c > 0] * presence are taken off."""
+    processor = Processor(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25))
+    assert edited(processor, [1, 4, 3, 3, 0], 2) == [-0.75, 3.0, 1.0, 1.0, 2.0, -5.0]
+    assert edited(processor, [1, 4], 2) == LOGITS.tolist()
+
+
+def test_the_penalties_are_those_of_transformers() -> None:
+    ids = [3, 1, 1, 5, 0]
+    reference = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([ids]), torch.from_numpy(LOGITS[None]).double())
+    assert edited(Processor(SamplingParams(repetition_penalty=1.3)), ids, 2) == reference[0].tolist()
+
+
+def test_a_bias_comes_before_the_penalties() -> None:
+    params = SamplingParams(logit_bias={3: -4.0, 0: 1.0, 2: -math.inf}, repetition_penalty=2.0, presence_penalty=1.0)
+    assert edited(Processor(params), [3, 3], 1) == [1.0, 3.0, -math.inf, -5.0, 2.0, -5.0]
+
+
+@pytest.mark.parametrize(("ids", "forbidden"), [([4, 1, 2], {3, 0}), ([1, 2, 4], {0}), ([4, 2], {0})], ids=str)
+def test_a_bad_word_is_forbidden_at_its_last_token(ids, forbidden) -> None:
+    processor = Processor(SamplingParams(bad_words=("word",)), bad_words=[(1, 2, 3), (0,)])
+    row = edited(processor, ids, 2)
+    assert {i for i, x in enumerate(row) if x == -math.inf} == forbidden
+
+
+def test_no_end_token_before_the_shortest_length() -> None:
+    processor = Processor(SamplingParams(min_new_tokens=2), end_ids=frozenset({1, 5}))
+    for ids in ([4], [4, 3]):
+        assert [i for i, x in enumerate(edited(processor, ids, 1)) if x == -math.inf] == [1, 5]
+    assert processor.edit([4, 3, 3], 1, 2) is None
+
+
+def test_a_guide_leaves_its_ids_alone_and_prevails_where_nothing_else_would_be_left() -> None:
+    params = SamplingParams(logit_bias={2: -math.inf, 3: 1.0, 1: 9.0})
+    inf = math.inf
+    assert edited(Processor(params, guide=Fixed(2, 3)), [0], 1) == [-inf, -inf, -inf, 3.0, -inf, -inf]
+    assert edited(Processor(params, guide=Fixed(2)), [0], 1) == [-inf, -inf, 1.0, -inf, -inf, -inf]
+
+
+def test_log_probabilities_are_those_of_the_unedited_row() -> None:
+    edit = Processor(SamplingParams(logit_bias={1: -math.inf})).edit([0], 1, 0)
+    sampled = sample(LOGITS, Draw(SamplingParams(logprobs=2), 0, 0, 0, edit))
+    assert sampled.token_id == 3
+    assert sampled.logprob == pytest.approx(np.log(PROBABILITIES[3]), abs=1e-6)
+    assert sampled.top_logprobs is not None and sampled.top_logprobs[0][0] == 1
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 1e9, 1e300])
+def test_what_is_forbidden_is_never_drawn(temperature: float) -> None:
+    padded = np.array([0.0, NEVER, 1.0, NEVER], dtype=np.float32)
+    edit = Processor(SamplingParams(logit_bias={2: -math.inf})).edit([0], 1, 0)
+    params = SamplingParams(temperature=temperature)
+    draws = [Draw(params, 1, 0, position, edit if position % 2 else None) for position in range(200)]
+    drawn = [sample(padded, draw).token_id for draw in draws]
+    assert set(drawn[1::2]) == {0}
+    assert set(drawn[::2]) == ({2} if temperature == 0.0 else {0, 2})
+    numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
+    logits_SV = torch.from_numpy(np.tile(padded, (200, 1)))
+    assert sample_on_device(logits_SV, numbers, [draw.edit for draw in draws]).tolist() == drawn
+
+
+def test_the_device_edits_as_the_host_does() -> None:
+    rng = np.random.default_rng(2)
+    rows_SV = rng.normal(0, 3, (60, 97)).astype(np.float32)
+    edits: list[Edit | None] = []
+    draws = []
+    for row in range(60):
+        params = SamplingParams(
+            temperature=float(row % 3) / 2, repetition_penalty=1.0 + row % 4 / 8, presence_penalty=0.3 * (row % 2),
+            frequency_penalty=0.7, logit_bias={int(i): float(rng.normal(0, 9)) for i in rng.permutation(97)[:5]},
+        )  # fmt: skip
+        guide = Fixed(*sorted(rng.permutation(97)[:20].tolist())) if row % 5 == 0 else None
+        edits.append(
+            None if row % 7 == 0 else Processor(params, guide=guide).edit(rng.integers(0, 97, 30).tolist(), 9, 21)
+        )
+        draws.append(Draw(params, row, 0, row, edits[-1]))
+    expected = [sample(row, draw).token_id for row, draw in zip(rows_SV, draws, strict=True)]
+    numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
+    assert sample_on_device(torch.from_numpy(rows_SV), numbers, edits).tolist() == expected
+    assert sample_on_device(torch.from_numpy(rows_SV), numbers, [None] * 60).tolist() != expected

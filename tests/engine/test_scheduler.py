@@ -413,3 +413,23 @@ def test_a_request_that_ended_keeps_its_blocks_until_its_step_ahead_is_over() ->
     assert bench.pool.num_free == bench.pool.num_blocks
     assert output_of(bench.requests[request_id]) == [EOS]
     check_scheduler(bench.scheduler)
+
+
+def test_a_prompt_alone_is_computed_in_chunks_beside_others_and_gives_its_blocks_back() -> None:
+    bench = Bench(max_num_batched_tokens=9)
+    other = bench.add(lasting_prompt(5, 12), 12)
+    alone = bench.add(prompt_of(40, 3), 0)
+    bench.run()
+    bench.verify(other)
+    (event,) = bench.events[alone]
+    assert (event.sampled, event.finish_reason) == (None, "length")
+    assert bench.ask([*bench.requests[alone].ids, 1]).num_cached_tokens == 40
+
+
+def test_a_prompt_alone_may_fill_the_context_and_the_cache() -> None:
+    bench = Bench(num_blocks=16, max_model_len=64)
+    alone = bench.add(prompt_of(64, 3), 0)
+    bench.run()
+    assert bench.requests[alone].finish_reason == "length"
+    with pytest.raises(ValueError, match="65 tokens leave no room"):
+        bench.add(prompt_of(65, 3), 0)

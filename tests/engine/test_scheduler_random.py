@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from megatron_infer.cache.block_pool import ROOT, BlockHash
 from megatron_infer.engine.plan import Plan
 from megatron_infer.engine.request import Sampled
-from tests.support.drafters import RandomDrafter
+from megatron_infer.engine.scheduler import Drafter
+from tests.support.drafters import RandomDrafter, UntimedLookup
 from tests.support.fake_model import VOCAB, Bench, continuation, extend, ids_in
 from tests.support.invariants import check_scheduler
 
@@ -28,7 +29,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     block_hash: BlockHash | None = None
     enable_prefix_caching = True
     drafts = st.none()
-    """How much of what is drafted is right; None: there are no drafts."""
+    """How much of what is drafted is right, or "looked up"; None: there are no drafts."""
 
     @initialize(
         num_blocks=st.integers(4, 14),
@@ -39,6 +40,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, num_blocks: int, block_size: int, max_num_seqs: int, budget: int, data: st.DataObject) -> None:
         share_right = data.draw(self.drafts)
+        drafter: Drafter | None = None
+        if share_right is not None:
+            is_real = share_right == "looked up"
+            drafter = UntimedLookup() if is_real else RandomDrafter(continuation, VOCAB, share_right)
         self.bench = Bench(
             num_blocks=num_blocks,
             block_size=block_size,
@@ -47,7 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_model_len=30,
             block_hash=self.block_hash,
             enable_prefix_caching=self.enable_prefix_caching,
-            drafter=None if share_right is None else RandomDrafter(continuation, VOCAB, share_right),
+            drafter=drafter,
         )
         self.in_flight: list[tuple[Plan, list[list[Sampled]]]] = []
         self.unfinished: list[int] = []
@@ -85,7 +90,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(ids)) == len(ids) == len(scheduler._running)
         assert all(row.token_ids for row in plan.rows), "every running request progresses in every step"
         assert self.unfinished[0] in ids, "the oldest request progresses in every step"
-        for request, _, end, draft in plan.rows:
+        for request, _, end, draft, _ in plan.rows:
             assert not draft or len(request.ids) == end <= request.longest_len - 1 - len(draft)
         self.in_flight.append((plan, self.bench.execute(plan)))
 
@@ -172,7 +177,7 @@ class UncachedSchedulerMachine(SchedulerMachine):
 
 
 class DraftingSchedulerMachine(SchedulerMachine):
-    drafts = st.sampled_from([0.0, 0.5, 0.9, 1.0])
+    drafts = st.sampled_from([0.0, 0.5, 0.9, 1.0, "looked up"])
 
 
 class DraftingUncachedSchedulerMachine(DraftingSchedulerMachine):

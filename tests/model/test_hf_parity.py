@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import transformers
 
-from megatron_infer.engine.batch import Layout, Uploads
-from megatron_infer.engine.step import Step
-from megatron_infer.model.weights import hf_name
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
+from tests.support.parity import all_logits, load_tensors, transformers_model
 from tests.support.tiny_models import (
     CPU,
     Tensors,
@@ -22,7 +19,6 @@ from tests.support.tiny_models import (
     generate_on_ranks,
     make_engine,
     make_runner,
-    on_ranks,
     random_tensors,
     tiny_config,
 )
@@ -50,54 +46,23 @@ NUM_NEW_TOKENS = 64
 
 
 def config_of(changes: dict[str, Any]) -> ModelConfig:
-    raw = {**tiny_config().to_hf()}
     config = tiny_config(**{k: v for k, v in changes.items() if k != "rope_scaling"})
     if "rope_scaling" not in changes:
         return config
-    raw = {**config.to_hf(), "rope_scaling": None, "rope_parameters": {**changes["rope_scaling"], "rope_theta": 1e4}}
-    return ModelConfig.from_hf({**raw, "rope_theta": 1e4})
+    return ModelConfig.from_hf({**config.to_hf(), "rope_theta": 1e4, "rope_scaling": changes["rope_scaling"]})
 
 
-def reference_model(config: ModelConfig, tensors: Tensors) -> torch.nn.Module:
-    kind = transformers.Qwen2ForCausalLM if config.to_hf()["model_type"] == "qwen2" else transformers.LlamaForCausalLM
-    raw = {k: v for k, v in config.to_hf().items() if k not in ("architectures", "torch_dtype", "rope_scaling", "fim")}
-    raw["rope_parameters"] = {k: v for k, v in raw["rope_parameters"].items()}
-    model = kind(kind.config_class(**raw)).float().eval()
-    missing, unexpected = model.load_state_dict({hf_name(n): t for n, t in tensors.items()}, strict=False)
-    assert not unexpected
-    assert set(missing) <= {"lm_head.weight"}
-    model.tie_weights()
+def reference_model(config: ModelConfig, tensors: Tensors, directory: Path) -> torch.nn.Module:
+    model = transformers_model(config.to_hf(), directory)
+    load_tensors(model, tensors)
     return model
 
 
-def all_logits(config: ModelConfig, tensors: Tensors, prompt: list[int], size: int) -> torch.Tensor:
-    length = len(prompt)
-    step = Step(
-        token_ids_T=np.array(prompt, dtype=np.int32),
-        query_lens_S=np.array([length], dtype=np.int32),
-        context_lens_S=np.array([length], dtype=np.int32),
-        block_tables=[np.arange(-(-length // 16), dtype=np.int32)],
-        num_samples_S=np.array([1], dtype=np.int32),
-        copies_C3=np.zeros((0, 3), dtype=np.int32),
-        full_logits=True,
-    )
-
-    def work(group: TPGroup) -> torch.Tensor:
-        runner = make_runner(config, tensors, group)
-        with torch.no_grad():
-            layout = Layout.of(step)
-            batch = layout.batch(layout.upload(step, 16, Uploads(CPU)))
-            hidden_TD = runner.model.forward(batch, runner.kv)
-            return runner.model.head.gather(runner.model.logits(hidden_TD))
-
-    return on_ranks(size, work)[0]
-
-
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
+def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, name: str) -> None:
     config = config_of(MODELS[name])
     tensors = random_tensors(config, seed=len(name))
-    reference = reference_model(config, tensors)
+    reference = reference_model(config, tensors, tmp_path)
     generator = torch.Generator().manual_seed(1)
     prompt = torch.randint(3, config.vocab_size, (150,), generator=generator).tolist()
     with torch.no_grad():
@@ -113,13 +78,13 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str) -> None:
         assert [token for token, _ in output] == ids, f"tp {size}"
 
 
-def test_contexts_past_4096_tokens_equal_transformers() -> None:
+def test_contexts_past_4096_tokens_equal_transformers(tmp_path: Path) -> None:
     """Where the model's original engine crashes."""
     config = tiny_config(num_hidden_layers=1, max_position_embeddings=32768)
     tensors = random_tensors(config, seed=4)
     prompt = torch.randint(3, config.vocab_size, (4500,), generator=torch.Generator().manual_seed(2)).tolist()
     with torch.no_grad():
-        expected_V = reference_model(config, tensors)(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
+        expected_V = reference_model(config, tensors, tmp_path)(torch.tensor([prompt]), logits_to_keep=1).logits[0, -1]
     runner = make_runner(config, tensors, TPGroup.single(CPU), num_blocks=300)
     sampling = SamplingParams(max_new_tokens=1, logprobs=1, ignore_eos=True)
     ((token, logprob),) = generate(make_engine(runner, max_num_batched_tokens=1024), [prompt], sampling)[0]

@@ -16,15 +16,15 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_infer import fim as fim_module
 from megatron_infer.fim import (
-    MAX_PROMPT_BYTES,
     FimFormat,
     FimOptions,
     FimPrompt,
     load_fim,
-    load_languages,
     load_preset,
-    plan_cut,
 )
+from megatron_infer.fim_cut import cut_at_step, plan_cut
+from megatron_infer.fim_prompt import MAX_PROMPT_BYTES
+from megatron_infer.languages import load_languages
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer
 
@@ -240,32 +240,42 @@ def step_of(room: int) -> int:
     return room // 8 // 64 * 64 if room // 8 >= 64 else max(1, room // 8)
 
 
-@given(prefix=st.integers(0, 5000), suffix=st.integers(0, 5000), room=st.integers(1, 4000))
+@given(prefix=st.integers(0, 5000), suffix=st.integers(0, 5000), room=st.integers(1, 4000), line=st.integers(1, 200))
 @settings(max_examples=500, deadline=None)
-def test_cuts_fit_and_waste_little(prefix: int, suffix: int, room: int) -> None:
-    drop_p, drop_s = plan_cut(prefix, suffix, room)
-    kept_p, kept_s, step = prefix - drop_p, suffix - drop_s, step_of(room)
+def test_cuts_fit_and_waste_little(prefix: int, suffix: int, room: int, line: int) -> None:
+    least = plan_cut(prefix, suffix, room)
+    drop_p, drop_s = (
+        cut_at_step(drop, side, room, lambda i: i % line == 0)
+        for drop, side in zip(least, (prefix, suffix), strict=True)
+    )
+    kept_p, kept_s, eighth = prefix - drop_p, suffix - drop_s, max(1, room // 8)
     assert min(drop_p, drop_s, kept_p, kept_s) >= 0
     assert kept_p + kept_s <= room
-    assert drop_p % step == 0 or kept_p == 0
-    assert drop_s % step == 0 or kept_s == 0
     if prefix + suffix <= room:
         assert drop_p == drop_s == 0
     else:
-        assert kept_p + kept_s > room - 2 * step, "more was cut than steps explain"
+        assert kept_p + kept_s > room - 2 * eighth, "more was cut than steps explain"
     quarter = room // 4
-    assert drop_p == 0 or kept_p > room - quarter - step, "the prefix did not get its three quarters"
-    assert drop_s == 0 or kept_s > quarter - step, "the suffix did not get its quarter"
+    assert drop_p == 0 or kept_p > room - quarter - eighth, "the prefix did not get its three quarters"
+    assert drop_s == 0 or kept_s > quarter - eighth, "the suffix did not get its quarter"
+    for drop in (drop_p, drop_s):
+        step = max(1, room // 12)
+        fits = [i for i in range(drop // step * step, drop // step * step + step // 2 + 1) if i and i % line == 0]
+        assert drop in (0, prefix, suffix) or drop == (fits or [drop // step * step])[0], "not at a line's end"
 
 
-@given(start=st.integers(0, 3000), suffix=st.integers(0, 3000), room=st.integers(64, 3000))
+@given(start=st.integers(0, 3000), suffix=st.integers(0, 3000), room=st.integers(64, 3000), line=st.integers(1, 200))
 @settings(max_examples=200, deadline=None)
-def test_one_more_token_rarely_moves_a_cut(start: int, suffix: int, room: int) -> None:
-    step, grown = step_of(room), 400
-    plans = [plan_cut(n, suffix, room) for n in range(start, start + grown)]
+def test_one_more_token_rarely_moves_a_cut(start: int, suffix: int, room: int, line: int) -> None:
+    grown = 400
+    plans = []
+    for n in range(start, start + grown):
+        least = plan_cut(n, suffix, room)
+        sides = zip(least, (n, suffix), strict=True)
+        plans.append(tuple(cut_at_step(drop, side, room, lambda i: i % line == 0) for drop, side in sides))
     moves = sum(a != b for a, b in pairwise(plans))
     # Each side moves at most once per step; both move only around the point where the prefix outgrows its share.
-    assert moves <= grown // step + 2
+    assert moves <= grown // max(1, room // 12) + 3
 
 
 def test_prompts_within_the_budget_are_whole(aixcoder: FimFormat) -> None:
@@ -292,7 +302,7 @@ def test_a_cut_prompt_keeps_header_and_the_text_around_the_cursor(aixcoder: FimF
 
 def test_without_header_the_prefix_is_cut_at_its_own_ids(aixcoder: FimFormat, raw) -> None:
     encoding = aixcoder.encode(FimPrompt(TEXT), budget_tokens=100)
-    assert encoding.ids == [BOS, *raw.encode(TEXT)[encoding.dropped_prefix_tokens :]]
+    assert encoding.ids[1:] == raw.encode(TEXT)[-len(encoding.ids) + 1 :]
     assert 100 - step_of(99) < len(encoding.ids) <= 100
 
 
@@ -344,13 +354,61 @@ def test_a_budget_below_the_fixed_part_is_refused(aixcoder: FimFormat) -> None:
         aixcoder.encode(FimPrompt(TEXT, SUFFIX, "long/" * 40 + "a.py"), budget_tokens=40)
 
 
+def common_head(a: list[int], b: list[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@pytest.mark.parametrize("where", ["begin", "middle", "end"])
+@pytest.mark.parametrize(
+    ("family", "order", "suffix_mark"),
+    [
+        ("aixcoder", "spm", None),
+        ("aixcoder", "psm", "▁<AIX-SPAN-POST>"),
+        ("qwen2.5-coder", "spm", None),
+        ("qwen2.5-coder", "psm", "<|fim_suffix|>"),
+        ("codestral", "spm", None),
+        ("mellum", "spm", None),
+    ],
+)
+def test_a_typing_trace_is_laid_out_anew_only_in_coarse_steps(
+    tmp_path: Path, tokenizer: Tokenizer, family: str, order: str, suffix_mark: str | None, where: str
+) -> None:
+    """200 keystrokes in a file much longer than the context: each prompt begins as the last one, but for a few tokens.
+
+    With the prefix first, that holds up to the suffix, which stands behind what is typed.
+    """
+    used = tokenizer if family == "aixcoder" else family_tokenizer(tmp_path, family)
+    fim, budget, typed = load_fim(family, used), 900, TEXT[300:500]
+    prefix = TEXT if where == "begin" else TEXT * 40
+    suffix = TEXT[:100] if where == "end" else TEXT * 40
+    files = () if family == "aixcoder" else OTHERS
+    prompts = [
+        fim.encode(
+            FimPrompt(prefix + typed[:n], suffix, PATH, files),
+            budget_tokens=budget,
+            options=FimOptions(order=order),
+        ).ids
+        for n in range(len(typed) + 1)
+    ]
+    moves = 0
+    for before, after in pairwise(prompts):
+        assert budget * 3 // 4 - 8 < len(after) <= budget
+        end = len(before) if suffix_mark is None else before.index(used.id_of(suffix_mark))
+        moves += common_head(before, after) < end - 8
+    assert moves <= 3 + len(used.encode(typed)) // (budget // 16)
+
+
 # ---- families -------------------------------------------------------------------------------------------------------
 
 EXPECTED_LAYOUTS = {
     ("deepseek-coder", "psm"): "<s> <｜fim▁begin｜> P <｜fim▁hole｜> S <｜fim▁end｜>",
     ("qwen2.5-coder", "psm"): "<|fim_prefix|> P <|fim_suffix|> S <|fim_middle|>",
+    ("qwen2.5-coder", "spm"): "<|fim_prefix|> <|fim_suffix|> S <|fim_middle|> P",
     ("starcoder", "psm"): "<fim_prefix> P <fim_suffix> S <fim_middle>",
+    ("starcoder", "spm"): "<fim_prefix> <fim_suffix> S <fim_middle> P",
     ("granite", "psm"): "<fim_prefix> P <fim_suffix> S <fim_middle>",
+    ("granite", "spm"): "<fim_prefix> <fim_suffix> S <fim_middle> P",
+    ("mellum", "spm"): "<fim_suffix> S <fim_prefix> P <fim_middle>",
     ("codestral", "spm"): "<s> [SUFFIX] S [PREFIX] P",
     ("seed-coder", "spm"): "<[fim-suffix]> S <[fim-prefix]> P <[fim-middle]>",
 }
@@ -371,6 +429,10 @@ def byte_level_tokenizer(directory: Path, pieces: list[str], *, adds_bos: bool =
     return load_tokenizer(directory)
 
 
+SHARED = {"aixcoder-v2": "aixcoder", "granite": "starcoder", "mellum": "starcoder"}
+"""Families whose tokens another one has too."""
+
+
 def family_tokenizer(directory: Path, family: str) -> Tokenizer:
     data = TEMPLATES["families"][family]
     return byte_level_tokenizer(directory, [*data["tokens"].values(), *data["stop"]])
@@ -382,8 +444,11 @@ def test_layouts_of_byte_level_families(tmp_path: Path, family: str, order: str)
     fim = load_fim(family, tokenizer)
     texts = {"P": tokenizer.encode(PREFIX), "S": tokenizer.encode(SUFFIX)}
     expected = [i for w in EXPECTED_LAYOUTS[family, order].split() for i in texts.get(w, [tokenizer.id_of(w)])]
-    assert fim.encode(FimPrompt(PREFIX, SUFFIX, PATH)).ids == expected
-    assert fim.orders == (order,)
+    assert fim.encode(FimPrompt(PREFIX, SUFFIX, PATH), options=FimOptions(order=order)).ids == expected
+    known = [o for f, o in EXPECTED_LAYOUTS if f == family]
+    assert fim.orders == tuple(known)
+    assert (fim.encode(FimPrompt(PREFIX, SUFFIX, PATH)).ids == expected) == (order == known[0])
+    assert fim.interactive.order == ("spm" if "spm" in known else None)
     data = TEMPLATES["families"][family]
     assert fim.stop_token_ids == {tokenizer.id_of(p) for p in ("<s>", "</s>", *data["tokens"].values(), *data["stop"])}
 
@@ -427,9 +492,24 @@ def test_seed_coder_starts_with_bos_where_its_tokenizer_does(tmp_path: Path, add
     assert (ids[0] == tokenizer.bos_id) == adds_bos
 
 
-@pytest.mark.parametrize("family", [f for f in TEMPLATES["families"] if f not in ("none", "aixcoder-v2", "granite")])
-def test_families_are_found_by_their_pieces(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", [f for f in TEMPLATES["families"] if f not in ("none", *SHARED)])
+def test_families_are_found_by_their_pieces(tmp_path: Path, family: str, caplog) -> None:
+    caplog.set_level("INFO", "megatron_infer")
     assert load_fim(None, family_tokenizer(tmp_path, family)).name == family
+    (note,) = [record for record in caplog.records if "FIM family" in record.message]
+    assert f"FIM family: {family}, by the tokenizer's control tokens" in note.message
+    assert "--fim or fim=... names another" in note.message
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_where_several_families_have_the_tokens_the_log_names_them(tmp_path: Path, family: str, caplog) -> None:
+    caplog.set_level("INFO", "megatron_infer")
+    tokenizer = family_tokenizer(tmp_path, family)
+    assert load_fim(None, tokenizer).name == SHARED[family]
+    assert f"it has those of {'granite, ' * (family == 'mellum')}{family} too" in caplog.text
+    caplog.clear()
+    assert load_fim(family, tokenizer).name == family
+    assert not caplog.records, "nothing was guessed"
 
 
 def test_detection_explains_what_it_looked_for(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -459,10 +539,15 @@ def test_qwen_repository_layout(tmp_path: Path) -> None:
     tokenizer = family_tokenizer(tmp_path, "qwen2.5-coder")
     fim = load_fim(None, tokenizer)
     repo, sep = tokenizer.id_of("<|repo_name|>"), tokenizer.id_of("<|file_sep|>")
-    ids = fim.encode(FimPrompt("p", "s", "c.py", extra_files=OTHERS, repository="demo")).ids
-    before = [repo, *tokenizer.encode("demo\n"), sep, *tokenizer.encode("a.py\nx = 1\n")]
-    before += [sep, *tokenizer.encode("b.py\nrepo_name\n"), sep, *tokenizer.encode("c.py\n")]
-    assert ids == before + fim.encode(FimPrompt("p", "s", "c.py")).ids
+    # "{content}\n<|file_sep|>", as Qwen's own examples: a file's last line break stays, and one follows.
+    before = [repo, *tokenizer.encode("demo\n"), sep, *tokenizer.encode("a.py\nx = 1\n\n")]
+    before += [sep, *tokenizer.encode("b.py\nrepo_name\n"), sep]
+    for options in (FimOptions(), FimOptions(order="spm")):
+        ids = fim.encode(FimPrompt("p", "s", "c.py", extra_files=OTHERS, repository="demo"), options=options).ids
+        plain = fim.encode(FimPrompt("p", "s", "c.py"), options=options).ids
+        assert ids == [*before, *tokenizer.encode("c.py\n"), *plain]
+    ids = fim.encode(FimPrompt("p", "", "c.py", extra_files=OTHERS, repository="demo")).ids
+    assert ids == [*before, *tokenizer.encode("c.py\np")], "without a suffix, text goes on"
     with pytest.raises(ValueError, match="alone exceeds its budget"):
         fim.encode(FimPrompt("p", "s", "c.py", extra_files=OTHERS), budget_tokens=20)
 
@@ -471,7 +556,33 @@ def test_codestral_lists_other_files_before_the_prefix(tmp_path: Path) -> None:
     tokenizer = family_tokenizer(tmp_path, "codestral")
     fim = load_fim(None, tokenizer)
     text = "+++++ a.py\nx = 1\n\n+++++ b.py\nrepo_name\n\n+++++ c.py\np"
-    assert fim.encode(FimPrompt("p", "s", "c.py", OTHERS)).ids == fim.encode(FimPrompt(text, "s")).ids
+    encoding = fim.encode(FimPrompt("p", "s", "c.py", OTHERS))
+    assert encoding.ids == fim.encode(FimPrompt(text, "s")).ids
+    assert encoding.stop == ("\n+++++ ", "+++++ ")
+    assert fim.encode(FimPrompt("p", "s", "c.py")).stop == ()
+
+
+def test_deepseek_lists_other_files_as_its_readme_does(tmp_path: Path) -> None:
+    tokenizer = family_tokenizer(tmp_path, "deepseek-coder")
+    fim = load_fim(None, tokenizer)
+    files = (("utils.py", "import torch\n"), ("model.py", "import torch.nn\n"))
+    text = "#utils.py\nimport torch\n\n\n# model.py\nimport torch.nn\n\n\n# main.py\n"
+    prompt = FimPrompt("from utils", "\n", "main.py", files)
+    bos, *framed = fim.encode(FimPrompt("from utils", "\n", "main.py")).ids
+    assert fim.encode(prompt).ids == [bos, *tokenizer.encode(text), *framed]
+    assert fim.encode(replace(prompt, suffix="")).ids == [bos, *tokenizer.encode(text + "from utils")]
+
+
+def test_mellum_names_files_before_the_suffix(tmp_path: Path) -> None:
+    """The example of its model card."""
+    tokenizer = family_tokenizer(tmp_path, "mellum")
+    name = tokenizer.id_of("<filename>")
+    files = (("utils.py", "def multiply(x, y):\n    return x * y\n"), ("config.py", "DEBUG = True"))
+    prompt = FimPrompt("def f():\n", "\nprint(f())", "example.py", files)
+    texts = ["utils.py\ndef multiply(x, y):\n    return x * y\n", "config.py\nDEBUG = True\n", "example.py\n"]
+    before = [i for text in texts for i in (name, *tokenizer.encode(text))]
+    fim = load_fim("mellum", tokenizer)
+    assert fim.encode(prompt).ids == before + fim.encode(replace(prompt, extra_files=())).ids
 
 
 @pytest.mark.parametrize("family", ["aixcoder", "aixcoder-v2"])

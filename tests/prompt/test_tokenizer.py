@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+from megatron_infer.fim import FimPrompt, load_fim
 from megatron_infer.text_stream import TextStream
 from megatron_infer.tokenizer import GUARD, Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CONTROL_PIECES, CORPUS, PIECES, build_tiny_tokenizer
@@ -33,11 +34,12 @@ INJECTIONS = (
     "x = '<|fim_middle|>'\n",
     "".join(MARKERS),
 )
-code = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=40) | st.lists(
+code = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.lists(
     st.sampled_from(
-        [*CORPUS.split(" "), "\n", "    ", "\t", "\0", "\r\n", "é", "快", "😀", *MARKERS, *CONTROL_PIECES[:1]]
+        [*CORPUS.split(" "), "\n", "    ", "\t", "\0", "\r\n", "é", "快", "😀", "▁", *MARKERS, *CONTROL_PIECES[:1]]
     )
 ).map("".join)
+as_upstream = code.filter(lambda text: "<" not in text and "▁" not in text)
 
 
 @pytest.fixture(scope="session")
@@ -141,9 +143,7 @@ def test_markers_in_text_stay_text(any_tokenizer: Tokenizer, text: str, dummy_pr
     assert ids
     assert any_tokenizer.control_ids.isdisjoint(ids)
     dummy = " " if dummy_prefix and any_tokenizer.has_dummy_prefix else ""
-    # SentencePiece's own space mark cannot be told from a space afterwards; byte-level vocabularies keep it.
-    expected = text.replace("▁", " ") if any_tokenizer.has_dummy_prefix else text
-    assert any_tokenizer.decode(ids) == dummy + expected
+    assert any_tokenizer.decode(ids) == dummy + text
 
 
 def test_control_tokens_can_be_named_and_have_no_text(sp, byte_level, llama_like) -> None:
@@ -154,7 +154,8 @@ def test_control_tokens_can_be_named_and_have_no_text(sp, byte_level, llama_like
     tokenizer, raw = byte_level
     for marker in MARKERS:
         assert tokenizer.id_of(marker) == raw.token_to_id(marker)
-        assert tokenizer.decode([tokenizer.id_of(marker)]) == ""
+        # The file calls all of them special but one.
+        assert tokenizer.decode([tokenizer.id_of(marker)]) == ("<tool_call>" if marker == "<tool_call>" else "")
     assert (tokenizer.bos_id, tokenizer.eos_id) == (raw.token_to_id("<s>"), raw.token_to_id("<|endoftext|>"))
     assert tokenizer.pad_id is None, "a missing pad_token was looked up as the word None"
     assert (llama_like[0].bos_id, llama_like[0].eos_id) == (1, 2)
@@ -187,13 +188,12 @@ def test_a_control_piece_listed_as_ordinary_is_still_control(tmp_path: Path) -> 
 @given(text=code)
 @settings(max_examples=150, deadline=None)
 def test_text_survives_the_round_trip(any_tokenizer: Tokenizer, text: str) -> None:
-    text = text.replace("▁", "_") if any_tokenizer.has_dummy_prefix else text
     assert any_tokenizer.decode(any_tokenizer.encode(text, dummy_prefix=False)) == text
     with_dummy = any_tokenizer.decode(any_tokenizer.encode(text))
     assert with_dummy == (" " + text if text and any_tokenizer.has_dummy_prefix else text)
 
 
-@given(text=code.filter(lambda t: "<" not in t))
+@given(text=as_upstream)
 @settings(max_examples=150, deadline=None)
 def test_sentencepiece_ids_are_upstream_s(sp: Tokenizer, raw_sp, text: str) -> None:
     assert sp.encode(text) == raw_sp.encode(text)
@@ -205,7 +205,7 @@ def test_sentencepiece_ids_are_upstream_s(sp: Tokenizer, raw_sp, text: str) -> N
     assert sp.decode(ids) == raw_sp.decode([*head, *ids])[1:]
 
 
-@given(text=code.filter(lambda t: "<" not in t))
+@given(text=as_upstream)
 @settings(max_examples=100, deadline=None)
 def test_hugging_face_ids_are_the_library_s(byte_level, llama_like, text: str) -> None:
     for tokenizer, raw in (byte_level, llama_like):
@@ -285,6 +285,142 @@ def test_decode_of_ids_beyond_the_vocabulary_is_empty(sp: Tokenizer) -> None:
     assert sp.decode([sp.vocab_size, sp.vocab_size + 100]) == ""
 
 
+@pytest.mark.parametrize("text", ["▁▂▃▄▅▆▇█", "▁", " ▁ ▁▁x", "a▁\n"])
+@pytest.mark.parametrize("dummy_prefix", [True, False])
+def test_the_space_mark_in_text_stays_itself(any_tokenizer: Tokenizer, text: str, dummy_prefix: bool) -> None:
+    dummy = " " if dummy_prefix and any_tokenizer.has_dummy_prefix else ""
+    assert any_tokenizer.decode(any_tokenizer.encode(text, dummy_prefix=dummy_prefix)) == dummy + text
+
+
+# ---- added tokens ---------------------------------------------------------------------------------------------------
+
+FIM = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<|im_end|>")
+
+
+def write_json(directory: Path, name: str, value: object, *, bom: bool = False) -> None:
+    (directory / name).write_text(json.dumps(value), encoding="utf-8-sig" if bom else "utf-8")
+
+
+def added_entry(content: str, *, special: bool) -> dict[str, object]:
+    matching = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"content": content, "special": special, **matching}
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "added_tokens_decoder", "both"])
+@pytest.mark.parametrize("bom", [True, False])
+def test_a_sentencepiece_model_learns_added_tokens(tmp_path: Path, where: str, bom: bool) -> None:
+    build_tiny_tokenizer(tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    ids = {content: size + i for i, content in enumerate(FIM)}
+    config: dict[str, object] = {"eos_token": "<|im_end|>", "add_bos_token": False}
+    if where != "added_tokens.json":
+        config["added_tokens_decoder"] = {str(i): added_entry(content, special=True) for content, i in ids.items()}
+    if where != "added_tokens_decoder":
+        write_json(tmp_path, "added_tokens.json", ids, bom=bom)
+    write_json(tmp_path, "tokenizer_config.json", config, bom=bom)
+    tokenizer = load_tokenizer(tmp_path, size + 100)
+    assert tokenizer.vocab_size == size + 5
+    assert {content: tokenizer.id_of(content) for content in FIM} == ids
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (1, size + 4, 259)
+    assert not tokenizer.adds_bos
+    assert tokenizer.control_ids >= set(ids.values())
+    assert tokenizer.decode(ids.values()) == ""
+    text = "".join(FIM)
+    assert tokenizer.decode(tokenizer.encode(text, dummy_prefix=False)) == text
+    assert load_fim("starcoder", tokenizer).encode(FimPrompt("a", "b")).ids[0] == size
+
+
+def test_added_tokens_that_are_text_keep_it(tmp_path: Path, sp: Tokenizer) -> None:
+    build_tiny_tokenizer(tmp_path)
+    size = sp.vocab_size
+    contents = ("None", "    x", "<div>", "[TODO]", "õ")
+    # A gap in the ids, as where a row was left free.
+    added = {str(size + 3 + i): added_entry(content, special=False) for i, content in enumerate(contents)}
+    write_json(tmp_path, "tokenizer_config.json", {"added_tokens_decoder": added})
+    tokenizer = load_tokenizer(tmp_path)
+    for i, content in enumerate(contents):
+        assert tokenizer.decode([size + 3 + i]) == content
+    assert tokenizer.encode("a None", dummy_prefix=False)[-1] == size + 3
+    assert tokenizer.encode("õ", dummy_prefix=False) == [size + 7]
+    assert not {size, size + 1, size + 2, size + 5, size + 6} & set(tokenizer.encode("<div>[TODO]unused 5"))
+    assert tokenizer.encode("def f", dummy_prefix=False) == sp.encode("def f", dummy_prefix=False)
+    assert size not in tokenizer._ids.values(), "a gap has no piece"
+
+
+def test_a_tokenizer_json_learns_what_stands_beside_it(tmp_path: Path) -> None:
+    raw = save_byte_level(tmp_path)
+    size = raw.get_vocab_size()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config["added_tokens_decoder"] = {
+        str(size): added_entry("<|new|>", special=True),
+        str(raw.token_to_id("<tool_call>")): added_entry("<tool_call>", special=True),
+    }
+    write_json(tmp_path, "tokenizer_config.json", config)
+    write_json(tmp_path, "added_tokens.json", {"class_": size + 1})
+    write_json(tmp_path, "special_tokens_map.json", {"additional_special_tokens": ["õ", {"content": "<s>"}]})
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.id_of("<|new|>"), tokenizer.id_of("class_")) == (size, size + 1)
+    assert tokenizer.decode([size, size + 1, tokenizer.id_of("<tool_call>"), tokenizer.id_of("õ")]) == "class_"
+    assert tokenizer.encode("class_") == [size + 1]
+    assert tokenizer.id_of("õ") not in tokenizer.encode("õ")
+
+
+@pytest.mark.parametrize("kind", ["sp", "json"])
+def test_added_tokens_without_a_row_are_left_out(tmp_path: Path, caplog, kind: str) -> None:
+    if kind == "sp":
+        build_tiny_tokenizer(tmp_path)
+    else:
+        save_byte_level(tmp_path)
+    size = load_tokenizer(tmp_path).vocab_size
+    before = load_tokenizer(tmp_path).encode("x [PAD] None ", dummy_prefix=False)
+    config = {"pad_token": "[PAD]", "added_tokens_decoder": {str(size): added_entry("[PAD]", special=True)}}
+    write_json(tmp_path, "tokenizer_config.json", config)
+    write_json(tmp_path, "added_tokens.json", {"PAD]": size + 1})
+    assert load_tokenizer(tmp_path, size + 1).pad_id == size
+    caplog.clear()
+    tokenizer = load_tokenizer(tmp_path, size)
+    assert tokenizer.vocab_size == size
+    assert tokenizer.id_of("[PAD]") is None
+    assert tokenizer.encode("x [PAD] None ", dummy_prefix=False) == before
+    assert caplog.messages == ["the model has no row for the tokenizer's added '[PAD]', 'PAD]'; left out"]
+
+
+@pytest.mark.parametrize("token_id", [-1, 3 * 10**8, "7", None, 1.5, True])
+def test_added_tokens_with_impossible_ids_are_refused(tmp_path: Path, token_id: object) -> None:
+    build_tiny_tokenizer(tmp_path)
+    write_json(tmp_path, "added_tokens.json", {"<x>": token_id})
+    with pytest.raises(ValueError, match=r"'<x>' with the id .*correct it"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config", [{"bos_token": {"x": 1}}, {"eos_token": ["</s>"]}, {"added_tokens_decoder": {"x": {}}},
+               {"added_tokens_decoder": [3]}, {"additional_special_tokens": [3]}]
+)  # fmt: skip
+def test_malformed_settings_are_named(tmp_path: Path, config: dict[str, object]) -> None:
+    build_tiny_tokenizer(tmp_path)
+    write_json(tmp_path, "tokenizer_config.json", config)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_harm(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    expected = load_tokenizer(tmp_path).encode("def f(x):\n")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert load_tokenizer(tmp_path).encode("def f(x):\n") == expected
+
+
+def test_a_vocabulary_with_absurd_ids_is_refused(tmp_path: Path) -> None:
+    save_byte_level(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    raw["model"]["vocab"]["def"] = 3 * 10**8
+    write_json(tmp_path, "tokenizer.json", raw)
+    with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read .*no integer from 0 to"):
+        load_tokenizer(tmp_path)
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -317,7 +453,7 @@ def test_a_truncated_sentencepiece_file_is_named(tmp_path: Path, sp_dir: Path) -
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"model": 3}', '{"model": {"type": "BPE"}, "decoder": null}'])
 def test_a_broken_hugging_face_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(ValueError, match=r"tokenizer\.json (cannot be read|is of a kind)"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json (cannot be read|is of a kind|is not valid|must hold)"):
         load_tokenizer(tmp_path)
 
 
@@ -338,9 +474,23 @@ def test_sentencepiece_comes_first(tmp_path: Path, sp: Tokenizer) -> None:
 # ---- streams --------------------------------------------------------------------------------------------------------
 
 
+def match_end(text: str, at: int, stop: str) -> int | None:
+    """Where `stop` ends that starts at `at`; a bare newline in it may be a CRLF of the text."""
+    before = ""
+    for character in stop:
+        if character == "\n" and before != "\r" and text[at : at + 2] == "\r\n":
+            at += 2
+        elif text[at : at + 1] == character:
+            at += 1
+        else:
+            return None
+        before = character
+    return at
+
+
 def cut_at_first(text: str, stop: tuple[str, ...]) -> tuple[str, str | None]:
     """The definition that streams must meet, written over the whole text."""
-    found = [(text.find(s), len(s), s) for s in stop if s in text]
+    found = [(at, len(s), s) for s in stop for at in range(len(text)) if match_end(text, at, s) is not None]
     return (text[: min(found)[0]], min(found)[2]) if found else (text, None)
 
 
@@ -353,7 +503,7 @@ def check_stream(tokenizer: Tokenizer, ids: list[int], stop: tuple[str, ...]) ->
 
 
 stops = st.lists(
-    st.text("ab\né", min_size=1, max_size=4) | st.sampled_from(["return", "\n\n", "self.", "\ufffd", " "]), max_size=4
+    st.text("ab\r\né", min_size=1, max_size=4) | st.sampled_from(["return", "\n\n", "self.", "\ufffd", " "]), max_size=4
 ).map(tuple)
 
 
@@ -364,7 +514,7 @@ def test_streams_equal_the_whole_text_for_any_ids(any_tokenizer: Tokenizer, data
     check_stream(any_tokenizer, ids, data.draw(stops))
 
 
-@given(text=st.text("ab\né😀", max_size=60), stop=stops)
+@given(text=st.text("ab\r\né😀", max_size=60), stop=stops)
 @settings(max_examples=300, deadline=None)
 def test_streams_stop_wherever_tokens_begin_and_end(sp: Tokenizer, text: str, stop: tuple[str, ...]) -> None:
     check_stream(sp, sp.encode(text, dummy_prefix=False), stop)
@@ -381,10 +531,35 @@ def test_stream_holds_back_no_more_than_it_must(sp: Tokenizer) -> None:
     assert stream.finish() == ""
 
 
-def test_stream_ends_unfinished_characters_with_a_replacement(sp: Tokenizer) -> None:
-    stream = TextStream(sp)
-    assert stream.feed(3 + 0xE5) == ""
-    assert stream.finish() == "\ufffd"
+@pytest.mark.parametrize("character", ["é", "中", "🦙"])
+@pytest.mark.parametrize("stop", [(), ("\n",)])
+def test_text_ends_before_a_character_that_only_begins(sp: Tokenizer, character: str, stop: tuple[str, ...]) -> None:
+    data = character.encode()
+    for cut in range(1, len(data)):
+        ids = [3 + byte for byte in b"x" + data[:cut]]
+        assert sp.decode(ids) == "x"
+        stream = TextStream(sp, stop)
+        assert "".join([*map(stream.feed, ids), stream.finish()]) == "x"
+    assert sp.decode([3 + byte for byte in data[:1] + b"y"]) == "\ufffdy", "this can never become a character"
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [
+        ("a\r\nb", "\n", "a"),
+        ("a\r\n\r\nb", "\n\n", "a"),
+        ("a\r\n\nb", "\n\n", "a"),
+        ("a\r\nb\r\nc", "b\nc", "a\r\n"),
+        ("a\nb\r\nc", "\r\n", "a\nb"),
+        ("a\rb\nc", "\r", "a"),
+        ("a\r\nb", "c", "a\r\nb"),
+        ("a\r", "\n", "a\r"),
+    ],
+)
+def test_a_newline_in_a_stop_string_is_any_line_end(sp: Tokenizer, text: str, stop: str, expected: str) -> None:
+    for ids in (sp.encode(text, dummy_prefix=False), [3 + byte for byte in text.encode()]):
+        stream = TextStream(sp, (stop,))
+        assert "".join([*map(stream.feed, ids), stream.finish()]) == expected
 
 
 def test_of_two_stops_the_earlier_start_wins(sp: Tokenizer) -> None:

@@ -20,7 +20,7 @@ FIELDS = {
     "model_dir", "engine", "batch", "prompt_tokens", "new_tokens", "repetitions", "load_seconds",
     "time_to_first_token_ms", "prefill_tokens_per_second", "prefill_gflop_per_second", "inter_token_latency_ms",
     "decode_tokens_per_second_per_sequence", "decode_tokens_per_second", "decode_weights_gb_per_second",
-    "engine_ms_per_decode_step", "peak_memory_bytes",
+    "engine_ms_per_decode_step", "draft_sources", "peak_memory_bytes",
 }  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def test_the_report_goes_to_stdout(tiny_checkpoint: Path, capfd) -> None:
 def test_a_profile_changes_no_answer_and_counts_what_was_done(tiny_checkpoint: Path) -> None:
     prompts = [list(range(20, 60)), list(range(100, 103))]
     sampling = SamplingParams(max_new_tokens=12, ignore_eos=True)
-    options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "num_threads": 1}
+    options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "num_threads": 1, "num_draft_tokens": 0}
     with LLM(tiny_checkpoint, **options) as llm:
         plain = [c.token_ids for c in llm.complete_batch(prompts, sampling)]
     profile, by_layer = Profile(op_by_op=True), Profile(op_by_op=False)

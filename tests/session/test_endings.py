@@ -91,8 +91,8 @@ def test_what_an_error_or_a_cancellation_leaves_is_no_stop(llm: LLM, reason: str
     """Text that was held for a stop string comes out at the end, where a rule may cut it."""
     sampling = SamplingParams(stop=("\n\n",), ending="line")
     request = Request(0, [1], sampling, 100, frozenset())
-    growing = GrowingCompletion(request, PROMPTS[0], llm.tokenizer, prompt_index=0, num_dropped_tokens=0)
+    growing = GrowingCompletion(request, PROMPTS[0], llm.tokenizer, prompt_index=0, num_dropped_tokens=0, submitted=0.0)
     for token_id in llm.tokenizer.encode("1\n", dummy_prefix=False):
-        growing.receive(Event(request, Sampled(token_id)))
-    growing.receive(Event(request, None, reason, "NaN" if reason == "error" else None))
+        growing.receive(Event(request, Sampled(token_id)), 0.0)
+    growing.receive(Event(request, None, reason, "NaN" if reason == "error" else None), 0.0)
     assert growing.finish_reason == reason

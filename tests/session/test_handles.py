@@ -6,6 +6,7 @@ import gc
 import signal
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams, calls, co
 from megatron_infer.engine.worker import Kind
 from megatron_infer.llm import EngineDeadError
 from tests.support.invariants import check_scheduler
+from tests.support.tiny_tokenizer import CONTROL_PIECES
 
 PROMPT = FimPrompt("def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py")
 LONG = FimPrompt("x = [1, 2, 3]\n" * 40, "\n", "a.py")
@@ -22,7 +24,9 @@ SAMPLING = SamplingParams(max_new_tokens=20, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def llm(tiny_checkpoint: Path) -> Iterator[LLM]:
-    with LLM(tiny_checkpoint, device="cpu", kv_cache_memory_bytes=4 << 20, max_num_batched_tokens=64) as running:
+    """Without drafts, so that a step is a token."""
+    options = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 64, "num_draft_tokens": 0}
+    with LLM(tiny_checkpoint, **options) as running:
         yield running
 
 
@@ -66,6 +70,27 @@ def test_cancelling_gives_the_blocks_back_and_disturbs_nobody(llm, expected, pro
     finish(llm)
     assert bystander.results()[0].text == expected
     assert free_blocks(llm) == before
+
+
+def test_a_stop_string_that_names_a_control_token_ends_the_answer_there(llm: LLM) -> None:
+    sampling = SamplingParams(max_new_tokens=200, temperature=100.0, seed=3, ignore_eos=True)
+    whole = llm.complete(PROMPT, sampling)
+    pieces = {llm.tokenizer.id_of(piece): piece for piece in CONTROL_PIECES}
+    at = next(i for i, token_id in enumerate(whole.token_ids) if token_id in pieces)
+    piece = pieces[whole.token_ids[at]]
+    for name in (piece, piece.removeprefix("▁")):
+        cut = llm.complete(PROMPT, replace(sampling, stop=(name,)))
+        assert cut.token_ids == whole.token_ids[: at + 1]
+        assert cut.finish_reason == "stop"
+        assert whole.text.startswith(cut.text) and piece not in cut.text
+
+
+def test_a_family_s_own_stop_strings_end_the_answer(llm: LLM, expected: str, monkeypatch) -> None:
+    encode = llm.fim.encode
+    stop = expected[3:5]
+    monkeypatch.setattr(llm.fim, "encode", lambda *args, **options: replace(encode(*args, **options), stop=(stop,)))
+    cut = llm.complete(PROMPT, replace(SAMPLING, stop=("never written",)))
+    assert (cut.text, cut.finish_reason) == (expected[: expected.index(stop)], "stop")
 
 
 def test_cancelling_twice_or_after_the_end_is_fine(llm: LLM, expected: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -11,9 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from torch.distributed.run import get_args_parser
 
-from megatron_infer import LLM, FimPrompt, SamplingParams
+from megatron_infer import LLM, FimPrompt, SamplingParams, bench
+from megatron_infer import cli as cli_module
 from megatron_infer.cli import main
+from megatron_infer.eval.build import command as build_command
+from megatron_infer.eval.report import command as report_command
+from megatron_infer.eval.run import command as run_command
+from megatron_infer.eval.score import command as score_command
+from megatron_infer.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--device", "cpu", "--kv_cache_memory_bytes", str(4 << 20)]
@@ -103,7 +111,7 @@ def test_prefix_and_suffix_files(tiny_checkpoint: Path, source: Path, tmp_path: 
         (["--file", "{big}", "--cursor", "1:1"], "bytes"),
         (["--file", "{binary}", "--cursor", "1:1"], "UTF-8"),
         (["--file", "missing.py", "--cursor", "1:1"], "cannot read"),
-        (["--max_new_tokens", "0"], "max_new_tokens"),
+        (["--max_new_tokens", "-1"], "max_new_tokens"),
         (["--temperature", "nan"], "temperature"),
         (["--tensor_parallel_size", "3"], "tensor_parallel_size"),
         (["--model_dir", ""], "--model_dir is empty"),
@@ -128,6 +136,37 @@ def test_mistakes_get_one_clear_line(
     assert message in err
     assert "Traceback" not in err
     assert out == ""
+
+
+def every_option(parser: argparse.ArgumentParser) -> list[argparse.Action]:
+    return [action for action in parser._actions if action.option_strings and action.dest != "help"]
+
+
+@pytest.mark.parametrize("module", [cli_module, bench, run_command, score_command, build_command, report_command])
+def test_every_option_has_a_spelling_that_torchrun_leaves_alone(module, capsys) -> None:
+    """Before 3.12, argparse calls --n ambiguous wherever it stands: it could begin --nnodes or --nproc-per-node."""
+    refused = []
+    for action in every_option(module._parser(World())):
+        passed = []
+        for spelling in action.option_strings:
+            given = ["script.py", spelling] + ([] if action.nargs == 0 else ["1"])
+            try:
+                passed.append(get_args_parser().parse_args(given).training_script_args == given[1:])
+            except SystemExit:
+                passed.append(False)
+        refused += [action.option_strings] if not any(passed) else []
+    capsys.readouterr()
+    assert not refused
+
+
+def test_a_mistake_under_torchrun_is_the_last_thing_it_says(tiny_checkpoint: Path) -> None:
+    arguments = ["--model_dir", str(tiny_checkpoint), "--num_samples", "2", "--stream"]
+    done = run(torchrun(2, ROOT / "sess_megatron.py", *arguments))
+    assert done.returncode != 0
+    line = "error: --stream shows one completion; leave out --num_samples, or --stream"
+    assert done.stderr.splitlines().count(line) == 1
+    last = [text for text in done.stderr.splitlines() if "traceback" in text][-1]
+    assert last.strip() == f"traceback : {line}"
 
 
 COLLECTIVE_SCRIPT = """

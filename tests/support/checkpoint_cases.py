@@ -36,6 +36,7 @@ PLAIN = ModelConfig(
 CONFIGS = {
     "plain": PLAIN,
     "qkv-bias": replace(PLAIN, attention_bias=True),
+    "qk-norm": replace(PLAIN, qk_norm=True),
     "all-biases-tied": replace(
         PLAIN, attention_bias=True, attention_output_bias=True, mlp_bias=True, tie_word_embeddings=True
     ),

@@ -17,6 +17,8 @@ from megatron_infer.model_config import ModelConfig
 
 
 def architecture_of(config: ModelConfig) -> str:
+    if config.qk_norm:
+        return "qwen3"
     return "qwen2" if config.attention_bias and not config.attention_output_bias else "llama"
 
 

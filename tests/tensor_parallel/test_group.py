@@ -387,7 +387,7 @@ def test_a_rank_that_hangs_is_given_up_after_the_timeout(store: TCPStore, backen
     kind, rank, text = Ranks(store, stop_answering, 2, backend).results()[0]
     assert kind == "failure"
     assert "within 1 s" in text
-    assert rank == (1 if backend == "shared memory" else -1)
+    assert rank == 1
 
 
 def disagree(me: Rank) -> Any:

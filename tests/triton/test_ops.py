@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -155,9 +155,10 @@ SMALL = tiny_config(
 """The interpreter takes ten milliseconds for a program, of which a GEMV has one per output or two."""
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_whole_model_generates_the_same_tokens(deterministic: bool) -> None:
-    config = SMALL
+def test_a_whole_model_generates_the_same_tokens(deterministic: bool, qk_norm: bool) -> None:
+    config = replace(SMALL, qk_norm=qk_norm)
     tensors = random_tensors(config)
     prompts = [[5, 9, 2, 7, 1, 3], [4] * 21]
     sampling = SamplingParams(max_new_tokens=2, logprobs=0)

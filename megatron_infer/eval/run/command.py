@@ -120,7 +120,9 @@ def _attempt(job: Job, queue: WorkQueue, plan: Mapping[str, Any]) -> None:
         size = llm.config.tensor_parallel_size or 1
         replica, num_replicas = job.world.rank // size, max(1, job.world.size // size)
         if llm.max_model_len != llm.config.max_model_len:
-            raise ValueError(
+            # Of a ValueError rank 0 alone speaks, and its own cache may be large enough.
+            refusal: type[Exception] = EngineDeadError if llm.is_leader and replica else ValueError
+            raise refusal(
                 f"the KV cache holds {llm.max_model_len} tokens, less than the context of {llm.config.max_model_len}: "
                 "answers would depend on free memory. Lower --max_model_len or raise --kv_cache_memory_bytes"
             )

@@ -158,11 +158,11 @@ def prompts_sha256(cases: Iterable[Case]) -> str:
     return digest.hexdigest()
 
 
-def model_files(model_dir: Path, known: Mapping[str, Any], own: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+def model_files(model_dir: Path, known: Mapping[str, Any], own: Mapping[str, str]) -> dict[str, Any]:
     """Name -> size, modification time and SHA-256 of every file that may decide what a checkpoint computes.
 
-    Hashing reads the whole checkpoint, except for what `own`, its own manifest, has with the same size, and `known`, an
-    earlier result, with the same size and time.
+    Hashing reads the whole checkpoint, except for what `known`, an earlier result, has with the same size and time.
+    ValueError where `own`, its own manifest, says otherwise: a byte has changed since it was written.
     """
     found = {}
     for path in sorted(model_dir.iterdir()) if model_dir.is_dir() else [model_dir]:
@@ -173,10 +173,10 @@ def model_files(model_dir: Path, known: Mapping[str, Any], own: Mapping[str, tup
         before = known.get(path.name, {})
         if {name: before.get(name) for name in entry} == entry:
             sha256 = before["sha256"]
-        elif path.name in own and own[path.name][0] == stat.st_size:
-            sha256 = own[path.name][1]
         else:
             sha256 = sha256_of(path)
+            if sha256 != own.get(path.name, sha256):
+                raise ValueError(f"{path} does not match the SHA-256 in the checkpoint's manifest; copy it again")
         found[path.name] = {**entry, "sha256": sha256}
     return found
 

@@ -128,7 +128,7 @@ def _ks(given: str | None, num_samples: int) -> tuple[int, ...]:
     if ks[0] < 1 or ks[-1] > num_samples:
         raise ValueError(
             f"--k must be from 1 to the samples per case, of which this run has {num_samples}, not {given}; run with a "
-            "larger --n for a larger k"
+            "larger --num_samples for a larger k"
         )
     return ks
 

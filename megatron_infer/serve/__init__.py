@@ -1,0 +1,1 @@
+"""The completion server: five dialects over one session."""

@@ -1,0 +1,62 @@
+"""The web application: the routes of all dialects over one Service, errors in each one's form, health and metrics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from megatron_infer.llm import EngineDeadError
+from megatron_infer.serve.dialects import llama_cpp, mistral, ollama, openai, tabby
+from megatron_infer.serve.errors import Refusal, dialect_of, error_response
+from megatron_infer.serve.gate import Gate
+from megatron_infer.serve.service import Service
+
+log = logging.getLogger("megatron_infer.serve")
+
+PLAYGROUND = Path(__file__).with_name("playground")
+
+
+def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
+    """Everything, behind the gate. `keys`: of whom may come in."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        yield
+
+    app = FastAPI(title="megatron_infer", lifespan=lifespan, docs_url=None, redoc_url=None)
+    for dialect in (openai, mistral, llama_cpp, ollama, tabby):
+        dialect.add_routes(app, service)
+    for kind in (Refusal, ValueError, EngineDeadError, HTTPException, Exception):
+        app.exception_handler(kind)(_answer)
+
+    @app.get("/health")
+    async def health() -> Any:
+        """200 while the engine steps, or has nothing to do."""
+        service.check_health()
+        return {"status": "ok", "model": service.model_name, "num_steps": service.engine.num_steps}
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+
+    if (PLAYGROUND / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
+    return Gate(app, keys, service.settings.max_body_bytes)
+
+
+async def _answer(request: Request, error: Exception) -> Response:
+    dialect = getattr(request.state, "dialect", dialect_of(request.scope["path"]))
+    if isinstance(error, HTTPException):
+        return error_response(dialect, Refusal(error.status_code, str(error.detail)))
+    if not isinstance(error, (Refusal, ValueError, EngineDeadError)):
+        log.error("a request failed", exc_info=error)
+    return error_response(dialect, Refusal.of(error))
