@@ -16,10 +16,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from megatron_infer.files import broken_file
+
 _T = TypeVar("_T")
 
 _MAGIC = b"GGUF"
-_LFS_POINTER = b"version https://git-lfs"
 _SCALARS = {
     0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "|b1", 10: "<u8", 11: "<i8", 12: "<f8",
 }  # fmt: skip
@@ -71,16 +72,13 @@ class GgufHeader:
             ValueError: damaged, of a tensor type or version that is not read, or part of a split file; names the field.
         """
         with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-            if start == _LFS_POINTER:
-                raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`")
-            if start[:4] != _MAGIC:
-                raise ValueError(f"{path} is not a GGUF file (it does not begin with GGUF); download it again")
+            if file.read(len(_MAGIC)) != _MAGIC:
+                raise broken_file(path, "is not a GGUF file (it does not begin with GGUF)")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 try:
                     return _parse(path, _Cursor(data))
                 except _DamagedError as error:
-                    raise ValueError(f"{path}: {error}; the file is damaged or incomplete, download it again") from None
+                    raise broken_file(path, f"is damaged: {error}") from None
 
     def get(self, key: str, kind: type[_T], default: _T | None = None) -> _T | None:
         """A value of the metadata, of this type (ValueError); the default where there is none."""

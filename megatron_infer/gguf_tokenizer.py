@@ -74,7 +74,7 @@ def gguf_tokenizer(header: GgufHeader) -> tuple[dict[str, Any] | bytes, dict[str
     if len(set(tokens)) < len(tokens):
         raise ValueError(f"{header.path}: tokenizer.ggml.tokens has a token twice; convert the model again")
     ids = {name: header.get(f"tokenizer.ggml.{key}_token_id", int) for name, key in _SPECIALS.items()}
-    if any(i is not None and i >= len(tokens) for i in ids.values()):
+    if not all(i is None or 0 <= i < len(tokens) for i in ids.values()):
         raise ValueError(f"{header.path}: one of the token ids {ids} is not below {len(tokens)}, the number of tokens")
     settings: dict[str, Any] = {f"{name}_token": tokens[i] for name, i in ids.items() if i is not None}
     if kind == "llama":

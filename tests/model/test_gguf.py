@@ -209,7 +209,7 @@ def number_of(kind: str) -> int:
 HOSTILE: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "is not a GGUF file"),
     "other file": (b"PK\x03\x04" * 9, "is not a GGUF file"),
-    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "Git LFS pointer"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid", "it is a Git LFS pointer"),
     "ends in the counts": (header()[:14], "the number of tensors .* beyond the end"),
     "version 1": (header(version=1), "is version 1"),
     "big-endian": (header(version=3 << 24), "is big-endian"),

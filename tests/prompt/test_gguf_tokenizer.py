@@ -9,6 +9,8 @@ from typing import Any
 import gguf
 import pytest
 import tokenizers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -170,6 +172,28 @@ def test_a_token_that_stands_there_twice_is_refused(tmp_path: Path, byte_level: 
     tokens = [*byte_level["tokens"][:-1], byte_level["tokens"][0]]
     with pytest.raises(ValueError, match="has a token twice"):
         load_tokenizer(save_metadata(tmp_path / "t.gguf", {**byte_level, "tokens": tokens}))
+
+
+@settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_mutated_metadata_loads_or_is_refused(
+    tmp_path: Path, byte_level: dict[str, Any], sentencepiece_metadata: dict[str, Any], data: st.DataObject
+) -> None:
+    path = save_metadata(tmp_path / "t.gguf", data.draw(st.sampled_from([byte_level, sentencepiece_metadata])))
+    mutated = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(mutated) - 8))
+        new = data.draw(st.binary(min_size=1, max_size=8))
+        mutated[at : at + len(new)] = new
+    path.write_bytes(mutated)
+    refusal = "t.gguf"
+    try:
+        load_tokenizer(path).encode("def f(x):")
+    except ValueError as error:
+        refusal = str(error)
+    assert "t.gguf" in refusal
 
 
 def test_one_file_is_a_whole_checkpoint(tmp_path: Path, sentencepiece_metadata: dict[str, Any]) -> None:
