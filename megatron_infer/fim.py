@@ -230,7 +230,9 @@ class FimFormat:
                 f"the prompt's fixed part (control tokens, header lines, extra files) alone exceeds its budget by "
                 f"{1 - room} tokens; raise the budget, or give a shorter path or fewer extra_files"
             )
-        least_prefix, least_suffix = plan_cut(len(before), len(after), room)
+        # The line that is being typed counts as one length: its last tokens come and go, and a cut must not with them.
+        line = next((n for n, i in enumerate(reversed(before)) if self._ends_line(i)), len(before))
+        least_prefix, least_suffix = plan_cut(len(before) + max(0, room // 48 - line), len(after), room)
         cut_prefix = cut_at_step(least_prefix, len(before), room, lambda i: self._ends_line(before[i - 1]))
         cut_suffix = cut_at_step(least_suffix, len(after), room, lambda i: self._ends_line(after[-i - 1]))
         kept_suffix = after[: len(after) - cut_suffix]
