@@ -21,6 +21,7 @@ from megatron_infer.eval.build import command as build_command
 from megatron_infer.eval.report import command as report_command
 from megatron_infer.eval.run import command as run_command
 from megatron_infer.eval.score import command as score_command
+from megatron_infer.serve import command as serve_command
 from megatron_infer.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +131,9 @@ def every_option(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in parser._actions if action.option_strings and action.dest != "help"]
 
 
-@pytest.mark.parametrize("module", [cli_module, bench, run_command, score_command, build_command, report_command])
+@pytest.mark.parametrize(
+    "module", [cli_module, bench, serve_command, run_command, score_command, build_command, report_command]
+)
 def test_every_option_has_a_spelling_that_torchrun_leaves_alone(module, capsys) -> None:
     """Before 3.12, argparse calls --n ambiguous wherever it stands: it could begin --nnodes or --nproc-per-node."""
     refused = []
