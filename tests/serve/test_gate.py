@@ -148,7 +148,8 @@ NAMES = [
     "prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "n", "n_cmpl", "temperature", "top_p", "top_k",
     "seed", "stop", "stream", "logprobs", "n_probs", "echo", "logit_bias", "stream_options", "response_fields",
     "segments", "path", "ending", "order", "session_id", "parse_special", "token_healing", "deadline_ms",
-    "t_max_prompt_ms", "tokens", "content", "options", "min_tokens", "stop_token_ids", "repeat_penalty", "random_seed", "add_special", "mode",
+    "t_max_prompt_ms", "tokens", "content", "options", "min_tokens",
+    "stop_token_ids", "repeat_penalty", "random_seed", "add_special", "mode",
 ]  # fmt: skip
 SMALL = {
     "prompt": "x = ",
