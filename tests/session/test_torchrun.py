@@ -76,6 +76,18 @@ def test_stream_and_stdout_carry_the_completion_alone(tiny_checkpoint: Path, sou
     assert "config:" not in cli(*arguments, "--max_new_tokens", "1", "--quiet").stderr
 
 
+def test_an_example_is_shown_with_its_completion(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    example = tmp_path / "example.json"
+    command = ["--model_dir", str(tiny_checkpoint), "--max_new_tokens", "4", "--example", str(example), *QUICK]
+    assert f"cannot read {example}" in cli(*command).stderr
+    example.write_text(json.dumps({"prefix": "def f(x):"}))
+    assert f"{example} is not a JSON object with prefix, suffix and path" in cli(*command).stderr
+    example.write_text(json.dumps({"prefix": "def f(x):", "suffix": "# end", "path": "a.py"}))
+    done = cli(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def f(x):⟦") and done.stdout.endswith("⟧# end\n")
+
+
 def test_prefix_and_suffix_files(tiny_checkpoint: Path, source: Path, tmp_path: Path) -> None:
     text = source.read_text()
     (tmp_path / "before").write_text(text[:27])
