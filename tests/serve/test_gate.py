@@ -11,6 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, given, settings, strategies
 
 from megatron_infer import LLM
 from megatron_infer.serve import app
@@ -141,6 +142,43 @@ def test_hostile_bodies_are_refused(running: Running, path: str, name: str) -> N
     reads_nothing_of_it = path == "/tokenize" and answer.status_code == 200
     assert 400 <= answer.status_code < 500 or reads_nothing_of_it, answer.text
     running.post("/tokenize", content="and it lives")
+
+
+NAMES = [
+    "prompt", "suffix", "input_prefix", "input_suffix", "input_extra", "n", "n_cmpl", "temperature", "top_p", "top_k",
+    "seed", "stop", "stream", "logprobs", "n_probs", "echo", "logit_bias", "stream_options", "response_fields",
+    "segments", "path", "ending", "order", "session_id", "parse_special", "token_healing", "deadline_ms",
+    "t_max_prompt_ms", "tokens", "content", "options", "min_tokens",
+    "stop_token_ids", "repeat_penalty", "random_seed", "add_special", "mode",
+]  # fmt: skip
+SMALL = {
+    "prompt": "x = ",
+    "input_prefix": "x = ",
+    "input_suffix": "\n",
+    "max_tokens": 2,
+    "n_predict": 2,
+    "num_predict": 2,
+}
+VALUES = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.integers(-2, 8)
+    | strategies.floats(allow_nan=False, allow_infinity=False) | strategies.text(max_size=8)
+    | strategies.sampled_from(["raw", "auto", "psm", "spm", "python", "a\r\nb"]),
+    lambda inner: strategies.lists(inner, max_size=3)
+    | strategies.dictionaries(strategies.sampled_from(["prefix", "text", "5", "seed", "body"]), inner, max_size=3),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    path=strategies.sampled_from(POSTS),
+    body=strategies.dictionaries(strategies.sampled_from(NAMES), VALUES, min_size=1, max_size=4),
+    is_plausible=strategies.booleans(),
+)
+def test_no_body_is_a_server_error(running: Running, path: str, body: dict[str, Any], is_plausible: bool) -> None:
+    answer = running.client.post(path, json={**SMALL, **body} if is_plausible else body)
+    assert answer.status_code < 500, answer.text
+    wait_until(lambda: running.service.admission.num_in_hand == 0)
 
 
 @pytest.mark.parametrize(
