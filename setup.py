@@ -43,7 +43,7 @@ X86_FLAGS = {
 
 
 # The page that the server shows: what it is built from stays behind.
-PLAYGROUND = [f"serve/playground/*.{suffix}" for suffix in ("html", "css", "js", "svg", "txt")]
+PLAYGROUND = [f"playground/*.{suffix}" for suffix in ("html", "css", "js", "svg", "txt")]
 
 
 def find_compiler() -> list[str] | None:
@@ -178,9 +178,9 @@ if __name__ == "__main__":
         ],
         package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
         package_data={
-            "megatron_infer": ["*.json", "py.typed", *PLAYGROUND],
+            "megatron_infer": ["*.json", "py.typed"],
             "megatron_infer.ending": ["*.json"],
-            "megatron_infer.serve": ["*.txt", "playground/*", "playground/*/*"],
+            "megatron_infer.serve": ["*.txt", *PLAYGROUND],
             "megatron_infer.serve.dialects": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html"],

@@ -13,7 +13,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -152,6 +152,8 @@ def _figures(
     gaps = [b - a for t in every for a, b in zip(t.token_seconds, t.token_seconds[1:], strict=False) if b > a]
     prefill_seconds = statistics.median(max(t.first_token_seconds for t in timings_S) for timings_S in repetitions)
     decode = [(t.num_new_tokens - 1) / (t.token_seconds[-1] - t.token_seconds[0]) for t in every]
+    drafted = [item for completions_S in completions for c in completions_S for item in c.draft_sources.items()]
+    drafts = [(source, [counts for name, counts in drafted if name == source]) for source in sorted(dict(drafted))]
     totals = profile.phases["decode"]
     weight_bytes = sum(op.num_bytes for name, op in totals.ops.items() if name != ATTENTION) / totals.num_steps
     prefill_flops = sum(op.flops for op in profile.phases["prefill"].ops.values()) / num_profiled
@@ -164,17 +166,8 @@ def _figures(
         "decode_tokens_per_second": statistics.median(_total_rate(timings_S) for timings_S in repetitions),
         "decode_weights_gb_per_second": size * weight_bytes / percentile(gaps, 50) / 1e9,
         "engine_ms_per_decode_step": 1e3 * statistics.median(totals.engine_seconds),
-        "draft_sources": _draft_sources(completion for completions_S in completions for completion in completions_S),
+        "draft_sources": {source: [sum(numbers) for numbers in zip(*counts, strict=True)] for source, counts in drafts},
     }
-
-
-def _draft_sources(completions: Iterable[Completion]) -> dict[str, list[int]]:
-    """By source, how many tokens were drafted and how many of those were right."""
-    sums: dict[str, list[int]] = {}
-    for completion in completions:
-        for source, counts in completion.draft_sources.items():
-            sums[source] = [a + b for a, b in zip(sums.get(source, (0, 0)), counts, strict=True)]
-    return sums
 
 
 def _total_rate(timings_S: list[Timings]) -> float:

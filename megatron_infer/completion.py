@@ -5,14 +5,14 @@ The border between token ids and text: stop strings, held-back UTF-8 and timings
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from megatron_infer.ending.ending import Ending
-from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.request import Event, Request, Sampled
 from megatron_infer.fim_prompt import FimPrompt, language_of
-from megatron_infer.text_stream import TextStream
+from megatron_infer.text_stream import TextStream, WholeLines
 from megatron_infer.tokenizer import Tokenizer
 
 
@@ -35,6 +35,8 @@ class Timings:
     num_new_tokens: int
     token_seconds: tuple[float, ...] = ()
     """When each new token came."""
+    usable_seconds: float = 0.0
+    """When the last of the text was there, which may be before the end."""
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -48,13 +50,14 @@ class Completion:
     """One completion of one prompt.
 
     text: what belongs between prefix and suffix; ends before a stop string or the model's end token, or by a rule.
-    token_ids: every generated id, an end token included. finish_reason: stop, length, abort or error (then
+    token_ids: every generated id, an end token included. finish_reason: stop, length, deadline, abort or error (then
     `error` says why).
     prompt_index and sample_index: which prompt of a batch, which of its `n` samples.
     num_dropped_tokens: prompt tokens cut because prompt and completion exceed the context.
     prompt_token_ids: what the model was given.
-    trimmed_by: the rule that ended the text (ending.ending), where SamplingParams.ending is not raw; raw_text is then
-    what the model wrote, up to where it was stopped.
+    prompt_logprobs: of the prompt's tokens, None for the first; see SamplingParams.
+    trimmed_by: the rule that ended the text (ending.ending), where SamplingParams.ending is not raw, or "unfinished"
+    where a limit cut it back; raw_text, with an ending or a deadline, is what the model wrote till it was stopped.
     draft_sources: how many tokens were drafted, and how many of those were right and saved a step, by where they came
     from: the prompt, recent answers, or the one that is typed along (engine.drafter).
     """
@@ -72,6 +75,7 @@ class Completion:
     prompt_token_ids: tuple[int, ...] = ()
     trimmed_by: str | None = None
     raw_text: str | None = None
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None
     draft_sources: Mapping[str, tuple[int, int]] = field(default_factory=dict, hash=False)
 
     @property
@@ -91,21 +95,25 @@ class Completion:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Completion:
         """The Completion that `to_json` wrote."""
-        logprobs, timings = raw["logprobs"], raw["timings"]
-        if logprobs is not None:
-            logprobs = tuple(
-                TokenLogprob(p["token_id"], p["logprob"], tuple((i, value) for i, value in p["top"])) for p in logprobs
-            )
+        timings = raw["timings"]
         return cls(
             **{
                 **raw,
                 "token_ids": tuple(raw["token_ids"]),
                 "prompt_token_ids": tuple(raw["prompt_token_ids"]),
                 "timings": Timings(**{**timings, "token_seconds": tuple(timings["token_seconds"])}),
-                "logprobs": logprobs,
+                "logprobs": _logprobs_from_json(raw["logprobs"]),
+                "prompt_logprobs": _logprobs_from_json(raw["prompt_logprobs"]),
                 "draft_sources": {name: (n, right) for name, (n, right) in raw["draft_sources"].items()},
             }
         )
+
+
+def _logprobs_from_json(raw: Sequence[Any] | None) -> tuple[TokenLogprob | None, ...] | None:
+    def one(raw: Mapping[str, Any]) -> TokenLogprob:
+        return TokenLogprob(raw["token_id"], raw["logprob"], tuple((i, value) for i, value in raw["top"]))
+
+    return None if raw is None else tuple(None if pair is None else one(pair) for pair in raw)
 
 
 Items = Generator[str | Completion, None, None]
@@ -132,9 +140,11 @@ class GrowingCompletion:
         self._text = TextStream(tokenizer, request.sampling.stop, skip_bytes)
         mode = request.sampling.ending
         # Of a prompt of token ids nothing is known that a rule could look at.
-        self._ending = (
-            None if prompt is None or mode == "raw" else Ending(prompt.prefix, prompt.suffix, language_of(prompt), mode)
-        )
+        self._ending: Ending | WholeLines | None = None
+        if prompt is not None and mode != "raw":
+            self._ending = Ending(prompt.prefix, prompt.suffix, language_of(prompt), mode)
+        elif request.sampling.deadline_ms is not None:
+            self._ending = WholeLines()
         self._raw: list[str] = []
         self._pieces: list[str] = []
         self._unread = 0
@@ -142,19 +152,20 @@ class GrowingCompletion:
         self._logprobs: list[TokenLogprob] = []
         self._submitted = submitted
         self._token_seconds: list[float] = []
-        self._finished_seconds = 0.0
+        self._usable_seconds = self._finished_seconds = 0.0
         self.finish_reason: str | None = None
         self.error: str | None = None
 
     def receive(self, event: Event, now: float) -> None:
         """Take in one engine event; `finish_reason` is set once the request, a stop string or a rule ends it."""
         now -= self._submitted
+        num_pieces = len(self._pieces)
         sampled = event.sampled
         if sampled is not None:
             self._token_ids.append(sampled.token_id)
             self._token_seconds.append(now)
             if sampled.logprob is not None:
-                self._logprobs.append(TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs or ()))
+                self._logprobs.append(_logprob_of(sampled))
             if event.finish_reason != "stop":
                 self._add(self._text.feed(sampled.token_id))
         if event.finish_reason is not None:
@@ -166,11 +177,18 @@ class GrowingCompletion:
             self._finish("stop", now)
         elif event.finish_reason is not None:
             self._finish(event.finish_reason, now)
+        if len(self._pieces) > num_pieces:
+            self._usable_seconds = now
 
     @property
     def trimmed_by(self) -> str | None:
         """The rule that has ended the text, if one has."""
         return None if self._ending is None else self._ending.reason
+
+    def is_late(self, now: float) -> bool:
+        """Whether its deadline has passed."""
+        deadline_ms = self.request.sampling.deadline_ms
+        return deadline_ms is not None and 1e3 * (now - self._submitted) >= deadline_ms
 
     @property
     def stopped_by(self) -> str | None:
@@ -186,8 +204,10 @@ class GrowingCompletion:
 
     def _finish(self, reason: str, now: float) -> None:
         if self._ending is not None:
-            rest, _ = self._ending.finish(is_complete=reason == "stop")
-            self._pieces.append(rest)
+            # No limit but the deadline cuts a raw answer.
+            is_complete = reason == "stop" if isinstance(self._ending, Ending) else reason != "deadline"
+            if rest := self._ending.finish(is_complete)[0]:
+                self._pieces.append(rest)
         self._finished_seconds = now
         self.finish_reason = reason
 
@@ -200,6 +220,7 @@ class GrowingCompletion:
     def result(self) -> Completion:
         """The Completion; only after `finish_reason` is set."""
         assert self.finish_reason is not None
+        scores = map(_logprob_of, self.request.prompt_scores)
         return Completion(
             text="".join(self._pieces),
             token_ids=tuple(self._token_ids),
@@ -210,6 +231,7 @@ class GrowingCompletion:
                 self.request.num_prompt,
                 len(self._token_ids),
                 tuple(self._token_seconds),
+                self._usable_seconds,
             ),
             num_cached_tokens=self.request.num_cached_tokens or 0,
             num_dropped_tokens=self._num_dropped_tokens,
@@ -221,7 +243,13 @@ class GrowingCompletion:
             trimmed_by=self.trimmed_by,
             raw_text=None if self._ending is None else "".join(self._raw),
             draft_sources=dict(self.request.drafts),
+            prompt_logprobs=None if self.request.sampling.prompt_logprobs is None else (None, *scores),
         )
+
+
+def _logprob_of(sampled: Sampled) -> TokenLogprob:
+    assert sampled.logprob is not None
+    return TokenLogprob(sampled.token_id, sampled.logprob, sampled.top_logprobs or ())
 
 
 class CompletionStream(Iterator[str]):

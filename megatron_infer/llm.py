@@ -37,14 +37,12 @@ from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.session import Handle, Load, Prompt, Session
+from megatron_infer.session import Handle, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from megatron_infer.world import World, end_with_launcher
 
-__all__ = [
-    "LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Load", "Prompt", "Timings", "TokenLogprob"
-]  # fmt: skip
+__all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Prompt", "Timings", "TokenLogprob"]
 
 log = logging.getLogger("megatron_infer")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from megatron_infer.checks import boolean, finite, int_in, one_of, positive_int
 from megatron_infer.files import read_json_object
@@ -31,31 +31,24 @@ _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layer
 """Sizes that every config.json must state; the others have a default."""
 
 
-class _Family(NamedTuple):
-    """What a model_type leaves unsaid in config.json, and what transformers does whatever is said there."""
-
-    architecture: str
-    defaults: Mapping[str, Any]
-    fixed: Mapping[str, Any]
-
-
-_QWEN = {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768}
-_FAMILIES = {
-    "llama": _Family("LlamaForCausalLM", {"max_position_embeddings": 2048}, {"use_sliding_window": False}),
-    "mistral": _Family(
-        "MistralForCausalLM",
-        {"num_key_value_heads": 8, "max_position_embeddings": 131072},
-        {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0},
-    ),
-    "qwen2": _Family("Qwen2ForCausalLM", _QWEN, {"attention_bias": True, "mlp_bias": False}),
-    "qwen3": _Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, {"mlp_bias": False}),
-}
 _DEFAULTS = {
     "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "use_sliding_window": False,
-    "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
+    "sliding_window": 4096, "max_window_layers": 28, "layer_types": None, "hidden_act": "silu", "is_causal": True,
 }  # fmt: skip
-"""Of transformers 5, where the family has no other (configuration_llama.py and its siblings)."""
+"""What config.json leaves unsaid, where the family has no other default (transformers 5, configuration_llama.py and its
+siblings)."""
+_QWEN = {"bos_token_id": None, "eos_token_id": None, "max_position_embeddings": 32768}
+_FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "llama": ({"max_position_embeddings": 2048}, {"use_sliding_window": False}),
+    "mistral": (
+        {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+        {"attention_bias": False, "mlp_bias": False, "use_sliding_window": True, "max_window_layers": 0},
+    ),
+    "qwen2": (_QWEN, {"attention_bias": True, "mlp_bias": False}),
+    "qwen3": ({**_QWEN, "head_dim": 128}, {"mlp_bias": False}),
+}
+"""By model_type: its own defaults, and what transformers computes with whatever config.json says."""
 
 
 @dataclass(frozen=True)
@@ -143,12 +136,14 @@ class ModelConfig:
             wrong = "is missing" if model_type is None else f"{model_type!r:.80} is not supported"
             supported = f"{', '.join(_FAMILIES)} (RMSNorm, RoPE, GQA, SwiGLU decoders)"
             raise ValueError(f"model_type {wrong}; supported: {supported}")
-        family = _FAMILIES[model_type]
-        said = {**_DEFAULTS, **family.defaults, **raw, **family.fixed}
-        if said.get("hidden_act", "silu") not in ("silu", "swish"):
+        defaults, fixed = _FAMILIES[model_type]
+        said = {**_DEFAULTS, **defaults, **raw, **fixed}
+        if said["hidden_act"] not in ("silu", "swish"):
             raise ValueError(f"hidden_act {said['hidden_act']!r:.80} is not supported; only silu (SwiGLU) is")
-        if said.get("is_causal", True) is not True:
+        if said["is_causal"] is not True:
             raise ValueError(f"is_causal is {said['is_causal']!r}, but this network attends backwards only; remove it")
+        if raw.get("per_layer_config"):
+            raise ValueError("per_layer_config is not supported; the layers of this network are all alike")
         for name in (*_REQUIRED, "max_position_embeddings"):
             positive_int(name, said.get(name))
         longest = said["max_position_embeddings"]
@@ -205,7 +200,7 @@ class ModelConfig:
         model_type = "qwen3" if self.qk_norm else "qwen2" if qkv_bias_only else "llama"
         eos = self.eos_token_ids
         out: dict[str, Any] = {
-            "architectures": [_FAMILIES[model_type].architecture],
+            "architectures": [f"{model_type.capitalize()}ForCausalLM"],
             "model_type": model_type,
             **{name: getattr(self, name) for name in (*_REQUIRED, "num_key_value_heads", "head_dim")},
             "hidden_act": "silu",

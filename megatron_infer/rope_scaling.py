@@ -12,30 +12,28 @@ from typing import Any, Literal
 from megatron_infer.checks import boolean, finite, one_of, positive_int
 
 DEFAULT_THETA = 10000.0
+_ORIGINAL = "original_max_position_embeddings"
 _FIELDS = {
     "linear": ("factor",),
     "yarn": (
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor", "mscale",
-        "mscale_all_dim", "truncate",
+        "factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
     ),
-    "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
 }  # fmt: skip
 """What a type reads; transformers ignores the rest."""
-_NEEDED = {
-    "linear": (),
-    "yarn": ("original_max_position_embeddings",),
-    "llama3": ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-}
-_NOT_OF_A_TYPE = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
+_NEEDED = ("factor", "low_freq_factor", "high_freq_factor")
+_LOWEST = {
+    "factor": 1.0, "beta_fast": 1e-6, "beta_slow": 1e-6, "attention_factor": 0.0, "mscale": 0.0, "mscale_all_dim": 0.0,
+    "low_freq_factor": 1e-6, "high_freq_factor": 1e-6,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class RopeScaling:
     """Stretching of rotary positions beyond the trained context, with the field names of Hugging Face.
 
-    `linear` divides positions by `factor`; `yarn` is YaRN (arXiv 2309.00071); `llama3` is that of Llama 3.1.
-    `original_max_position_embeddings`, the trained context, belongs to the latter two; `beta_*`, `attention_factor`,
-    `mscale*` and `truncate` to YaRN, `*_freq_factor` to llama3.
+    `linear` divides positions by `factor`; `yarn` is YaRN (arXiv 2309.00071); `llama3` is that of Llama 3.1. All but
+    `factor` belongs to the latter two; `original_max_position_embeddings` is the trained context.
     """
 
     rope_type: Literal["linear", "yarn", "llama3"]
@@ -52,35 +50,29 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         one_of("rope scaling type", self.rope_type, tuple(_FIELDS))
-        finite("rope scaling factor", self.factor, low=1.0)
-        for name in _NEEDED[self.rope_type]:
-            if getattr(self, name) is None:
-                raise ValueError(f"rope scaling of type {self.rope_type!r} has no {name!r}")
-        for name in ("attention_factor", "mscale", "mscale_all_dim", "low_freq_factor", "high_freq_factor"):
+        for name, low in _LOWEST.items():
             if getattr(self, name) is not None:
-                finite(f"rope scaling: {name}", getattr(self, name), low=0.0)
-        for name in ("beta_fast", "beta_slow"):
-            finite(f"rope scaling: {name}", getattr(self, name), low=1e-6)
-        if self.original_max_position_embeddings is not None:
-            positive_int("rope scaling: original_max_position_embeddings", self.original_max_position_embeddings)
+                finite(f"rope scaling: {name}", getattr(self, name), low=low)
+        if self.rope_type != "linear":
+            positive_int(f"rope scaling: {_ORIGINAL}", self.original_max_position_embeddings)
         boolean("rope scaling: truncate", self.truncate)
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if low is not None and high is not None and not 0 < low < high:
-            raise ValueError(f"rope scaling: high_freq_factor ({high}) must exceed low_freq_factor ({low}), above 0")
+        if self.rope_type == "llama3" and (self.high_freq_factor or 0) <= (self.low_freq_factor or 0):
+            raise ValueError(
+                f"rope scaling: high_freq_factor ({self.high_freq_factor}) must exceed low_freq_factor "
+                f"({self.low_freq_factor})"
+            )
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], trained: Any) -> RopeScaling | None:
-        """Read one such object of config.json; None for plain RoPE.
+        """Read one such object of config.json, for a model whose context was `trained`; None for plain RoPE.
 
-        Args:
-            trained: the trained context, where the object does not say it.
         Raises:
             ValueError: another type, none at all beside settings of one, or a field that is missing or wrong.
         """
         kinds = [raw[name] for name in ("rope_type", "type") if name in raw]
         if len(kinds) == 2 and kinds[0] != kinds[1]:
             raise ValueError(f"rope scaling has rope_type {kinds[0]!r} and type {kinds[1]!r}; remove the wrong one")
-        lost = [name for name, value in raw.items() if name not in _NOT_OF_A_TYPE and value is not None]
+        lost = [name for name, value in raw.items() if name not in ("rope_theta", "partial_rotary_factor") and value]
         if not kinds and lost:
             raise ValueError(
                 f"rope scaling has {', '.join(lost)} but no rope_type, without which transformers ignores it; add the "
@@ -90,10 +82,11 @@ class RopeScaling:
             return None
         one_of("rope scaling type", kinds[0], tuple(_FIELDS))
         given = {name: raw[name] for name in _FIELDS[kinds[0]] if raw.get(name) is not None}
-        if "factor" not in given:
-            raise ValueError(f"rope scaling of type {kinds[0]!r} has no 'factor'")
+        missing = [name for name in _NEEDED if name in _FIELDS[kinds[0]] and name not in given]
+        if missing:
+            raise ValueError(f"rope scaling of type {kinds[0]!r} has no {missing[0]!r}")
         if kinds[0] != "linear":
-            given.setdefault("original_max_position_embeddings", trained)
+            given[_ORIGINAL] = trained
         # transformers takes 0 for the default of these two.
         unset = [name for name in ("beta_fast", "beta_slow") if given.get(name) == 0]
         return cls(rope_type=kinds[0], **{name: value for name, value in given.items() if name not in unset})
@@ -123,21 +116,20 @@ def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> tuple[flo
     if any(source.get("partial_rotary_factor") not in (None, 1) for source in (raw, scaling, parameters)):
         raise ValueError("partial_rotary_factor is not supported; this network rotates whole heads")
     theta = used.get("rope_theta", raw.get("rope_theta", DEFAULT_THETA))
-    stated = {"rope_theta": raw, "rope_scaling.rope_theta": scaling, "rope_parameters.rope_theta": parameters}
-    for field, source in stated.items():
+    for prefix, source in (("", raw), ("rope_scaling.", scaling), ("rope_parameters.", parameters)):
         if source.get("rope_theta") not in (None, theta):
             raise ValueError(
-                f"{field} is {source['rope_theta']!r}, but {name} comes first, and with it transformers takes "
-                f"rope_theta {theta!r}; state the right one in {name}, and nowhere another"
+                f"{prefix}rope_theta is {source['rope_theta']!r}, but {name} comes first, and with it transformers "
+                f"takes {theta!r}; state the right rope_theta in {name}, and nowhere another"
             )
-    top, inside = (source.get("original_max_position_embeddings") for source in (raw, used))
-    if top is not None and inside not in (None, top):
+    contexts = [source[_ORIGINAL] for source in (raw, used) if source.get(_ORIGINAL) is not None]
+    if len(contexts) == 2 and contexts[0] != contexts[1]:
         raise ValueError(
-            f"original_max_position_embeddings is {top!r} at the top level, {inside!r} in {name}; remove the wrong one"
+            f"{_ORIGINAL} is {contexts[0]!r} at the top level, {contexts[1]!r} in {name}; remove the wrong one"
         )
-    trained = max_position_embeddings if top is None else top
+    trained = contexts[0] if contexts else max_position_embeddings
     read = RopeScaling.from_hf(used, trained)
-    if scaling and RopeScaling.from_hf(parameters, trained) not in (None, read):
+    if scaling and RopeScaling.from_hf(parameters, parameters.get(_ORIGINAL, trained)) not in (None, read):
         raise ValueError(
             "rope_scaling and rope_parameters ask for different scalings, of which transformers takes rope_scaling; "
             "remove the wrong one"
@@ -148,7 +140,7 @@ def read_rope(raw: Mapping[str, Any], max_position_embeddings: int) -> tuple[flo
 def _flat_object(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = raw.get(name) or {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} must be an object, got {value!r}")
+        raise ValueError(f"{name} must be an object, got {value!r:.80}")
     nested = [key for key, inner in value.items() if isinstance(inner, Mapping)]
     if nested:
         raise ValueError(

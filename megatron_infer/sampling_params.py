@@ -29,6 +29,9 @@ class SamplingParams:
     logit_bias: pairs (token id, bias), or a mapping; x + bias, before the penalties; -inf forbids the token.
     bad_words: text that is not written, as the tokenizer divides it, with and without a space before it.
     min_new_tokens: no token that would end the completion is drawn before; stop strings and `ending` still end it.
+    deadline_ms: from submission on, queue and prompt included. The step in progress is not interrupted; it computes at
+    most max_num_batched_tokens. What is handed out of an answer stays, so a stream comes line by line from the second
+    line on, and an answer is cut back to a line's end if it has one; with ending "block", to where the suffix fits.
     """
 
     max_new_tokens: int = option(256, "longest completion in tokens; 0 computes the prompt alone, into the cache")
@@ -51,10 +54,16 @@ class SamplingParams:
     )
     stop_token_ids: tuple[int, ...] = option((), "token ids that end the completion, beside the model's own")
     logprobs: int | None = option(None, "return log probabilities, with this many alternatives per token (0: none)")
+    prompt_logprobs: int | None = option(
+        None, "return log probabilities of the prompt's tokens too, with this many alternatives each (0: none)"
+    )
     ending: str = option(
         "raw",
         "where the answer ends: raw (where the model ends it), line, block (of code), or auto (line or block, by the "
         "code around the hole)",
+    )
+    deadline_ms: int | None = option(
+        None, "milliseconds after which the answer ends with what is there, if possible at a line's end (default: none)"
     )
     ignore_eos: bool = option(False, "go on past the model's end tokens (benchmarks)")
 
@@ -75,6 +84,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         one_of("ending", self.ending, ENDINGS)
         int_in("max_new_tokens", self.max_new_tokens, 0, 2**63 - 1)
+        if self.deadline_ms is not None:
+            int_in("deadline_ms", self.deadline_ms, 1, 2**63 - 1)
         finite("temperature", self.temperature, low=0.0)
         finite("top_p", self.top_p, low=0.0, high=1.0)
         finite("min_p", self.min_p, low=0.0, high=1.0)
@@ -84,8 +95,9 @@ class SamplingParams:
         if self.seed is not None:
             int_in("seed", self.seed, 0, 2**63 - 1)
         int_in("n", self.n, 1, self.MAX_N)
-        if self.logprobs is not None:
-            int_in("logprobs", self.logprobs, 0, self.MAX_LOGPROBS)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                int_in(name, getattr(self, name), 0, self.MAX_LOGPROBS)
         if len(self.stop) > self.MAX_STOP_STRINGS:
             raise ValueError(f"at most {self.MAX_STOP_STRINGS} stop strings, got {len(self.stop)}")
         for kind, texts in (("stop strings", self.stop), ("bad_words", self.bad_words)):

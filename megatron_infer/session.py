@@ -21,7 +21,7 @@ from functools import cached_property
 from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
-from megatron_infer.engine.request import Event, Request
+from megatron_infer.engine.request import Event, FinishReason, Request
 from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
 from megatron_infer.healing import Healing, TokenTable, heal
 from megatron_infer.model_config import ModelConfig
@@ -52,21 +52,8 @@ class Handle:
         """The samples in order, once all are finished; of one that was cancelled, what was there ("abort")."""
         return [growing.result() for growing in self.completions]
 
-    def cancel(self) -> None:
-        """As Session.cancel."""
-        self._session.cancel(self)
-
     def __del__(self) -> None:
-        self.cancel()
-
-
-@dataclass(frozen=True)
-class Load:
-    """Requests that compute and that wait, and the share of the KV cache in use."""
-
-    num_running: int
-    num_waiting: int
-    kv_usage: float
+        self._session.cancel(self)
 
 
 @dataclass(frozen=True)
@@ -174,8 +161,14 @@ class Session:
         return handle
 
     def step(self) -> None:
-        """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed."""
+        """One engine step; its events go to whoever waits for them. Raises EngineDeadError: a rank failed.
+
+        Prompts whose deadline has passed end, in any state: before the step, which then is not made, so that who waits
+        is told at once, and after it.
+        """
         with self.undisturbed():
+            if self._end_late():
+                return
             events, now = self._engine.step(), self._clock()
             for event in events:
                 request_id = event.request.request_id
@@ -189,6 +182,7 @@ class Session:
                     del self._active[request_id]
                     if event.finish_reason is None:  # a stop string, or a rule
                         self._engine.abort(request_id)
+            self._end_late()
             assert self._engine.has_work or not self._active, "a call waits for a request that the engine does not have"
             if self._profile is not None:
                 self._profile.end_step()
@@ -197,7 +191,7 @@ class Session:
         """End what is unfinished of a handle, in any state: at once, or after the step in progress. Never waits."""
         if not handle.is_finished:
             completions = handle.completions  # not the handle, which may be on its way out
-            self.soon(lambda: self._drop(completions))
+            self.soon(lambda: self._drop(completions, "abort"))
 
     @property
     def has_work(self) -> bool:
@@ -205,11 +199,10 @@ class Session:
         return self._engine.has_work
 
     @property
-    def load(self) -> Load:
-        """At this moment; during a step, of somewhere within it."""
-        scheduler = self._engine.scheduler
-        pool = scheduler.pool
-        return Load(scheduler.num_running, scheduler.num_waiting, 1 - pool.num_free / pool.num_blocks)
+    def load(self) -> tuple[int, int, float]:
+        """Requests that run and that wait, and the share of the KV cache in use; during a step, of somewhere in it."""
+        scheduler, pool = self._engine.scheduler, self._engine.scheduler.pool
+        return *scheduler.counts, 1 - pool.num_free / pool.num_blocks
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -262,13 +255,20 @@ class Session:
                 except Exception:  # it must not fail the call of somebody else
                     log.exception("the notify of a prompt failed")
 
-    def _drop(self, completions: Iterable[GrowingCompletion]) -> None:
+    def _end_late(self) -> bool:
+        """End what has passed its deadline; whether there was any."""
+        now = self._clock()
+        late = [growing for growing, _ in self._active.values() if growing.is_late(now)]
+        self._drop(late, "deadline")
+        return bool(late)
+
+    def _drop(self, completions: Iterable[GrowingCompletion], reason: FinishReason) -> None:
         for growing in completions:
             request_id = growing.request.request_id
             if request_id in self._active:
                 _, notify = self._active.pop(request_id)
                 self._engine.abort(request_id)
-                growing.receive(Event(growing.request, None, "abort"), self._clock())
+                growing.receive(Event(growing.request, None, reason), self._clock())
                 if notify is not None:
                     self._grown.append(notify)
 
@@ -278,7 +278,7 @@ class Session:
         words = [tuple(self._tokenizer.encode(text, dummy_prefix=False)) for text in sorted(texts)]
         forbidden = {word[-1] for word in words} | {i for i, bias in sampling.logit_bias if bias == -math.inf}
         if sampling.min_new_tokens:
-            forbidden |= self._end_ids | set(sampling.stop_token_ids)
+            forbidden |= self._end_ids | self._fim.stop_token_ids | set(sampling.stop_token_ids)
         if sampling.edits_logits and self._num_pieces <= len(forbidden):
             raise ValueError("logit_bias, bad_words and min_new_tokens together may forbid every token; lift some")
         return words
@@ -290,7 +290,7 @@ class Session:
     def _encode(self, prompt: Prompt, sampling: SamplingParams, options: FimOptions | None) -> _Encoded:
         if isinstance(prompt, (FimPrompt, str)):
             fim_prompt = FimPrompt(prompt) if isinstance(prompt, str) else prompt
-            # The completion takes at most half of the context away from a long prompt; the engine clamps it.
+            # A long prompt keeps half of the context; the engine clamps the completion to what is left.
             longest = self._max_model_len - min(sampling.max_new_tokens, self._max_model_len // 2)
             encoding = self._fim.encode(fim_prompt, budget_tokens=longest, options=options)
             num_dropped = encoding.dropped_prefix_tokens + encoding.dropped_suffix_tokens

@@ -72,3 +72,30 @@ def _may_become(begun: str, stop: str) -> bool:
     return (stop.startswith(begun) and len(stop) > len(begun)) or (
         begun.endswith("\r") and stop.startswith(begun[:-1] + "\n")
     )
+
+
+class WholeLines:
+    """Text that a limit cuts back to the end of a line, though not before one that is not blank. As an Ending is used.
+
+    Held back is the line in progress, but for the first that is not blank.
+    """
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self._text, self._num_emitted = "", 0
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """The text that no limit takes back."""
+        self._text += text
+        start, self._num_emitted = self._num_emitted, self._line_end()
+        return self._text[start : self._num_emitted], self.reason
+
+    def finish(self, is_complete: bool) -> tuple[str, str | None]:
+        """The last line; without it ("unfinished") if a limit has cut it."""
+        if not is_complete and self._num_emitted < len(self._text):
+            self._num_emitted, self.reason = len(self._text), "unfinished"
+        return self._text[self._num_emitted :], self.reason
+
+    def _line_end(self) -> int:
+        num_blank = len(self._text) - len(self._text.lstrip())
+        return self._text.rfind("\n", num_blank) + 1 or len(self._text)

@@ -11,7 +11,7 @@ import itertools
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,11 +99,11 @@ class Tokenizer(ABC):
 
     def encode_marked(self, text: str) -> list[int]:
         """As `encode`, but control tokens written out in `text`, with or without their "▁", become those tokens."""
-        names = {name: i for piece, i in self.control_pieces.items() for name in {piece, piece.lstrip(SPACE_MARK)}}
-        marks = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+        names = sorted({piece.lstrip(SPACE_MARK) for piece in self.control_pieces}, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"({marks})", text) if marks else [text]:
-            ids += [names[part]] if part in names else self.encode(part, dummy_prefix=not ids)
+        for part in re.split(f"{SPACE_MARK}?({'|'.join(map(re.escape, names))})", text):
+            control = self.control_id_of(part)
+            ids += self.encode(part, dummy_prefix=not ids) if control is None else [control]
         return ids
 
     @property
@@ -255,7 +255,8 @@ class HuggingFaceTokenizer(Tokenizer):
             steps = tokenizer_files.parts(raw.pop("post_processor", None))
             templates = [step["single"] for step in steps if step["type"] == "TemplateProcessing"]
             adds_bos = any("SpecialToken" in piece for single in templates for piece in single[:1])
-            self._encoder = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self._encoder = _without_panic(tokenizers.Tokenizer.from_str, json.dumps(raw))
+            _without_panic(self._encoder.encode, f"def {GUARD}(x):\n")  # some panic here rather than above
             has_dummy_prefix = tokenizer_files.drop_dummy_prefix(raw)
             self._bare = tokenizers.Tokenizer.from_str(json.dumps(raw)) if has_dummy_prefix else self._encoder
         except Exception as error:  # the tokenizers library raises plain Exception for what it cannot parse
@@ -265,4 +266,14 @@ class HuggingFaceTokenizer(Tokenizer):
 
     def _encode(self, text: str, dummy_prefix: bool) -> list[int]:
         encoder = self._encoder if dummy_prefix else self._bare
-        return list(encoder.encode(text, add_special_tokens=False).ids)
+        return list(_without_panic(encoder.encode, text, add_special_tokens=False).ids)
+
+
+def _without_panic(call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """What the tokenizers library returns; a Rust panic, which is no Exception, as a ValueError."""
+    try:
+        return call(*args, **options)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(f"the tokenizers library gave up on tokenizer.json: {error}") from None

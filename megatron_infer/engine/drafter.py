@@ -6,8 +6,7 @@ alone. Time decides how much is drafted, never an answer.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from megatron_infer.engine.request import Draft, Request
 
@@ -19,13 +18,10 @@ _RECENT_TOKENS = 1 << 15
 """Of answers that are remembered, with MAX_MATCH tokens before each."""
 _BREAK = -1
 """Behind each remembered answer."""
-_SEAM = 4
-"""Tokens that may differ where a user typed along: the end of what was typed is cut into tokens in another way."""
 _ROW_COST = 0.25
 """What a further row costs, in shares of the time that a sequence has in a step, until that is measured."""
 _LEAST_GAIN = 1.05
-_TIME_SHARE = 0.02
-"""Of the steps' time, the most that looking up may take."""
+"""Of tokens per time; less is not worth the risk."""
 
 
 class Ngrams:
@@ -68,82 +64,37 @@ class Ngrams:
             at = self._earlier[at]
         return found, best
 
-    def rest(self, at: int) -> list[int]:
-        """What follows from `at` to the next break."""
-        return self.ids[at : self.ids.index(_BREAK, at)]
+    def following(self, at: int, most: int) -> list[int]:
+        """What stands from `at` on, to the next break; behind the end from `at` again, as in a text that goes round."""
+        found = [self.ids[at + i % (len(self.ids) - at)] for i in range(most)]
+        return found[: found.index(_BREAK)] if _BREAK in found else found
 
 
 class _Progress:
     """What is known of one request, and the last guess of how it goes on.
 
-    text: its ids in reading order: the answer follows what it continues, wherever in the prompt that lies. expected:
-    where the user typed along, what is left of the answer that was shown. kind: source of the guess and order of
-    magnitude of the match. hits: by kind, the share of guessed tokens that were right, a moving average.
+    text: its ids in reading order: the answer follows what it continues, wherever in the prompt that lies. kind: source
+    of the guess and order of magnitude of the match. hits: by kind, the share of guessed tokens that were right.
     """
 
-    def __init__(self, request: Request, recent: Ngrams) -> None:
+    def __init__(self, request: Request) -> None:
         ids, start, end = request.ids, request.prefix.start, request.prefix.stop
-        self.request, self.num_seen = request, request.num_prompt
         self.text = Ngrams(ids[:start] + ids[end : request.num_prompt] + ids[start:end])
         self.guess: list[int] = []
         self.kind = "", 0
         self.hits: dict[tuple[str, int], float] = {}
-        self.expected: list[int] = []
-        self._num_lost = 0
-        """Since how many tokens the text has left what was expected"""
-        for seam in range(_SEAM + 1):
-            known = len(self.text.ids) - seam
-            at, length = recent.find(self.text.ids[max(0, known - MAX_MATCH) : known])
-            if length == MAX_MATCH:
-                self.expected = recent.rest(at)
-                self._follow(self.text.ids[known:])
-                break
-
-    def take_in(self) -> list[int]:
-        """What the request has got since the last call."""
-        new = self.request.ids[self.num_seen :]
-        self.num_seen += len(new)
-        self.text.extend(new)
-        self._follow(new)
-        return new
-
-    def _follow(self, new: Iterable[int]) -> None:
-        for token_id in new:
-            is_there = token_id in self.expected[: _SEAM + 1]
-            self._num_lost = 0 if is_there else self._num_lost + 1
-            if is_there:
-                del self.expected[: self.expected.index(token_id) + 1]
-        if self._num_lost > _SEAM:
-            self.expected = []
-
-    def look_up(self, recent: Ngrams, most: int) -> None:
-        """Guess how the text goes on, up to the end of the answer."""
-        ids = self.text.ids
-        (at, length), (recent_at, recent_length) = self.text.find(ids[-MAX_MATCH:]), recent.find(ids[-MAX_MATCH:])
-        if self.expected and not self._num_lost:
-            guess, source, length = self.expected[:most], "typed", MAX_MATCH
-        elif length >= recent_length:
-            # A match that overlaps what it is compared with goes round.
-            guess, source = [ids[at + i % (len(ids) - at)] for i in range(most if length else 0)], "prompt"
-        else:
-            guess, source, length = recent.rest(recent_at)[:most], "recent", recent_length
-        ends = (i for i, token_id in enumerate(guess, 1) if token_id in self.request.stop_token_ids)
-        self.guess, self.kind = guess[: next(ends, most)], (source, length.bit_length())
 
 
 class LookupDrafter:
     """Drafts what followed the longest match of the last few ids. One for all requests of an engine.
 
-    Sources are "typed" (the user types what was shown: the rest of that answer), "prompt" (the request's own ids) and
-    "recent" (answers of this engine). What is found is a guess, right or wrong, whether it is drafted or not. So what
-    is right is measured where nothing is drafted as well, and costs nothing.
-
-    Args:
-        num_draft_tokens: the most in a draft. clock: in seconds.
+    Sources are "prompt" (the request's own ids), "recent" (answers of this engine) and, of these, "typed" (the text is
+    the same for long: the user types what was shown). What is found is a guess, right or wrong, whether it is drafted
+    or not. So what is right is measured where nothing is drafted as well, and costs nothing.
     """
 
-    def __init__(self, num_draft_tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._most, self._clock = num_draft_tokens, clock
+    def __init__(self, num_draft_tokens: int) -> None:
+        self._most = num_draft_tokens
         self._recent = Ngrams()
         self._progress: dict[Request, _Progress] = {}
         self._hits: dict[tuple[str, int], float] = {("typed", MAX_MATCH.bit_length()): 0.98}
@@ -153,63 +104,66 @@ class LookupDrafter:
         """Of a step without drafts, by sequences"""
         self._row_costs: dict[int, float] = {}
         """Of a drafted row, by sequences, in shares of the time that a sequence has in a step"""
-        self._credit_seconds = 0.02
 
     def observe(self, num_seqs: int, num_tokens: int, seconds: float) -> None:
         """A step of `num_seqs` decoding sequences, `num_tokens` with their drafts, took so long."""
-        self._credit_seconds = min(self._credit_seconds + _TIME_SHARE * seconds, 0.1)
         self._num_seqs, num_drafted = num_seqs, num_tokens - num_seqs
-        plain, cost = self._plain_seconds.get(num_seqs), self._row_costs.get(num_seqs, _ROW_COST)
+        plain, cost = self._plain_seconds.get(num_seqs, 0.0), self._row_costs.get(num_seqs, _ROW_COST)
         if num_drafted and plain:
             measured = (seconds / plain - 1) * num_seqs / num_drafted
             self._row_costs[num_seqs] = cost + 0.1 * (min(max(measured, 0.0), 1.0) - cost)
         elif not num_drafted:
-            plain = plain or seconds
-            self._plain_seconds[num_seqs] = plain + 0.1 * (seconds - plain)
+            self._plain_seconds[num_seqs] = 0.9 * plain + 0.1 * seconds if plain else seconds
             self._row_costs[num_seqs] = cost + 0.01 * (_ROW_COST - cost)  # so that it is tried again
 
     def propose(self, request: Request) -> Draft:
         """What may follow, as much of it as should save time."""
-        if self._credit_seconds < 0:
-            return Draft()
-        began = self._clock()
         if request not in self._progress:
             self._remember()
-            self._progress[request] = _Progress(request, self._recent)
+            self._progress[request] = _Progress(request)
         progress = self._progress[request]
-        self._learn(progress)
-        progress.look_up(self._recent, self._most)
-        length = self._worth_drafting(progress)
-        self._credit_seconds -= self._clock() - began
-        return Draft(progress.guess[:length], progress.kind[0])
+        self._learn(request, progress)
+        self._look_up(request, progress)
+        return Draft(progress.guess[: self._worth_drafting(progress)], progress.kind[0])
 
     def _remember(self) -> None:
         """The answers of those requests that have ended."""
         for request in [request for request in self._progress if request.finish_reason is not None]:
             progress = self._progress.pop(request)
-            self._learn(progress)
+            self._learn(request, progress)
             if num_new := len(request.ids) - request.num_prompt:
                 self._recent.extend([*progress.text.ids[-num_new - MAX_MATCH :], _BREAK])
         if len(self._recent.ids) > _RECENT_TOKENS:
             self._recent = Ngrams(self._recent.ids[-_RECENT_TOKENS // 2 :])
 
-    def _learn(self, progress: _Progress) -> None:
-        """What came of the last guess."""
-        kind, new = progress.kind, progress.take_in()
+    def _look_up(self, request: Request, progress: _Progress) -> None:
+        """Guess how the text goes on, up to the end of the answer."""
+        tail = progress.text.ids[-MAX_MATCH:]
+        at, length = progress.text.find(tail)
+        recent_at, recent_length = self._recent.find(tail)
+        guess, source = progress.text.following(at, self._most if length else 0), "prompt"
+        if recent_length > length or recent_length == MAX_MATCH:
+            length, source = recent_length, "typed" if recent_length == MAX_MATCH else "recent"
+            guess = self._recent.following(recent_at, self._most)
+        ends = (i for i, token_id in enumerate(guess, 1) if token_id in request.stop_token_ids)
+        progress.guess, progress.kind = guess[: next(ends, self._most)], (source, length.bit_length())
+        # Until it is known: two tokens in five behind a match of two or three, most behind a long one.
+        general = self._hits.setdefault(progress.kind, 1 - 2.4 / 2 ** length.bit_length())
+        progress.hits.setdefault(progress.kind, general)
+
+    def _learn(self, request: Request, progress: _Progress) -> None:
+        """What the request has got since the last guess, and so what that was worth."""
+        kind, new = progress.kind, request.ids[len(progress.text.ids) :]
+        progress.text.extend(new)
         for guessed, token_id in zip(progress.guess, new, strict=False):
-            hits = self._hits.get(kind, 0.3)
-            own = progress.hits.get(kind, hits)
-            self._hits[kind] = hits + 0.05 * ((guessed == token_id) - hits)
-            progress.hits[kind] = own + 0.2 * ((guessed == token_id) - own)
+            for hits, weight in ((self._hits, 0.05), (progress.hits, 0.2)):
+                hits[kind] += weight * ((guessed == token_id) - hits[kind])
             if guessed != token_id:
                 break
-        progress.guess = []
 
     def _worth_drafting(self, progress: _Progress) -> int:
         """How much of the guess gives the most tokens in the time it takes, if that is a gain at all."""
-        general = self._hits.get(progress.kind, 0.3)
-        hit = (general + progress.hits.get(progress.kind, general)) / 2
-        cost = self._row_costs.get(self._num_seqs, _ROW_COST)
+        hit, cost = progress.hits[progress.kind], self._row_costs.get(self._num_seqs, _ROW_COST)
         best, best_gain, tokens = 0, _LEAST_GAIN, 1.0
         for length in range(1, len(progress.guess) + 1):
             tokens += hit**length

@@ -53,11 +53,11 @@ def check_memory(config: EngineConfig, model: ModelConfig, world: World) -> None
         "memory: %s of weights per rank, %d rank(s) here, %s for one context of %d tokens; %s free",
         gib(weights), sharing, gib(cache), config.max_model_len, gib(free),
     )  # fmt: skip
-    rope = 2 * (config.max_model_len or 0) * (model.head_dim // 2) * torch.float32.itemsize
-    if rope > free:
+    tables = 4 * (config.max_model_len or 0) * (model.head_dim // 2) * torch.float32.itemsize  # while they are made
+    if tables * sharing > free:
         raise ValueError(
-            f"the rotary tables of {config.max_model_len} positions need {gib(rope)}, but {gib(free)} are free; give a "
-            "smaller max_model_len"
+            f"the rotary tables of {config.max_model_len} positions need {gib(tables)} on each of {sharing} rank(s) "
+            f"here, but {gib(free)} are free; give a smaller max_model_len"
         )
     if weights * sharing > free:
         raise ValueError(

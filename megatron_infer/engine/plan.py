@@ -28,6 +28,9 @@ class Row(NamedTuple):
     draft: Sequence[int] = ()
     source: str = ""
     """of the draft"""
+    num_scores: int = 0
+    """How many of the prompt's tokens get their log probability from this step: from its last rows, before those that
+    are sampled."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +49,18 @@ class Plan:
         token_ids: list[int] = []
         query_lens, context_lens, num_samples, block_tables = [], [], [], []
         draws: list[Draw] = []
-        for request, ids, end, draft, _ in rows:
+        for request, ids, end, draft, _, num_scores in rows:
             context_len = end + len(draft)
             is_sampled = end >= len(request.ids)
             token_ids += ids
             token_ids += draft
             query_lens.append(len(ids) + len(draft))
             context_lens.append(context_len)
-            num_samples.append(1 + len(draft) if is_sampled else 0)
-            draws += [request.draw(end + j, draft[:j]) for j in range(num_samples[-1])]
+            num_drawn = 1 + len(draft) if is_sampled else 0
+            num_samples.append(num_scores + num_drawn)
+            scored_end = end - 1 if is_sampled else end
+            draws += [request.score(position) for position in range(scored_end - num_scores, scored_end)]
+            draws += [request.draw(end + j, draft[:j]) for j in range(num_drawn)]
             # A copy: commit may exchange a block of the table, and an exported array cannot grow.
             table = np.frombuffer(request.block_table, dtype=np.int32, count=pool.blocks_for(context_len)).copy()
             block_tables.append(table)

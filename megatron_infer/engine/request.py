@@ -14,14 +14,15 @@ from typing import Literal, NamedTuple
 from megatron_infer.engine.logits import Edit, Guide, Processor
 from megatron_infer.sampling_params import SamplingParams
 
-FinishReason = Literal["stop", "length", "abort", "error"]
+FinishReason = Literal["stop", "length", "deadline", "abort", "error"]
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
     """What a row is sampled with: its parameters, the request's own seed, and how many tokens are generated before.
 
-    edit: what is changed of its logits first.
+    edit: what is changed of its logits first. known_id: the token that follows in the prompt, of which only the log
+    probability is wanted.
     """
 
     params: SamplingParams
@@ -29,11 +30,17 @@ class Draw:
     choice: int
     position: int
     edit: Edit | None = None
+    known_id: int | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many alternatives are wanted beside the token's log probability; None: not even that."""
+        return self.params.logprobs if self.known_id is None else self.params.prompt_logprobs
 
     @property
     def needs_logits(self) -> bool:
         """Whether more than the arg-max of the row is wanted."""
-        return self.edit is not None or not self.params.greedy_only
+        return self.edit is not None or self.known_id is not None or not self.params.greedy_only
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +98,8 @@ class Request:
         self.num_prompt = len(self.ids)
         self.prefix = range(self.num_prompt, self.num_prompt) if prefix is None else prefix
         self.finish_reason: FinishReason | None = None
+        self.prompt_scores: list[Sampled] = []
+        """Log probabilities of the prompt's tokens from the second on, where they are wanted."""
         self.takes_drafts = True
         """False once numbers that are not finite came with one."""
         self.drafts: dict[str, tuple[int, int]] = {}
@@ -114,6 +123,15 @@ class Request:
     def longest_len(self) -> int:
         """The most tokens, prompt included, that this request can come to."""
         return min(self.max_len, self.num_prompt + self.sampling.max_new_tokens)
+
+    @property
+    def num_unscored(self) -> int:
+        """Tokens of the prompt whose log probability is wanted and still to come."""
+        return 0 if self.sampling.prompt_logprobs is None else self.num_prompt - 1 - len(self.prompt_scores)
+
+    def score(self, position: int) -> Draw:
+        """What is wanted of the row of the prompt's token at `position`: the log probability of the next one."""
+        return Draw(self.sampling, self.seed, self.choice, 0, known_id=self.ids[position + 1])
 
     @property
     def needs_history(self) -> bool:
@@ -164,6 +182,14 @@ class Request:
             tokens, accepted = self.drafts.get(source, (0, 0))
             self.drafts[source] = tokens + len(draft), accepted + num_accepted
         return events
+
+    def accept_scores(self, scores: Sequence[Sampled]) -> list[Event]:
+        """Take log probabilities of the next tokens of the prompt; an event where a row was not finite."""
+        for score in scores:
+            if score.error is not None:
+                return [self.finish("error", score.error)]
+            self.prompt_scores.append(score)
+        return []
 
     def finish(self, reason: FinishReason, error: str | None = None) -> Event:
         """End the request without a new token."""

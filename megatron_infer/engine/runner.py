@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice, starmap
+from itertools import chain, islice, starmap
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +22,9 @@ from megatron_infer.engine.sampler import NOT_FINITE, draw_numbers, logprobs_on_
 from megatron_infer.engine.step import Ints, Step
 from megatron_infer.engine.topology import use_device
 from megatron_infer.model.transformer import Transformer
+
+_ROWS_AT_ONCE = 128
+"""Rows whose logits are held together, beyond one per sequence: 74 MiB in fp32 for a vocabulary of 151936."""
 
 
 class Pending(Protocol):
@@ -100,27 +103,39 @@ class ModelRunner:
         graphs = None if step.op_by_op else self.graphs
         key = graphs.key_of(step) if graphs is not None else None
         if graphs is not None and key is not None:
-            batch, (local_SV, ids_S) = graphs.replay(key, step, numbers)
-        else:
-            layout = Layout.of(step, len(numbers))
-            batch = layout.batch(layout.upload(step, self.kv.block_size, self._uploads, numbers))
-            if not layout.num_samples:
-                self.model.forward(self._resolved(batch), self.kv)
-                return _Known([[]] * layout.num_seqs)
-            local_SV, ids_S = self._compute(batch)
-        if not step.full_logits:
-            return _Known([]) if self.tp.rank else _Fetched(step.num_samples_S, _Fetch(ids_S))
+            batch, outputs = graphs.replay(key, step, numbers)
+            return _Samples(step.num_samples_S, [self._sample(outputs, batch, step.full_logits, draws)])
+        layout = Layout.of(step, len(numbers))
+        batch = layout.batch(layout.upload(step, self.kv.block_size, self._uploads, numbers))
+        hidden_TD = self.model.forward(self._resolved(batch), self.kv)
+        # The same blocks on every rank. A step that another may be planned ahead of has one: a row per sequence.
+        num_rows = max(_ROWS_AT_ONCE, layout.num_seqs)
+        parts: list[_Part] = []
+        for start in range(0, layout.num_samples, num_rows):
+            rows = slice(start, start + num_rows)
+            part = replace(batch, sample_rows=batch.sample_rows[rows], draws_S5=batch.draws_S5[rows])
+            parts.append(self._sample(self._outputs(hidden_TD, part), part, step.full_logits, draws[rows]))
+        return _Samples(step.num_samples_S, parts)
+
+    def _sample(self, outputs: Outputs, batch: Batch, full_logits: bool, draws: Sequence[Draw]) -> _Part:
+        """Samples of the rows of `outputs`; on rank 0, elsewhere none."""
+        local_SV, ids_S = outputs
+        if not full_logits:
+            return _Known([]) if self.tp.rank else _Fetched(_Fetch(ids_S))
         logits_SV = self.model.head.gather(local_SV)
         if self.is_asynchronous:
-            return self._sample_on_device(logits_SV, batch, step, draws)
+            return self._sample_on_device(logits_SV, batch, draws)
         if self.tp.rank:
             return _Known([])
         rows = logits_SV.float().cpu().numpy()
-        return _Known(_by_sequence(step.num_samples_S, [sample(*row) for row in zip(rows, draws, strict=True)]))
+        return _Known([sample(*row) for row in zip(rows, draws, strict=True)])
 
     def _compute(self, batch: Batch) -> Outputs:
-        """What a graph records: this rank's logits of the sampled rows and their greedy ids, for the next step too."""
-        hidden_TD = self.model.forward(self._resolved(batch), self.kv)
+        """What a graph records."""
+        return self._outputs(self.model.forward(self._resolved(batch), self.kv), batch)
+
+    def _outputs(self, hidden_TD: Tensor, batch: Batch) -> Outputs:
+        """This rank's logits of the sampled rows and their greedy ids, for the next step too."""
         # While all decode, every row is sampled.
         is_all = batch.sample_rows.shape[0] == hidden_TD.shape[0]
         local_SV = self.model.logits(hidden_TD if is_all else hidden_TD.index_select(0, batch.sample_rows))
@@ -163,51 +178,66 @@ class ModelRunner:
             indices_S = gathered[:, 1::2].gather(1, ranks_S[:, None])[:, 0].long()
         return torch.where(values_S.isnan(), -1, indices_S)
 
-    def _sample_on_device(self, logits_SV: Tensor, batch: Batch, step: Step, draws: Sequence[Draw]) -> Pending:
+    def _sample_on_device(self, logits_SV: Tensor, batch: Batch, draws: Sequence[Draw]) -> _Part:
         """Rank 0 draws; the others get its ids, for the next step."""
         if self.tp.rank == 0:
-            ids_S = sample_on_device(logits_SV, batch.draws_S5[: len(draws)], [draw.edit for draw in draws])
+            ids_S = sample_on_device(logits_SV, batch.draws_S5[: len(draws)], draws)
         else:
             ids_S = torch.zeros_like(logits_SV[:, 0]).long()
         if self.tp.size > 1:
             ids_S = self.tp.all_gather(ids_S[:, None])[:, 0].contiguous()
         self._remember(ids_S, batch)
-        counts = [draw.params.logprobs for draw in draws]
+        counts = [draw.num_logprobs for draw in draws]
         if self.tp.rank:
             return _Known([])
         logprobs = []
         if any(count is not None for count in counts):
             most = max(count or 0 for count in counts)
             logprobs = [_Fetch(values) for values in logprobs_on_device(logits_SV, ids_S, most)]
-        return _Fetched(step.num_samples_S, _Fetch(ids_S), logprobs, counts)
+        return _Fetched(_Fetch(ids_S), logprobs, counts)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Those of a step: of as many rows as `num_samples_S` adds up to."""
+
+    num_samples_S: Ints
+    parts: Sequence[_Part]
+
+    def wait(self) -> list[list[Sampled]]:
+        rows = chain.from_iterable(part.wait() for part in self.parts)
+        return [list(islice(rows, num_samples)) for num_samples in self.num_samples_S.tolist()]
 
 
 @dataclass(frozen=True)
 class _Known:
     """Samples that the host has."""
 
-    sampled: list[list[Sampled]]
+    sampled: list[Sampled]
 
-    def wait(self) -> list[list[Sampled]]:
+    def wait(self) -> Iterable[Sampled]:
         return self.sampled
 
 
 @dataclass(frozen=True)
 class _Fetched:
-    """Samples on their way to the host, of as many rows as `num_samples_S` adds up to."""
+    """Samples on their way to the host."""
 
-    num_samples_S: Ints
     ids: _Fetch
     logprobs: Sequence[_Fetch] = ()
     """The three of `logprobs_on_device`, or none"""
     counts: Sequence[int | None] = ()
-    """SamplingParams.logprobs of each row"""
+    """Draw.num_logprobs of each row"""
 
-    def wait(self) -> list[list[Sampled]]:
+    def wait(self) -> Iterable[Sampled]:
         if not self.logprobs:
-            return _by_sequence(self.num_samples_S, map(_sampled, self.ids.values()))
+            return map(_sampled, self.ids.values())
         rows = zip(self.ids.values(), *(fetch.values() for fetch in self.logprobs), self.counts, strict=True)
-        return _by_sequence(self.num_samples_S, starmap(_with_logprobs, rows))
+        return starmap(_with_logprobs, rows)
+
+
+_Part = _Known | _Fetched
+"""Samples of some rows."""
 
 
 class _Fetch:
@@ -228,11 +258,6 @@ class _Fetch:
             self._copied.synchronize()
         values: list[Any] = self._host.tolist()
         return values
-
-
-def _by_sequence(num_samples_S: Ints, sampled: Iterable[Sampled]) -> list[list[Sampled]]:
-    rows = iter(sampled)
-    return [list(islice(rows, num_samples)) for num_samples in num_samples_S.tolist()]
 
 
 def _sampled(token_id: int) -> Sampled:

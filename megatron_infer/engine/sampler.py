@@ -35,16 +35,19 @@ def sample(logits_V: npt.NDArray[np.float32], draw: Draw) -> Sampled:
     row_V = logits_V.astype(np.float64)
     if not np.isfinite(row_V).all():
         return Sampled(token_id=0, error=NOT_FINITE)
-    params = draw.params
+    token_id = _token(row_V, draw) if draw.known_id is None else draw.known_id
+    if draw.num_logprobs is None:
+        return Sampled(token_id)
+    logprobs_V = _log_softmax(row_V).astype(np.float32)
+    top = _most_likely(logprobs_V, draw.num_logprobs)
+    return Sampled(token_id, float(logprobs_V[token_id]), tuple((int(i), float(logprobs_V[i])) for i in top))
+
+
+def _token(row_V: Row, draw: Draw) -> int:
     drawn_V = np.where(row_V <= NEVER, -np.inf, row_V)
     if draw.edit is not None:
         draw.edit.apply(drawn_V)
-    token_id = int(drawn_V.argmax()) if params.temperature == 0.0 else _draw_token(drawn_V, draw)
-    if params.logprobs is None:
-        return Sampled(token_id)
-    logprobs_V = _log_softmax(row_V).astype(np.float32)
-    top = _most_likely(logprobs_V, params.logprobs)
-    return Sampled(token_id, float(logprobs_V[token_id]), tuple((int(i), float(logprobs_V[i])) for i in top))
+    return int(drawn_V.argmax()) if draw.params.temperature == 0.0 else _draw_token(drawn_V, draw)
 
 
 def _log_softmax(row_V: Row) -> Row:
@@ -96,26 +99,31 @@ def _uniform(draw: Draw) -> float:
 def draw_numbers(draw: Draw) -> tuple[float, float, float, float, float]:
     """What `sample_on_device` needs to know of a draw; the random number depends on (seed, choice, position) alone."""
     params = draw.params
-    uniform = 0.0 if params.temperature == 0.0 else _uniform(draw)
+    uniform = 0.0 if params.temperature == 0.0 or draw.known_id is not None else _uniform(draw)
     return params.temperature, float(params.top_k), params.top_p, params.min_p, uniform
 
 
-def sample_on_device(logits_SV: Tensor, draws_S5: Tensor, edits: Sequence[Edit | None]) -> Tensor:
+def sample_on_device(logits_SV: Tensor, draws_S5: Tensor, draws: Sequence[Draw]) -> Tensor:
     """`sample` for many rows without the host: ids_S int64, -1 where a logit is NaN or infinite.
 
     The same steps in float64. Sums over the vocabulary may round otherwise than NumPy's, which shows only where the
     random number falls on the edge between two tokens.
 
     Args:
-        logits_SV: of any floating dtype. draws_S5: float64, `draw_numbers` of each row. edits: of each row.
+        logits_SV: of any floating dtype. draws_S5: float64, `draw_numbers` of each of `draws`.
     """
     ids = []
-    for start in range(0, len(edits), _ROWS_AT_ONCE):
+    for start in range(0, len(draws), _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         raw_SV = logits_SV[rows].double()
         drawn_SV = torch.where(raw_SV <= NEVER, -torch.inf, raw_SV)
-        _edit_rows(drawn_SV, edits[rows])
-        ids.append(torch.where(raw_SV.isfinite().all(dim=1), _sample_rows(drawn_SV, draws_S5[rows]), -1))
+        _edit_rows(drawn_SV, [draw.edit for draw in draws[rows]])
+        drawn_S = _sample_rows(drawn_SV, draws_S5[rows])
+        if any(draw.known_id is not None for draw in draws[rows]):
+            known = [-1 if draw.known_id is None else draw.known_id for draw in draws[rows]]
+            known_S = torch.tensor(known, dtype=torch.int64, device=drawn_S.device)
+            drawn_S = torch.where(known_S >= 0, known_S, drawn_S)
+        ids.append(torch.where(raw_SV.isfinite().all(dim=1), drawn_S, -1))
     return torch.cat(ids)
 
 

@@ -62,12 +62,9 @@ class Scheduler:
         return bool(self._running or self._waiting)
 
     @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def counts(self) -> tuple[int, int]:
+        """Requests that run, and that wait."""
+        return len(self._running), len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Queue a request.
@@ -132,10 +129,12 @@ class Scheduler:
         for request, chunk in chunks:
             start, end = request.num_computed, request.num_computed + chunk
             draft = Draft()
-            if self._drafter is not None and request.takes_drafts and end == len(request.ids):
+            num_scores = max(0, min(request.num_unscored, end - len(request.prompt_scores)))
+            # With a draft, numbers that are not finite could be the draft's.
+            if self._drafter is not None and request.takes_drafts and end == len(request.ids) and not num_scores:
                 draft = self._draft(self._drafter, request, budget)
                 budget -= len(draft.token_ids)
-            rows.append(Row(request, request.ids[start:end], end, *draft))
+            rows.append(Row(request, request.ids[start:end], end, *draft, num_scores))
         plan = Plan.of(rows, copies, self.pool)
         self._plans.append(plan)
         return plan
@@ -150,7 +149,8 @@ class Scheduler:
         """
         assert len(self._plans) == 1, "one step must be in flight"
         (plan,) = self._plans
-        if self._drafter is not None or self._may_admit() or not plan.step.num_samples_S.all():
+        has_others = self._drafter is not None or any(row.num_scores for row in plan.rows)
+        if has_others or self._may_admit() or not plan.step.num_samples_S.all():
             return None
         rows = []
         for j, row in enumerate(plan.rows):
@@ -181,22 +181,25 @@ class Scheduler:
         """
         assert self._plans, "no step is in flight"
         assert self._plans[0] is plan, "steps are committed in the order in which they were planned"
-        given, wanted = list(map(len, sampled)), plan.step.num_samples_S.tolist()
-        assert given == wanted, f"{given} samples for rows that yield {wanted}"
+        numbers, wanted = list(map(len, sampled)), plan.step.num_samples_S.tolist()
+        assert numbers == wanted, f"{numbers} samples for rows that yield {wanted}"
         self._plans.popleft()
         if plan.copies:
             self.pool.release([source for source, _, _ in plan.copies])
         if self._drafter is not None and seconds is not None and plan.is_decoding:
             self._drafter.observe(len(plan.rows), len(plan.step.token_ids_T), seconds)
         events: list[Event] = []
-        for row, samples in zip(plan.rows, sampled, strict=True):
+        for row, given in zip(plan.rows, sampled, strict=True):
             request = row.request
+            scores, samples = given[: row.num_scores], given[row.num_scores :]
+            if request.finish_reason is None:
+                events += request.accept_scores(scores)
             if not samples or request.finish_reason is not None:
                 request.num_computed = min(row.end, len(request.ids))
             elif new := request.accept(samples, row.draft, row.source):  # else the row is computed again
                 events += new
                 request.num_computed = max(row.end, len(request.ids) - 1)
-            if request.finish_reason is not None and samples and samples[0].error is not None:
+            if request.finish_reason is not None and any(s.error is not None for s in (*scores, *samples[:1])):
                 # Nobody may inherit what gave no finite logits, be it a fault of the hardware or of the prompt.
                 self.pool.forget(request.block_table[0])
                 request.cacheable = False
@@ -268,8 +271,10 @@ class Scheduler:
         while budget and self._may_admit():
             request = self._waiting[0]
             headroom = self.pool.num_free - len(self._running)
-            match = self.pool.match(request.ids)
-            if shared.is_worth_waiting_for(request, match, budget):
+            # Rows that a log probability is still to be taken of are computed anew. No match reaches the last id.
+            num_matchable = len(request.prompt_scores) + 1 if request.num_unscored else len(request.ids)
+            match = self.pool.match(request.ids[:num_matchable])
+            if not request.num_unscored and shared.is_worth_waiting_for(request, match, budget):
                 self.pool.release(match.held)
                 break
             # One block per running request stays free, or their next tokens would evict the newcomer at once.

@@ -28,7 +28,7 @@ from megatron_infer.model.manifest import (
     shard_name,
     verify_manifest,
 )
-from megatron_infer.model.naming import without_wrappers, wrapper_note
+from megatron_infer.model.naming import without_wrappers
 from megatron_infer.model.pieces import Piece, overlaps, refuse, shard_pieces, whole_pieces
 from megatron_infer.model.tensor_files import PickleFile, SafetensorsFile, TensorFile
 from megatron_infer.model.weights import (
@@ -67,7 +67,8 @@ class Checkpoint:
         self._shapes = expected_tensors(config)
         self._is_megatron = kind not in ("hf-safetensors", "hf-bin", "gguf")
         named = {"hf-safetensors": hf_name, "hf-bin": hf_name, "gguf": gguf_name}
-        self._stored_name: Callable[[str], str] = named.get(kind, megatron_name)
+        self.stored_name: Callable[[str], str] = named.get(kind, megatron_name)
+        """Name of a canonical tensor in the files, but for wrappers."""
         self.num_bytes = sum(self.dtype_of(key).itemsize * torch.Size(s).numel() for key, s in self._shapes.items())
 
     def names(self) -> Iterator[str]:
@@ -76,7 +77,7 @@ class Checkpoint:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype of a tensor on disk."""
-        piece = self.pieces[self._stored_name(name)][0]
+        piece = self.pieces[self.stored_name(name)][0]
         dtype: torch.dtype = getattr(torch, piece.file.tensors[piece.key].dtype)
         return dtype
 
@@ -92,7 +93,7 @@ class Checkpoint:
         ranges = [_checked_range(name, given, n) for given, n in zip((rows, cols), shape, strict=False)]
         col_range = ranges[1] if len(ranges) == 2 else None
         runs = megatron_rows(self.config, name, ranges[0]) if self._is_megatron else [ranges[0]]
-        parts = list(overlaps(self.pieces[self._stored_name(name)], runs, col_range))
+        parts = list(overlaps(self.pieces[self.stored_name(name)], runs, col_range))
         # The readers below make tensors on torch's default device, which may be the program's GPU.
         with torch.device("cpu"):
             if len(parts) == 1:
@@ -186,8 +187,7 @@ def _open_sharded(directory: Path, paths: list[Path]) -> Checkpoint:
     pieces, skipped = shard_pieces(files, megatron_tensors(stored))
     if manifest is not None:
         _check_listing(directory, manifest, pieces)
-    checkpoint = Checkpoint("sharded-safetensors", directory, stored, pieces, ())
-    return _settled(checkpoint, config, skipped, "output.weight")
+    return _settled(Checkpoint("sharded-safetensors", directory, stored, pieces, ()), config, skipped)
 
 
 def _check_listing(directory: Path, manifest: Manifest, pieces: _Pieces) -> None:
@@ -216,7 +216,8 @@ def _open_hf(kind: str, open_file: Callable[[Path], TensorFile], directory: Path
         if weight_map and weight_map.get(piece.key) != piece.file.path.name
     ]
     refuse(problems, "Files of several downloads are mixed; download the checkpoint again")
-    return _settled(Checkpoint(kind, directory, stored, pieces, wrapper_note(names)), config, skipped, "lm_head.weight")
+    notes = [f"{len(names)} names are read without their wrappers, as {a!r} as {b!r}" for a, b in [*names.items()][:1]]
+    return _settled(Checkpoint(kind, directory, stored, pieces, notes), config, skipped)
 
 
 def _open_pt(directory: Path, paths: list[Path]) -> Checkpoint:
@@ -225,8 +226,7 @@ def _open_pt(directory: Path, paths: list[Path]) -> Checkpoint:
     config, note = _pt_config(directory, file)
     stored = _with_stored_head(config, [file], "output.weight", {})
     pieces, skipped = whole_pieces([file], megatron_tensors(stored), {})
-    checkpoint = Checkpoint("megatron-pt", directory, stored, pieces, [note])
-    return _settled(checkpoint, config, skipped, "output.weight")
+    return _settled(Checkpoint("megatron-pt", directory, stored, pieces, [note]), config, skipped)
 
 
 def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
@@ -248,8 +248,7 @@ def _open_pt_shards(directory: Path, paths: list[Path]) -> Checkpoint:
                 f"tensor 'norm.weight' differs between {files[0].path} and {file.path}, so these are not shards of one "
                 "checkpoint; copy them again"
             )
-    checkpoint = Checkpoint("megatron-pt-shards", directory, stored, pieces, [note])
-    return _settled(checkpoint, config, skipped, "output.weight")
+    return _settled(Checkpoint("megatron-pt-shards", directory, stored, pieces, [note]), config, skipped)
 
 
 def _pt_config(directory: Path, file: PickleFile) -> tuple[ModelConfig, str]:
@@ -293,12 +292,12 @@ def _with_stored_head(
     return replace(config, tie_word_embeddings=config.tie_word_embeddings and not is_there)
 
 
-def _settled(checkpoint: Checkpoint, config: ModelConfig, skipped: list[str], head: str) -> Checkpoint:
+def _settled(checkpoint: Checkpoint, config: ModelConfig, skipped: list[str]) -> Checkpoint:
     """A checkpoint that was read as `_with_stored_head` says: the head of a tied model counts if it is no copy.
 
     So does transformers 5. A copy takes as long to tell as reading both; others differ in their first rows already.
     """
-    notes = list(checkpoint.notes)
+    notes, head = list(checkpoint.notes), checkpoint.stored_name("output.weight")
     if config != checkpoint.config:
         if _equal(checkpoint, "tok_embeddings.weight", "output.weight"):
             skipped = [head, *skipped]

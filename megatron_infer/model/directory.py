@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_infer.files import read_json_object
 from megatron_infer.model.manifest import parse_shard_name
-from megatron_infer.model.naming import adapter_hint
+from megatron_infer.model.naming import MERGE_COMMAND
 from megatron_infer.model.pieces import refuse
 
 
@@ -61,8 +61,10 @@ def nothing_found(directory: Path, model_name: str) -> str:
     listed = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "") or "nothing"
     other = [name for name in names if name.endswith(".pt")]
     hint = f". For {other[0]} pass its name without .pt (or without _states_N.pt) as model_name" if other else ""
+    if "adapter_config.json" in names:
+        hint += f". It holds a PEFT adapter: merge it with {MERGE_COMMAND}"
     return (
         f"{directory} holds no checkpoint; accepted are model-rankR-of-N.safetensors (converted), model.safetensors or "
         f"its shards with model.safetensors.index.json, {model_name}.pt, {model_name}_states_*.pt, "
-        f"pytorch_model.bin or its shards with an index, and one .gguf file; found: {listed}{hint}{adapter_hint(names)}"
+        f"pytorch_model.bin or its shards with an index, and one .gguf file; found: {listed}{hint}"
     )

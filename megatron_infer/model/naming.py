@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """DataParallel, torch.compile, FSDP, activation checkpointing: modules that only hold another."""
@@ -17,7 +17,7 @@ _DERIVED = re.compile(
     r"|masked_bias|(?:\w+_)?mask|position_ids|(?:self_attn|attn|attention)\.bias)"
 )
 _ADAPTER = re.compile(r"(?:.*\.)?(?:base_model\.model|base_layer|lora_\w+|modules_to_save)\..+")
-_MERGE = "python -m checkpoints_convert merge-lora BASE ADAPTER OUT"
+MERGE_COMMAND = "python -m checkpoints_convert merge-lora BASE ADAPTER OUT"
 
 
 def is_derived(name: str) -> bool:
@@ -37,8 +37,8 @@ def without_wrappers(names: Collection[str], expected: Collection[str]) -> dict[
     adapted = next(filter(_ADAPTER.fullmatch, names), None)
     if adapted is not None:
         raise ValueError(
-            f"tensor {adapted!r} is of a PEFT model that was saved with its adapter beside the weights. Save it merged "
-            f"(model.merge_and_unload().save_pretrained), or save base and adapter apart and merge them: {_MERGE}"
+            f"tensor {adapted!r} is of a PEFT model that was saved with its adapter unmerged. Save what "
+            f"model.merge_and_unload() returns, or save base and adapter apart and merge them: {MERGE_COMMAND}"
         )
     found: dict[str, str] = {}
     taken = set(names)
@@ -60,15 +60,3 @@ def without_wrappers(names: Collection[str], expected: Collection[str]) -> dict[
                 "the model that is inside, without what wraps it"
             )
     return found
-
-
-def wrapper_note(found: dict[str, str]) -> list[str]:
-    """What `without_wrappers` found, for the log."""
-    return [
-        f"{len(found)} names are read without their wrappers, as {a!r} as {b!r}" for a, b in list(found.items())[:1]
-    ]
-
-
-def adapter_hint(file_names: Iterable[str]) -> str:
-    """What to do about a directory that has an adapter in place of a model; empty for others."""
-    return f". It holds a PEFT adapter: merge it with {_MERGE}" if "adapter_config.json" in file_names else ""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
@@ -18,8 +18,6 @@ from megatron_infer.serve.dialects import llama_cpp, mistral, ollama, openai, ta
 from megatron_infer.serve.errors import Refusal, dialect_of, error_response
 from megatron_infer.serve.gate import Gate
 from megatron_infer.serve.service import Service
-
-log = logging.getLogger("megatron_infer.serve")
 
 PLAYGROUND = Path(__file__).with_name("playground")
 
@@ -46,7 +44,7 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(service.metrics.render(), media_type="text/plain; version=0.0.4")
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     if (PLAYGROUND / "index.html").is_file():
         app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
@@ -56,7 +54,5 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
 async def _answer(request: Request, error: Exception) -> Response:
     dialect = getattr(request.state, "dialect", dialect_of(request.scope["path"]))
     if isinstance(error, HTTPException):
-        return error_response(dialect, Refusal(error.status_code, str(error.detail)))
-    if not isinstance(error, (Refusal, ValueError, EngineDeadError)):
-        log.error("a request failed", exc_info=error)
+        error = Refusal(error.status_code, str(error.detail))
     return error_response(dialect, Refusal.of(error))

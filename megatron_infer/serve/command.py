@@ -17,6 +17,7 @@ import uvicorn
 
 from megatron_infer import options
 from megatron_infer.config import EngineConfig
+from megatron_infer.fim_prompt import FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.serve.app import make_app
@@ -51,6 +52,10 @@ def _run(args: argparse.Namespace, world: World) -> int:
             llm.follow()
             return 0
         service = Service(llm, settings, defaults, args.ending)
+        # Proves that all ranks compute, and sorts the vocabulary for token healing: the first keystroke need not wait.
+        warm_up = llm.session.submit(FimPrompt("x"), SamplingParams(max_new_tokens=1), service.for_typing)
+        while not warm_up.is_finished:
+            llm.session.step()
         Server(service, keys).run_until_told(listening)
         if not service.stop():
             options.say("a step did not come back; the ranks are ended by force")
@@ -100,7 +105,7 @@ class Server(uvicorn.Server):
         host, port = listening.getsockname()[:2]
         reached = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
         clients = _CLIENTS.read_text(encoding="utf-8")
-        options.say(clients.format(base=f"http://{reached}:{port}", model=self._service.model_name))
+        print(clients.format(base=f"http://{reached}:{port}", model=self._service.model_name), flush=True)
         asyncio.run(self.serve([listening]))
 
     def end(self) -> None:

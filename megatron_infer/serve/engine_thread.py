@@ -19,11 +19,7 @@ class EngineThread:
         self._step_began = 0.0
         self.num_steps = 0
         self.failure: str | None = None
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-
-    def start(self) -> None:
-        """Begin stepping."""
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def wake(self) -> None:
         """Say that something was submitted."""
@@ -33,8 +29,8 @@ class EngineThread:
         """Have it end after the step in progress; whether it did within the time."""
         self._is_stopping = True
         self._work.set()
-        self._thread.join(timeout_seconds)
-        return not self._thread.is_alive()
+        self.thread.join(timeout_seconds)
+        return not self.thread.is_alive()
 
     @property
     def step_seconds(self) -> float:

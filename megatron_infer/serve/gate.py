@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import hmac
+import logging
 from contextlib import suppress
 from urllib.parse import urlsplit
 
@@ -13,6 +14,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from megatron_infer.serve.errors import Refusal, dialect_of, error_response
+
+log = logging.getLogger("megatron_infer.serve")
 
 OPEN_PATHS = ("/health",)
 
@@ -93,8 +96,12 @@ class Gate:
         finally:
             gone.cancel()
             answer.cancel()
-            with suppress(asyncio.CancelledError):
+            try:
                 await answer
+            except asyncio.CancelledError:
+                pass
+            except Exception:  # the client has been told, as far as it could be
+                log.exception("a request failed")
 
 
 def _given_key(headers: Headers) -> str:

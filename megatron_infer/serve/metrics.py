@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from megatron_infer.completion import Completion
 from megatron_infer.llm import LLM
@@ -20,6 +20,8 @@ _COUNTERS = (
     ("prompt_tokens", "prompt tokens", "dialect"),
     ("cached_tokens", "prompt tokens found in the KV cache", "dialect"),
     ("generation_tokens", "tokens generated", "dialect"),
+    ("draft_tokens", "tokens drafted", "dialect"),
+    ("draft_accepted", "drafted tokens that were right", "dialect"),
     ("trims", "answers that a rule ended", "rule"),
     ("dropped_tokens", "prompt tokens cut off", "dialect"),
     ("dropped_snippets", "context snippets left out", "dialect"),
@@ -36,7 +38,7 @@ class Metrics:
     """A registry of its own, so that several servers can live in one process."""
 
     def __init__(self, llm: LLM) -> None:
-        self._registry = registry = CollectorRegistry()
+        self.registry = registry = CollectorRegistry()
         self._count = {
             name: Counter(f"megatron_infer_{name}", text, labels, registry=registry)
             for name, text, *labels in _COUNTERS
@@ -46,15 +48,11 @@ class Metrics:
             for name, text, buckets in _HISTOGRAMS
         }
         for name, text, value in (
-            ("requests_running", "requests in a step", lambda: llm.session.load.num_running),
-            ("requests_waiting", "requests that wait for room in a step", lambda: llm.session.load.num_waiting),
-            ("kv_usage_ratio", "KV-cache blocks in use", lambda: llm.session.load.kv_usage),
+            ("requests_running", "requests in a step", lambda: llm.session.load[0]),
+            ("requests_waiting", "requests that wait for room in a step", lambda: llm.session.load[1]),
+            ("kv_usage_ratio", "KV-cache blocks in use", lambda: llm.session.load[2]),
         ):
             Gauge(f"megatron_infer_{name}", text, registry=registry).set_function(value)
-
-    def render(self) -> bytes:
-        """The text that Prometheus reads."""
-        return generate_latest(self._registry)
 
     def record(
         self, dialect: str, outcome: str, seconds: float, done: Sequence[Completion], num_dropped_snippets: int
@@ -70,6 +68,8 @@ class Metrics:
                 self._count["cached_tokens"].labels(dialect).inc(completion.num_cached_tokens)
                 self._count["dropped_tokens"].labels(dialect).inc(completion.num_dropped_tokens)
             self._count["generation_tokens"].labels(dialect).inc(timings.num_new_tokens)
+            self._count["draft_tokens"].labels(dialect).inc(completion.num_draft_tokens)
+            self._count["draft_accepted"].labels(dialect).inc(completion.num_draft_accepted)
             if timings.num_new_tokens:
                 self._seconds["ttft"].labels(dialect).observe(timings.first_token_seconds)
             if speed := timings.decode_tokens_per_second:

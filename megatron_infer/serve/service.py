@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_infer.completion import Completion, GrowingCompletion
@@ -61,8 +61,8 @@ class Update:
 class Call:
     """An Ask in hand. For the event loop. pause_seconds: after so long without news `updates` yields None."""
 
-    def __init__(self, ask: Ask, pause_seconds: float) -> None:
-        self.ask, self._pause_seconds = ask, pause_seconds
+    def __init__(self, ask: Ask, cancel: Callable[[Handle], None], pause_seconds: float) -> None:
+        self.ask, self._cancel, self._pause_seconds = ask, cancel, pause_seconds
         self.began = time.monotonic()
         self.handles: list[Handle] = []
         self.num_dropped_snippets = 0
@@ -83,7 +83,7 @@ class Call:
     def cancel(self) -> None:
         """Stop what still runs, in any state."""
         for handle in self.handles:
-            handle.cancel()
+            self._cancel(handle)
 
     def fail(self, error: Exception) -> None:
         """End it; whoever waits for updates gets `error`."""
@@ -149,6 +149,8 @@ class Service:
         self.llm, self.settings, self.defaults, self.ending = llm, settings, defaults, ending
         self.model_name = settings.model_alias or llm.model_dir.resolve().name
         self.created = int(time.time())
+        self.for_typing = replace(llm.fim.interactive, token_healing=True)
+        """How prompts are laid out that are sent at every keystroke."""
         self.admission = Admission(llm.config.max_num_seqs, settings.max_queued, settings.max_wait_seconds)
         self.metrics = Metrics(llm)
         self.engine = EngineThread(llm, lambda: self._soon(self._fail_all))
@@ -162,7 +164,7 @@ class Service:
     def start(self) -> None:
         """Begin, on the running event loop."""
         self._loop = asyncio.get_running_loop()
-        self.engine.start()
+        self.engine.thread.start()
 
     def stop(self) -> bool:
         """End what is in hand, and the engine's thread; False where a step does not come back."""
@@ -177,7 +179,7 @@ class Service:
 
         Raises ValueError, Refusal or EngineDeadError: nothing was queued.
         """
-        call, outcome, num_admitted = Call(ask, self.settings.ping_seconds), "refused", 0
+        call, outcome, num_admitted = Call(ask, self.llm.session.cancel, self.settings.ping_seconds), "refused", 0
         try:
             if self.engine.failure is not None:
                 raise EngineDeadError(self.engine.failure)

@@ -52,8 +52,7 @@ def test_a_look_up_finds_what_a_rescan_finds(data: st.DataObject) -> None:
 
 
 def drafter_of(num_draft_tokens: int = 15) -> LookupDrafter:
-    """One whose look-ups take no time."""
-    return LookupDrafter(num_draft_tokens, clock=lambda: 0.0)
+    return LookupDrafter(num_draft_tokens)
 
 
 def request_of(ids: list[int], **options: object) -> Request:
@@ -119,9 +118,10 @@ def test_tokens_cut_in_another_way_at_the_end_of_what_was_typed(num_typed: int, 
     """The user stopped within a token: `num_new` others stand for it and the next, then the answer is the old one."""
     drafter = taught()
     seam = list(range(300, 300 + num_new))
+    rest = [*ANSWER[num_typed + 2 :], END]
     request = request_of([*OLD, *ANSWER[:num_typed], seam[0]])
-    assert answered(drafter, request, [*seam[1:], *ANSWER[num_typed + 2 :], END]) <= num_new + 3
-    assert request.drafts["typed"][1] > 15
+    answered(drafter, request, [*seam[1:], *rest])
+    assert sum(accepted for _, accepted in request.drafts.values()) >= len(rest) / 2
 
 
 def test_where_the_answer_leaves_the_old_one_so_do_the_drafts() -> None:
@@ -217,22 +217,3 @@ def test_a_row_that_was_dear_is_tried_again() -> None:
     for _ in range(300):
         drafter.observe(1, 1, 1.0)
     assert drafter.propose(request_of(prompt)).token_ids
-
-
-def test_looking_up_takes_a_small_share_of_the_steps_time() -> None:
-    """A look-up takes a second here, a step ten: one in five steps may look up, about."""
-    now = [0.0]
-
-    def clock() -> float:
-        now[0] += 1.0
-        return now[0]
-
-    drafter = LookupDrafter(15, clock)
-    request = request_of(OLD)
-    num_looks = 0
-    for _ in range(1000):
-        before = now[0]
-        drafter.propose(request)
-        num_looks += now[0] > before
-        drafter.observe(1, 1, 10.0)
-    assert 100 < num_looks <= 0.02 * 10_000 + 2

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from megatron_infer.engine.logits import NEVER, Edit, Processor
+from megatron_infer.engine.logits import NEVER, Processor
 from megatron_infer.engine.request import Draw
 from megatron_infer.engine.sampler import draw_numbers, logprobs_on_device, sample, sample_on_device
 from megatron_infer.sampling_params import SamplingParams
@@ -109,12 +110,11 @@ def test_the_device_draws_what_the_host_draws(params) -> None:
     expected = [sample(row, draw).token_id for row, draw in zip(rows_SV, draws, strict=True)]
     numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
     logits_SV = torch.from_numpy(rows_SV)
-    none = [None] * 150
-    assert sample_on_device(logits_SV, numbers, none).tolist() == expected
+    assert sample_on_device(logits_SV, numbers, draws).tolist() == expected
     mixed = numbers.clone()
     mixed[::2, 0] = 0.0
     greedy = [int(row.argmax()) for row in rows_SV]
-    drawn = sample_on_device(logits_SV, mixed, none).tolist()
+    drawn = sample_on_device(logits_SV, mixed, draws).tolist()
     assert drawn == [greedy[i] if i % 2 == 0 else expected[i] for i in range(150)]
 
 
@@ -122,8 +122,8 @@ def test_on_the_device_too_a_row_without_finite_logits_has_no_token() -> None:
     rows_SV = torch.from_numpy(np.stack([LOGITS, LOGITS, LOGITS]))
     rows_SV[0, 1], rows_SV[1, 5] = float("nan"), float("-inf")
     for temperature in (0.0, 1.0):
-        numbers = torch.tensor([draw_numbers(Draw(SamplingParams(temperature=temperature), 0, 0, 0))] * 3).double()
-        ids = sample_on_device(rows_SV, numbers, [None] * 3).tolist()
+        draw = Draw(SamplingParams(temperature=temperature), 0, 0, 0)
+        ids = sample_on_device(rows_SV, torch.tensor([draw_numbers(draw)] * 3).double(), [draw] * 3).tolist()
         assert ids[:2] == [-1, -1] and ids[2] >= 0
 
 
@@ -220,13 +220,12 @@ def test_what_is_forbidden_is_never_drawn(temperature: float) -> None:
     assert set(drawn[::2]) == ({2} if temperature == 0.0 else {0, 2})
     numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
     logits_SV = torch.from_numpy(np.tile(padded, (200, 1)))
-    assert sample_on_device(logits_SV, numbers, [draw.edit for draw in draws]).tolist() == drawn
+    assert sample_on_device(logits_SV, numbers, draws).tolist() == drawn
 
 
 def test_the_device_edits_as_the_host_does() -> None:
     rng = np.random.default_rng(2)
     rows_SV = rng.normal(0, 3, (60, 97)).astype(np.float32)
-    edits: list[Edit | None] = []
     draws = []
     for row in range(60):
         params = SamplingParams(
@@ -234,11 +233,10 @@ def test_the_device_edits_as_the_host_does() -> None:
             frequency_penalty=0.7, logit_bias={int(i): float(rng.normal(0, 9)) for i in rng.permutation(97)[:5]},
         )  # fmt: skip
         guide = Fixed(*sorted(rng.permutation(97)[:20].tolist())) if row % 5 == 0 else None
-        edits.append(
-            None if row % 7 == 0 else Processor(params, guide=guide).edit(rng.integers(0, 97, 30).tolist(), 9, 21)
-        )
-        draws.append(Draw(params, row, 0, row, edits[-1]))
+        edit = None if row % 7 == 0 else Processor(params, guide=guide).edit(rng.integers(0, 97, 30).tolist(), 9, 21)
+        draws.append(Draw(params, row, 0, row, edit))
     expected = [sample(row, draw).token_id for row, draw in zip(rows_SV, draws, strict=True)]
     numbers = torch.tensor([draw_numbers(draw) for draw in draws], dtype=torch.float64)
-    assert sample_on_device(torch.from_numpy(rows_SV), numbers, edits).tolist() == expected
-    assert sample_on_device(torch.from_numpy(rows_SV), numbers, [None] * 60).tolist() != expected
+    assert sample_on_device(torch.from_numpy(rows_SV), numbers, draws).tolist() == expected
+    plain = [replace(draw, edit=None) for draw in draws]
+    assert sample_on_device(torch.from_numpy(rows_SV), numbers, plain).tolist() != expected

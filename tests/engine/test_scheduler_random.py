@@ -61,20 +61,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         head=st.sampled_from([[], [1, 1, 1], [1, 1, 1, 1, 2], [1, 1, 1, 1, 2, 2, 2, 2], [3, 3, 3, 3, 3, 3]]),
         tail=st.lists(st.integers(0, 1), max_size=6),
-        max_new_tokens=st.integers(1, 9),
+        max_new_tokens=st.integers(0, 9),
         ignore_eos=st.booleans(),
+        is_scored=st.sampled_from([False, False, True]),
         copies=st.integers(1, 3),
     )
-    def add(self, head: list[int], tail: list[int], max_new_tokens: int, ignore_eos: bool, copies: int) -> None:
+    def add(
+        self, head: list[int], tail: list[int], max_new_tokens: int, ignore_eos: bool, is_scored: bool, copies: int
+    ) -> None:
+        options = {"ignore_eos": ignore_eos, "prompt_logprobs": 0 if is_scored else None}
         for _ in range(copies):
             prompt = [*head, *tail]
             pool = self.bench.pool
-            total = min(len(prompt) + max_new_tokens, 30)
-            if not prompt or total - 1 > pool.num_blocks * pool.block_size:
+            num_computed = min(len(prompt) + max(max_new_tokens - 1, 0), 29 if max_new_tokens else 30)
+            if not prompt or num_computed > pool.num_blocks * pool.block_size:
                 with pytest.raises(ValueError, match=r"empty|kv_cache_memory_bytes"):
-                    self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos)
+                    self.bench.add(prompt, max_new_tokens, **options)
             else:
-                self.unfinished.append(self.bench.add(prompt, max_new_tokens, ignore_eos=ignore_eos))
+                self.unfinished.append(self.bench.add(prompt, max_new_tokens, **options))
 
     @precondition(lambda self: not self.in_flight)
     @rule()
@@ -90,7 +94,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert len(set(ids)) == len(ids) == len(scheduler._running)
         assert all(row.token_ids for row in plan.rows), "every running request progresses in every step"
         assert self.unfinished[0] in ids, "the oldest request progresses in every step"
-        for request, _, end, draft, _ in plan.rows:
+        for request, _, end, draft, _, num_scores in plan.rows:
+            assert not (draft and num_scores)
             assert not draft or len(request.ids) == end <= request.longest_len - 1 - len(draft)
         self.in_flight.append((plan, self.bench.execute(plan)))
 
@@ -113,7 +118,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         expected = []
         for row, samples in zip(plan.rows, sampled, strict=True):
             is_computed_again = row.draft and samples[0].error is not None
-            if samples and row.request.request_id in self.unfinished and not is_computed_again:
+            has_event = len(samples) > row.num_scores or any(s.error is not None for s in samples)
+            if has_event and row.request.request_id in self.unfinished and not is_computed_again:
                 expected.append(row.request.request_id)
         events = bench.commit(plan, sampled)
         assert list(dict.fromkeys(event.request.request_id for event in events)) == expected

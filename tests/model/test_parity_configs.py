@@ -203,6 +203,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": {"rope_type": ["yarn"], "factor": 2.0}}, "rope scaling type"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"hidden_act": "gelu"}, "hidden_act"),
+    ({"per_layer_config": {"0": {"rms_norm_eps": 1e-2}}}, "per_layer_config"),
     (
         {"model_type": "mistral", "sliding_window": ABSENT, "max_position_embeddings": 8192},
         "sliding_window 4096 of 8192",

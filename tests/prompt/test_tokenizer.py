@@ -421,6 +421,30 @@ def test_a_vocabulary_with_absurd_ids_is_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("normalizer", "fails_at_load"),
+    [
+        ({"type": "Replace", "pattern": {"String": ""}, "content": "x"}, True),
+        ({"type": "Prepend", "prepend": ""}, True),
+        ({"type": "Precompiled", "precompiled_charsmap": "AAAA"}, True),
+        ({"type": "Replace", "pattern": {"Regex": "(x+x+)+y"}, "content": "x"}, False),
+    ],
+    ids=["empty pattern", "empty prefix", "damaged map", "a pattern that backtracks"],
+)
+def test_a_panic_of_the_library_is_an_error_like_any_other(tmp_path: Path, normalizer, fails_at_load: bool) -> None:
+    save_byte_level(tmp_path)
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    write_json(tmp_path, "tokenizer.json", {**raw, "normalizer": normalizer})
+    if fails_at_load:
+        with pytest.raises(ValueError, match=r"tokenizer\.json cannot be read \(ValueError: .*gave up"):
+            load_tokenizer(tmp_path)
+        return
+    tokenizer = load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match=r"gave up on tokenizer\.json"):
+        tokenizer.encode("x" * 60)
+    assert tokenizer.decode(tokenizer.encode("def f():")) == "def f():"
+
+
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 

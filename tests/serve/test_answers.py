@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def library(llm: LLM, ending: str, max_new_tokens: int = 24, **sampling: Any) ->
     return llm.complete(HOLE, SamplingParams(max_new_tokens=max_new_tokens, ending=ending, **sampling))
 
 
+def typing(llm: LLM, prompt: FimPrompt, sampling: SamplingParams) -> Completion:
+    """As `/infill` and Tabby lay prompts out."""
+    return llm.complete(prompt, sampling, replace(llm.fim.interactive, token_healing=True))
+
+
 def events(answer: Any) -> list[dict[str, Any]]:
     return [json.loads(line[6:]) for line in answer.text.split("\n\n") if line.startswith("data: {")]
 
@@ -54,7 +60,8 @@ def test_openai(served: Running, tiny_llm: LLM, ending: str) -> None:
 
 
 def test_the_other_dialects(served: Running, tiny_llm: LLM) -> None:
-    raw, cut = library(tiny_llm, "raw"), library(tiny_llm, "auto")
+    raw = library(tiny_llm, "raw")
+    cut = typing(tiny_llm, HOLE, SamplingParams(max_new_tokens=24, ending="auto"))
     ours = {"path": PATH, "max_tokens": 24}
     answer = served.post("/v1/fim/completions", prompt=PREFIX, suffix=SUFFIX, **ours)
     assert answer["choices"][0]["message"]["content"] == raw.text
@@ -78,9 +85,20 @@ def test_the_other_dialects(served: Running, tiny_llm: LLM) -> None:
     assert "".join(event["content"] for event in streamed) == cut.text
     assert [event["stop"] for event in streamed] == [False] * (len(streamed) - 1) + [True]
 
-    expected = library(tiny_llm, "auto", 16)
+    expected = typing(tiny_llm, HOLE, SamplingParams(max_new_tokens=16, ending="auto"))
     segments = {"prefix": PREFIX, "suffix": SUFFIX, "filepath": PATH}
     assert served.post("/v1/completions", language="python", segments=segments)["choices"][0]["text"] == expected.text
+
+
+def test_a_request_may_choose_its_own_layout(running: Running) -> None:
+    body = {"input_prefix": "def area(width, hei", "input_suffix": SUFFIX, "n_predict": 8, "ending": "raw"}
+    sampling = SamplingParams(max_new_tokens=8)
+    prompt = FimPrompt(body["input_prefix"], SUFFIX)  # type: ignore[arg-type]
+    for order in ("psm", "spm"):
+        for healing in (False, True):
+            answer = running.post("/infill", order=order, token_healing=healing, **body)
+            expected = running.llm.complete(prompt, sampling, FimOptions(order=order, token_healing=healing))
+            assert answer["content"] == expected.text
 
 
 def test_crlf_goes_out_as_it_came_in(running: Running) -> None:
@@ -153,7 +171,7 @@ def test_repository_context_comes_before_the_prompt(running: Running) -> None:
     infill = {"input_prefix": PREFIX, "input_suffix": SUFFIX, "path": PATH, "n_predict": 8, "ending": "raw"}
     answer = running.post("/infill", input_extra=extra, **infill)
     prompt = FimPrompt("# Path: near.py\n# def near(): ...\n" + PREFIX, SUFFIX, PATH)
-    assert answer["content"] == running.llm.complete(prompt, SamplingParams(max_new_tokens=8)).text
+    assert answer["content"] == typing(running.llm, prompt, SamplingParams(max_new_tokens=8)).text
     assert answer["megatron_infer"]["dropped_snippets"] == 1
     segments = {
         "prefix": PREFIX, "suffix": SUFFIX, "filepath": PATH,
@@ -167,6 +185,7 @@ def test_repository_context_comes_before_the_prompt(running: Running) -> None:
 
 def test_projection_of_llama_cpp_answers(running: Running) -> None:
     body = {"input_prefix": PREFIX, "input_suffix": SUFFIX, "n_predict": 4, "n_probs": 2, "ending": "raw"}
+    body["token_healing"] = False  # which may bind the first tokens to less likely ones
     answer = running.post("/infill", **body)
     some = running.post("/infill", response_fields=["content", "timings/predicted_n", "nothing/here"], **body)
     assert some == {"content": answer["content"], "timings/predicted_n": 4}

@@ -67,3 +67,18 @@ def test_ollama(running: Running, expected: str) -> None:
     assert "insert" in client.show("m").capabilities
     with pytest.raises(ollama.ResponseError, match="format is not supported"):
         client.generate(**ask, format="json")
+
+
+def test_lm_eval_generates(running: Running) -> None:
+    """With the tokenizer of the server: it asks for ids and sends them."""
+    pytest.importorskip("lm_eval", reason="lm-eval is a client")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    lm = LocalCompletionsAPI(
+        model="m", base_url=f"{running.url}/v1/completions", tokenizer_backend="remote", max_retries=1
+    )
+    ids = running.llm.tokenizer.encode(PREFIX)
+    expected = running.llm.complete(ids, SamplingParams(max_new_tokens=8)).text
+    request = Instance("generate_until", {}, (PREFIX, {"until": ["never"], "max_gen_toks": 8}), 0)
+    assert lm.generate_until([request], disable_tqdm=True) == [expected]

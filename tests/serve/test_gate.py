@@ -14,8 +14,9 @@ import pytest
 
 from megatron_infer import LLM
 from megatron_infer.serve import app
+from megatron_infer.serve.metrics import JsonLines
 from megatron_infer.serve.settings import Settings
-from tests.serve.running import PREFIX, Running
+from tests.serve.running import PREFIX, Running, wait_until
 
 KEY = "secret-key"
 POSTS = (
@@ -240,3 +241,29 @@ def test_the_page_asks_a_browser_for_the_key(tiny_llm: LLM, tmp_path: Path, monk
         assert running.client.get("/page.js", auth=("", KEY)).text == "1"
         assert running.client.get("/../../settings.py", auth=("", KEY)).status_code == 404
         assert running.client.get("/v1/models", auth=("", KEY)).status_code == 200
+
+
+def test_what_goes_wrong_inside_stays_inside(
+    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("SECRET_CODE")
+
+    monkeypatch.setattr(running.service, "_submit", fail)
+    answer = running.client.post("/v1/completions", json={"prompt": "x"})
+    assert answer.status_code == 500
+    assert "SECRET" not in answer.text
+    lines: list[str] = []
+
+    def is_logged() -> bool:
+        lines[:] = map(JsonLines().format, caplog.records)
+        return any(json.loads(line).get("error") == "RuntimeError" for line in lines)
+
+    wait_until(is_logged)
+    assert not any("SECRET" in line for line in lines)
+
+
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/nothing", 404), ("GET", "/infill", 405)])
+def test_wrong_routes(running: Running, method: str, path: str, status: int) -> None:
+    answer = running.client.request(method, path)
+    assert answer.status_code == answer.json()["error"]["code"] == status

@@ -28,31 +28,28 @@ def send(running: Running, path: str = "/v1/completions", **body: Any) -> socket
 
 def counts(running: Running) -> tuple[int, int, int]:
     """Requests that run, that wait, and that the server counts."""
-    load = running.llm.session.load
-    return load.num_running, load.num_waiting, running.service.admission.num_in_hand
+    num_running, num_waiting, _ = running.llm.session.load
+    return num_running, num_waiting, running.service.admission.num_in_hand
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("state", "num_steps"), [("prefill", 1), ("decode", 8)])
-def test_a_client_that_goes_takes_its_request_along(
-    held: Running, steps: Steps, stream: bool, state: str, num_steps: int
-) -> None:
+@pytest.mark.parametrize("num_steps", [1, 8], ids=["prefill", "decode"])
+def test_a_client_that_goes_takes_its_request_along(held: Running, steps: Steps, stream: bool, num_steps: int) -> None:
     gone = send(held, prompt=LONG, stream=stream, **FOREVER)
     wait_until(lambda: counts(held) == (0, 1, 1))
     steps.make(num_steps)
     assert counts(held) == (1, 0, 1)
-    assert (held.llm.session.load.num_running, state) == (1, state)
     gone.close()
     wait_until(lambda: counts(held) == (0, 0, 0))
     assert not held.llm.session.has_work
-    assert held.llm.session.load.kv_usage == 0
+    assert held.llm.session.load == (0, 0, 0.0)
 
 
 def test_a_queued_client_that_goes_disturbs_nobody(held: Running, steps: Steps) -> None:
-    expected = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    expected = SamplingParams(max_new_tokens=200, ignore_eos=True)
     with ThreadPoolExecutor() as pool:
         others = [
-            pool.submit(held.post, "/v1/completions", prompt=PREFIX, max_tokens=12, ignore_eos=True) for _ in range(2)
+            pool.submit(held.post, "/v1/completions", prompt=PREFIX, max_tokens=200, ignore_eos=True) for _ in range(2)
         ]
         wait_until(lambda: counts(held) == (0, 2, 2))
         steps.make(3)
@@ -72,7 +69,7 @@ def test_two_hundred_clients_that_vanish_leave_nothing_behind(tiny_llm: LLM) -> 
         for connection in connections:
             connection.close()
         wait_until(lambda: counts(running) == (0, 0, 0))
-        assert running.llm.session.load.kv_usage == 0
+        assert running.llm.session.load == (0, 0, 0.0)
         assert running.post("/v1/completions", prompt=PREFIX, max_tokens=2)["usage"]["completion_tokens"] == 2
 
 
@@ -171,7 +168,7 @@ def test_time_to_predict_ends_after_a_line(held: Running, steps: Steps, bias: in
         steps.free()
         assert answer.result()["stop_type"] == "limit"
     predicted = answer.result()["tokens_predicted"]
-    assert predicted <= 2 if bias > 0 else predicted == 40
+    assert predicted < 40 if bias > 0 else predicted == 40
 
 
 @pytest.mark.parametrize("stream", [False, True])

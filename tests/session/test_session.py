@@ -19,15 +19,17 @@ import psutil
 import pytest
 import torch
 
-from megatron_infer import LLM, FimPrompt, SamplingParams
+from megatron_infer import LLM, Completion, FimPrompt, SamplingParams
+from megatron_infer.engine.drafter import LookupDrafter
 from megatron_infer.engine.request import Draft
 from megatron_infer.llm import EngineDeadError
 from sess_megatron import TestInference
-from tests.support.drafters import Untimed
+from tests.support.drafters import Untimed, UntimedLookup
 from tests.support.invariants import check_scheduler
 
 ROOT = Path(__file__).resolve().parents[2]
-OPTIONS = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20}
+OPTIONS = {"device": "cpu", "kv_cache_memory_bytes": 4 << 20, "num_draft_tokens": 0}
+"""Without drafts, so that a step is a token."""
 PREFIX, SUFFIX, PATH = "def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py"
 
 
@@ -150,6 +152,23 @@ def test_a_stop_string_within_a_draft_ends_the_completion_there(session: TestInf
     assert (drafted.text, drafted.token_ids) == (undrafted.text, undrafted.token_ids)
     assert len(drafted.token_ids) < len(free.token_ids) and drafted.finish_reason == "stop"
     check_scheduler(session.llm.session._engine.scheduler)
+
+
+def test_a_completion_says_how_much_of_it_was_drafted(tiny_checkpoint: Path, session, monkeypatch) -> None:
+    prompt, sampling = FimPrompt(PREFIX, SUFFIX, PATH), SamplingParams(max_new_tokens=24, ignore_eos=True)
+    undrafted = session.llm.complete(prompt, sampling)
+    assert (undrafted.num_draft_tokens, undrafted.num_draft_accepted, undrafted.draft_sources) == (0, 0, {})
+    with LLM(tiny_checkpoint, **{**OPTIONS, "num_draft_tokens": None}) as llm:
+        assert llm.config.num_draft_tokens == 15
+        scheduler = llm.session._engine.scheduler
+        assert isinstance(scheduler._drafter, LookupDrafter)
+        monkeypatch.setattr(scheduler, "_drafter", UntimedLookup(llm.config.num_draft_tokens))
+        first, second = (llm.complete(prompt, sampling) for _ in range(2))
+        assert first.token_ids == second.token_ids == undrafted.token_ids and second.text == undrafted.text
+        assert second.draft_sources == {"typed": (22, 22)}, "two steps, each with a token of its own"
+        assert (second.num_draft_tokens, second.num_draft_accepted) == (22, 22)
+        assert len(set(second.timings.token_seconds)) == 2 and len(set(undrafted.timings.token_seconds)) == 24
+        assert Completion.from_json(json.loads(json.dumps(second.to_json()))) == second
 
 
 def test_stop_token_ids_and_length(session: TestInference) -> None:

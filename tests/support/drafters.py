@@ -35,7 +35,7 @@ class UntimedLookup(Untimed, LookupDrafter):
     """The real one; what it drafts depends on no time."""
 
     def __init__(self, num_draft_tokens: int = 15) -> None:
-        super().__init__(num_draft_tokens, clock=lambda: 0.0)
+        super().__init__(num_draft_tokens)
         self._requests: set[Request] = set()
 
     def propose(self, request: Request) -> Draft:

@@ -82,7 +82,6 @@ class FakeModel:
             assert [token_id for token_id, _, _ in read] == ids[:context]
             assert [position for _, position, _ in read] == list(range(context))
             num_samples = int(step.num_samples_S[row])
-            assert not num_samples or context == len(ids)
             sampled.append([Sampled(next_token(history)) for _, _, history in read[context - num_samples :]])
         self.last_ids = [result.token_id for samples in sampled for result in samples]
         return sampled
@@ -146,6 +145,8 @@ class Bench:
 
     def execute(self, plan: Plan) -> list[list[Sampled]]:
         step = plan.step
+        for row, num_samples in zip(plan.rows, step.num_samples_S.tolist(), strict=True):
+            assert row.end >= len(row.request.ids) or num_samples == row.num_scores, "a sample of half a prompt"
         self.num_computed_tokens += int(step.query_lens_S.sum())
         truth = [[*row.request.ids, *row.draft] for row in plan.rows]
         if (step.token_ids_T < 0).any():  # every row is one token, the sample of a step that is not committed
@@ -189,7 +190,16 @@ class Bench:
             request.ids[: request.num_prompt], request.longest_len - request.num_prompt, request.stop_token_ids
         )
         assert output_of(request) == wanted
+        if request.sampling.prompt_logprobs is not None:
+            history, scores = 0, []
+            for token_id in request.ids[: request.num_prompt - 1]:
+                history = extend(history, token_id)
+                scores.append(next_token(history))
+            assert [score.token_id for score in request.prompt_scores] == scores, "of these rows, in this order"
         events = self.events[request_id]
+        if not wanted:
+            assert [(event.sampled, event.finish_reason) for event in events] == [(None, "length")]
+            return
         assert tokens_of(events) == wanted
         assert [event.finish_reason for event in events[:-1]] == [None] * (len(wanted) - 1)
         assert events[-1].finish_reason == ("stop" if wanted[-1] in request.stop_token_ids else "length")

@@ -58,9 +58,9 @@ class Fields(BaseModel):
 class Body(Fields):
     """A request body. Beside the fields of its dialect, each takes these of ours.
 
-    path, language, repository: of the code, for the prompt's header and the rules that end an answer. ending, order:
-    as in SamplingParams and FimOptions. session_id: a newer request with it ends this one. parse_special: control
-    tokens written out in a prompt without suffix are control tokens.
+    path, language, repository: of the code, for the prompt's header and the rules that end an answer. ending, order,
+    token_healing: as in SamplingParams and FimOptions. session_id: a newer request with it ends this one.
+    parse_special: control tokens written out in a prompt without suffix are control tokens.
     """
 
     path: str = ""
@@ -68,6 +68,7 @@ class Body(Fields):
     repository: str = ""
     ending: Literal["raw", "line", "block", "auto"] | None = None
     order: Literal["psm", "spm"] | None = None
+    token_healing: bool | None = None
     session_id: str | None = Field(None, max_length=256)
     parse_special: bool | None = None
     stream: bool = False
@@ -101,10 +102,11 @@ class Body(Fields):
         """The body of a request. Raises Refusal or ValidationError."""
         return cls.model_validate(await read_json(request))
 
-    def part(self, prompt: Prompt, sampling: SamplingParams, **more: Any) -> Part:
-        """`prompt` with our own fields."""
-        options = None if self.order is None else FimOptions(order=self.order)
-        return Part(prompt, sampling, options, **more)
+    def part(self, prompt: Prompt, sampling: SamplingParams, usual: FimOptions | None = None, **more: Any) -> Part:
+        """`prompt`, laid out as was asked for, or else as `usual`."""
+        usual = usual or FimOptions()
+        healing = usual.token_healing if self.token_healing is None else self.token_healing
+        return Part(prompt, sampling, replace(usual, order=self.order or usual.order, token_healing=healing), **more)
 
     def hole(self, prefix: str, suffix: str = "", path: str = "") -> FimPrompt:
         """The prompt, with what was said of the code."""
@@ -219,6 +221,8 @@ def report(call: Call, done: Sequence[Completion]) -> dict[str, Any]:
         "trimmed_by": [completion.trimmed_by for completion in done],
         "cached_tokens": sum(completion.num_cached_tokens for completion in first),
         "dropped_tokens": sum(completion.num_dropped_tokens for completion in first),
+        "draft_tokens": sum(completion.num_draft_tokens for completion in done),
+        "draft_accepted": sum(completion.num_draft_accepted for completion in done),
         "dropped_snippets": call.num_dropped_snippets,
         "first_token_ms": round(1000 * min(completion.timings.first_token_seconds for completion in done), 3),
         "total_ms": round(1000 * max(completion.timings.total_seconds for completion in done), 3),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Annotated, Any, ClassVar
 
 from fastapi import FastAPI, Request, Response
@@ -46,7 +45,7 @@ class AnyBody(Body):
         """One for all completions; or the first greedy, as llama.vscode shows it, and others to choose from."""
         sampling = self.sampling(
             service, ending, logprobs=self.n_probs or None, n=self.n_cmpl,
-            max_new_tokens=max(1, self.n_predict) if self.n_predict >= 0 else None,
+            max_new_tokens=self.n_predict if self.n_predict >= 0 else None,
             top_k=None if self.top_k is None else max(0, self.top_k),
         )  # fmt: skip
         if self.n_cmpl == 1 or sampling.temperature > 0 or self.temperature is not None:
@@ -102,18 +101,17 @@ class AnswerWire(Wire):
 
     def _end(self, call: Call, index: int, completion: Completion, text: str) -> dict[str, Any]:
         body, timings = self._body, completion.timings
-        is_warm_up = body.n_predict == 0
         word = call.growing[index].stopped_by
         by_text = word is not None or completion.trimmed_by is not None  # a rule that ended it counts as a word
         stop_type = "word" if by_text else "eos" if completion.finish_reason == "stop" else "limit"
-        num_new = 0 if is_warm_up else timings.num_new_tokens
+        num_new = timings.num_new_tokens
         answer = {
-            "index": index, "content": "" if is_warm_up else text, "stop": True, "stop_type": stop_type,
+            "index": index, "content": text, "stop": True, "stop_type": stop_type,
             "stopping_word": word or "", "model": self.service.model_name,
             "tokens": list(completion.token_ids) if body.return_tokens else [],
             "tokens_predicted": num_new, "tokens_evaluated": timings.num_prompt_tokens,
             "tokens_cached": timings.num_prompt_tokens + num_new, "truncated": completion.num_dropped_tokens > 0,
-            "timings": _timings(completion, num_new), "megatron_infer": report(call, [completion]),
+            "timings": _timings(completion), "megatron_infer": report(call, [completion]),
         }  # fmt: skip
         if body.n_probs:
             answer["completion_probabilities"] = [self._row(row) for row in completion.logprobs or ()]
@@ -129,13 +127,13 @@ class AnswerWire(Wire):
         return {"id": token_id, "token": raw.decode("utf-8", "replace"), "bytes": list(raw), "logprob": logprob}
 
 
-def _timings(completion: Completion, num_new: int) -> dict[str, float]:
+def _timings(completion: Completion) -> dict[str, float]:
     timings, num_cached = completion.timings, completion.num_cached_tokens
     first, total = timings.first_token_seconds, timings.total_seconds
-    found: dict[str, float] = {"cache_n": num_cached}
-    for name, count, seconds in (
-        ("prompt", timings.num_prompt_tokens - num_cached, first), ("predicted", num_new, max(0.0, total - first)),
-    ):  # fmt: skip
+    found: dict[str, float] = {"cache_n": num_cached, "draft_n": completion.num_draft_tokens}
+    found["draft_n_accepted"] = completion.num_draft_accepted
+    prompt = ("prompt", timings.num_prompt_tokens - num_cached, first)
+    for name, count, seconds in (prompt, ("predicted", timings.num_new_tokens, max(0.0, total - first))):
         found |= {f"{name}_n": count, f"{name}_ms": round(1000 * seconds, 3)}
         found[f"{name}_per_token_ms"] = round(1000 * seconds / count, 3) if count else 0.0
         found[f"{name}_per_second"] = round(count / seconds, 3) if seconds else 0.0
@@ -143,13 +141,10 @@ def _timings(completion: Completion, num_new: int) -> dict[str, float]:
 
 
 def project(answer: dict[str, Any], fields: list[str]) -> dict[str, Any]:
-    """Those fields alone; "a/b" is a place within, and stays the name, as in llama.cpp. Unknown ones are left out."""
-    found = {field: reduce(_inside, field.split("/"), answer) for field in fields}
-    return {field: value for field, value in found.items() if value is not None}
-
-
-def _inside(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, dict) else None
+    """Those fields alone; "a/b" is b of a, and stays the name, as in llama.cpp. Unknown ones are left out."""
+    objects = {name: value for name, value in answer.items() if isinstance(value, dict)}
+    flat = answer | {f"{name}/{key}": value for name in objects for key, value in objects[name].items()}
+    return {field: flat[field] for field in fields if field in flat}
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
@@ -162,7 +157,8 @@ def add_routes(app: FastAPI, service: Service) -> None:
             raise Refusal(501, f"the model's FIM family {llm.fim.name!r} has no format for code before and after")
         prompt = body.hole(body.input_prefix + body.prompt, body.input_suffix)
         extra = tuple(Snippet(item.filename, item.text) for item in body.input_extra)
-        parts = [body.part(prompt, sampling, context=extra) for sampling in body.samplings(service, "auto")]
+        usual = service.for_typing
+        parts = [body.part(prompt, sampling, usual, context=extra) for sampling in body.samplings(service, "auto")]
         return body.within_limits(service, parts)
 
     @app.post("/completion")

@@ -39,8 +39,8 @@ class CompletionBody(Body):
     def parts(self, service: Service) -> list[Part]:
         """Raises ValueError."""
         sampling = self.sampling(service, "raw", max_new_tokens=self.max_tokens)
-        if self.echo and self.logprobs is not None:
-            raise ValueError("echo with logprobs is not supported")
+        if self.logprobs is not None and (self.echo or self.token_healing):
+            raise ValueError("logprobs is not supported together with echo or token_healing")
         if not self.suffix:
             prompts = [self.continued(service, p) if isinstance(p, str) else p for p in self.prompts()]
             return [self.part(prompt, sampling) for prompt in prompts]
@@ -113,12 +113,8 @@ def top(llm: LLM, row: TokenLogprob) -> dict[str, float]:
 
 
 def token_text(llm: LLM, token_id: int) -> str:
-    """A token's text; `bytes:\\x..` where it is a part of a character."""
-    raw = llm.tokenizer.token_bytes(token_id)
-    try:
-        return raw.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+    r"""A token's text; of half a character the bytes, as \xNN."""
+    return llm.tokenizer.token_bytes(token_id).decode("utf-8", "backslashreplace")
 
 
 def add_routes(app: FastAPI, service: Service) -> None:

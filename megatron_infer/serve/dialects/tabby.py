@@ -65,7 +65,8 @@ def completions(request: Request, service: Service, raw: dict[str, Any]) -> Resp
     prefix, suffix = segments.prefix.replace("\r\n", "\n"), segments.suffix.replace("\r\n", "\n")
     wire.has_crlf = (prefix, suffix) != (segments.prefix, segments.suffix)
     hole = body.hole(prefix, suffix, segments.filepath)
-    return body.reply(wire, [body.part(hole, body.sampling(service, "auto"), context=segments.context())])
+    sampling = body.sampling(service, "auto")
+    return body.reply(wire, [body.part(hole, sampling, service.for_typing, context=segments.context())])
 
 
 def add_routes(app: FastAPI, service: Service) -> None:

@@ -94,7 +94,7 @@ Answering = Callable[[Exchange], None]
 
 
 class FakeServer(ThreadingHTTPServer):
-    """`answering`: what is done about the next `/infill`. `bodies`: of all so far.
+    """`answering`: what is done about an `/infill`. `bodies`: of all so far. naming: the same for `/v1/models`.
 
     posts: (path, body) of every POST, as they come. gone: the bodies of those that were given up while held.
     """
@@ -109,6 +109,7 @@ class FakeServer(ThreadingHTTPServer):
         self.posts: queue.Queue[tuple[str, Body]] = queue.Queue()
         self.gone: queue.Queue[Body] = queue.Queue()
         self.answering: Answering = lambda exchange: exchange.stream(SUM)
+        self.naming: Answering = lambda exchange: exchange.reply({"object": "list", "data": [{"id": "fake"}]})
 
     def next_prefix(self) -> str:
         """Of the next request, which is waited for."""
@@ -129,8 +130,7 @@ class _Handler(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
-            exchange = Exchange(self, {})
-            exchange.reply({"object": "list", "data": [{"id": "fake"}]})
+            self.server.naming(Exchange(self, {}))
         else:
             super().do_GET()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+import threading
 from typing import Any
 
 import pytest
@@ -124,6 +125,26 @@ def test_alternatives(playground: Playground, server: FakeServer) -> None:
     assert playground.code == "x = 5and"
 
 
+def test_alternatives_wait_for_the_first_answer(playground: Playground, server: FakeServer) -> None:
+    may_end = threading.Event()
+
+    def halting(exchange: Exchange) -> None:
+        exchange.begin()
+        exchange.send({"index": 0, "content": "al", "stop": False})
+        may_end.wait(60)
+        exchange.send({**SUM, "content": "pha + beta"})
+
+    server.answering = halting
+    playground.suggest()
+    expect(playground.ghost).to_have_text("al")
+    playground.keyboard.press("Alt+]")
+    playground.keyboard.type("a")
+    may_end.set()
+    expect(playground.status).to_contain_text("Suggestion, ended by")
+    expect(playground.ghost).to_have_text("lpha + beta")
+    assert len(server.bodies) == 1
+
+
 def test_what_is_known_of_an_answer(playground: Playground, server: FakeServer) -> None:
     whole = answer(["if", " é", "<b>", ")", "\n"], kept=3, trimmed_by="closer")
     whole["timings"] |= {"draft_n": 7, "draft_n_accepted": 4}
@@ -153,6 +174,19 @@ def test_what_is_known_of_an_answer(playground: Playground, server: FakeServer) 
     expect(tokens.last).to_have_accessible_name("↵, 75 %, not part of the suggestion")
 
 
+def test_tokens_that_begin_within_the_prefix(playground: Playground, server: FakeServer) -> None:
+    """Token healing: the first tokens write the end of the prefix anew, and are not shown twice."""
+    server.answering = lambda exchange: exchange.stream({**answer([" al", "pha", " + b", "\n"]), "content": "pha + b"})
+    playground.suggest("x = al")
+    expect(playground.status).to_contain_text("ended by")
+    shown = playground.page.locator(".ghost span")
+    assert shown.all_text_contents() == ["pha", " + b"]
+    shown.first.hover()
+    expect(playground.card).to_contain_text("pha 75 %")
+    tokens = playground.page.get_by_role("toolbar").get_by_role("button")
+    assert tokens.evaluate_all("tokens => tokens.map(t => t.className)") == ["", "", "", "cut"]
+
+
 def test_the_controls_reach_the_request(playground: Playground, server: FakeServer) -> None:
     page = playground.page
     page.get_by_label("Language").select_option("Go")
@@ -177,27 +211,28 @@ def test_nothing_to_suggest(playground: Playground, server: FakeServer) -> None:
     expect(playground.ghost).to_have_count(0)
 
 
-def test_an_api_key_is_asked_for_and_kept_in_this_tab_alone(playground: Playground, server: FakeServer) -> None:
+def test_an_api_key_is_asked_for_and_kept_in_this_tab_alone(server: FakeServer, page: Any) -> None:
     def guarded(exchange: Exchange) -> None:
-        if exchange.headers["Authorization"] == "Bearer it's secret":
+        if exchange.headers["Authorization"] != "Bearer it's secret":
+            exchange.refuse(401, "send the API key")
+        elif exchange.body:
             exchange.stream(SUM)
         else:
-            exchange.refuse(401, "send the API key")
+            exchange.reply({"data": [{"id": "guarded"}]})
 
-    server.answering = guarded
-    page = playground.page
+    server.answering = server.naming = guarded
     page.expected_complaints = ["status of 401"]
-    key = page.get_by_label("API key")
-    expect(key).to_be_hidden()
-    playground.suggest()
+    playground = Playground(page, server.url)
     expect(playground.status).to_contain_text("wants an API key")
+    key = page.get_by_label("API key")
     key.fill("wrong")
     key.press("Enter")
-    playground.keyboard.press("Alt+\\")
     expect(playground.status).to_contain_text("does not accept this API key")
     key.fill("it's secret")
     key.press("Enter")
+    expect(page.locator("#model")).to_have_text("guarded")
     expect(playground.editor).to_be_focused()
+    expect(key).to_be_hidden()
     playground.keyboard.press("Alt+\\")
     expect(playground.ghost).to_have_text("alpha + beta")
     assert page.evaluate("[localStorage.length, sessionStorage.length, document.cookie]") == [0, 1, ""]

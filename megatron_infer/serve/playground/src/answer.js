@@ -18,10 +18,12 @@ export class Answer {
   firstTextMs = null
   wholeMs = null
   last = null
+  numHealed = 0 // Characters of the prefix that the first tokens wrote anew (token healing).
 
-  /** began: when it was asked for, as of performance.now(). */
-  constructor(began) {
+  /** began: when it was asked for, as of performance.now(). prefix: the code before the cursor. */
+  constructor(began, prefix) {
     this.began = began
+    this.prefix = prefix
   }
 
   /** event: as the server streams them, or a whole answer. */
@@ -33,22 +35,23 @@ export class Answer {
     this.wholeMs = now
     this.last = event
     this.tokens = tokens(event.completion_probabilities ?? [])
+    this.numHealed = numHealed(this)
   }
 
   /** The text after its first `typed` characters, cut where the tokens meet: [{text, token}], token as an index. */
   pieces(typed) {
+    const whole = this.prefix.slice(this.prefix.length - this.numHealed) + this.text
+    const shown = this.numHealed + typed
     const pieces = []
     let end = 0
     for (const [index, token] of this.tokens.entries()) {
       const start = end
-      end = Math.min(start + token.text.length, this.text.length)
-      if (this.text.slice(start, end) !== token.text.slice(0, end - start)) {
-        end = start
-        break
-      }
-      if (end > Math.max(start, typed)) pieces.push({text: this.text.slice(Math.max(start, typed), end), token: index})
+      const text = token.text.slice(0, whole.length - start)
+      if (!whole.startsWith(text, start)) break
+      end = start + text.length
+      if (end > Math.max(start, shown)) pieces.push({text: whole.slice(Math.max(start, shown), end), token: index})
     }
-    const rest = this.text.slice(Math.max(end, typed))
+    const rest = whole.slice(Math.max(end, shown))
     return rest ? [...pieces, {text: rest, token: null}] : pieces
   }
 
@@ -62,6 +65,14 @@ export class Answer {
     if (rule) return `${rule}: ${RULES[rule] ?? "a rule about endings"}`
     return stop === "word" ? `the stop string ${word}` : STOPS[stop]
   }
+}
+
+function numHealed({text, tokens, prefix}) {
+  const written = tokens.map((token) => token.text).join("")
+  for (let number = 0; number < written.length; number++) {
+    if (written.startsWith(text, number) && prefix.endsWith(written.slice(0, number))) return number
+  }
+  return 0
 }
 
 /** Each with the characters that it completes: a token may be a part of one. */

@@ -1,17 +1,18 @@
 /** The request as a curl command, in each dialect that the server speaks. */
 
-const openai = ({model, prefix, suffix, limit, path, language, ending}) => ({
-  model, prompt: prefix, suffix, max_tokens: limit, path, language, ending,
+/** Healing is asked for where the dialect's clients are not taken to be someone who types. */
+const openai = ({model, prefix, suffix, limit, settings}) => ({
+  model, prompt: prefix, suffix, max_tokens: limit, ...settings, token_healing: true,
 })
 const mistral = openai
-const llamaCpp = ({prefix, suffix, limit, path, language, ending}) => ({
-  input_prefix: prefix, input_suffix: suffix, n_predict: limit, path, language, ending,
+const llamaCpp = ({prefix, suffix, limit, settings}) => ({
+  input_prefix: prefix, input_suffix: suffix, n_predict: limit, ...settings,
 })
-const ollama = ({model, prefix, suffix, limit, path, language, ending}) => ({
-  model, prompt: prefix, suffix, stream: false, options: {num_predict: limit}, path, language, ending,
+const ollama = ({model, prefix, suffix, limit, settings}) => ({
+  model, prompt: prefix, suffix, stream: false, options: {num_predict: limit}, ...settings, token_healing: true,
 })
-const tabby = ({prefix, suffix, path, language, ending}) => ({
-  language, segments: {prefix, suffix, filepath: path || undefined}, ending,
+const tabby = ({prefix, suffix, settings: {path, ...others}}) => ({
+  segments: {prefix, suffix, filepath: path}, ...others,
 })
 
 export const dialects = [

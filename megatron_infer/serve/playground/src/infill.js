@@ -50,6 +50,17 @@ export async function modelName(key) {
   return (await response.json()).data[0].id
 }
 
+/** Whether the server wants a key of those who have shown none. (A browser may have, before it got this page.) */
+export async function wantsKey() {
+  try {
+    await request("v1/models", {credentials: "omit"})
+    return false
+  } catch (error) {
+    if (error.status === 401) return true
+    throw error
+  }
+}
+
 /** Whole answers, one for each of `body.n_cmpl`. */
 export async function infillAll(body, key, signal) {
   const response = await post({...body, stream: false}, key, signal)

@@ -9,7 +9,7 @@ import {Answer} from "./answer.js"
 import {Asker} from "./asker.js"
 import {curl, dialects} from "./curl.js"
 import {acceptGhost, acceptWord, dismissGhost, ghostExtension, ghostPlace, ghostText, showGhost} from "./ghost.js"
-import {infill, infillAll, modelName} from "./infill.js"
+import {infill, infillAll, modelName, wantsKey} from "./infill.js"
 import {languageOfPath, languages} from "./languages.js"
 import {hideCard, showFacts, startPanel} from "./panel.js"
 import {theme} from "./theme.js"
@@ -44,7 +44,6 @@ function say(text, {spoken = "", isProblem = false} = {}) {
 function sayProblem(error) {
   if (error.status === undefined) throw error // A fault of this page: the console has it.
   if (error.status === 401) {
-    needsKey = true
     byId("key-form").hidden = false
     const key = sessionStorage.getItem(KEY)
     say(key ? "The server does not accept this API key." : "The server wants an API key.", {isProblem: true})
@@ -91,8 +90,9 @@ async function suggest(signal) {
   if (view.composing) return asker.later(suggest)
   if (!limit.checkValidity()) return say(`Tokens at most: ${limit.validationMessage}`, {isProblem: true})
   forget()
-  const answer = new Answer(performance.now())
-  for await (const event of infill(body(), key(), signal)) {
+  const request = body()
+  const answer = new Answer(performance.now(), request.input_prefix)
+  for await (const event of infill(request, key(), signal)) {
     answer.add(event)
     answers = [answer]
     if (answer.text) showGhost(view, place(), answer)
@@ -106,10 +106,11 @@ async function suggest(signal) {
 /** Ask for other answers at the same place, and show the one `step` further. */
 async function suggestOthers(signal, step) {
   const began = performance.now()
+  const request = body()
   const {from, typed} = place()
   const soFar = view.state.sliceDoc(from, from + typed)
-  for (const event of await infillAll({...body(), n_cmpl: NUM_ALTERNATIVES}, key(), signal)) {
-    const answer = new Answer(began)
+  for (const event of await infillAll({...request, n_cmpl: NUM_ALTERNATIVES}, key(), signal)) {
+    const answer = new Answer(began, request.input_prefix)
     answer.add(event)
     const isNew = answers.every(({text}) => text !== answer.text)
     if (isNew && answer.text.startsWith(soFar) && answer.text.length > typed) answers.push(answer)
@@ -133,7 +134,7 @@ function forget() {
 // What the user does.
 
 const other = (step) => () => {
-  if (!ghostText(view.state)) return true
+  if (!ghostText(view.state) || answers[shown].last === null) return true // Nothing, or still growing.
   if (answers.length === 1) asker.now((signal) => suggestOthers(signal, step))
   else showOther(step)
   return true
@@ -170,8 +171,8 @@ function onUpdate(update) {
 
 function showCurl() {
   const dialect = dialects[byId("dialect").selectedIndex]
-  const request = {model: byId("model").textContent, limit: limit.valueAsNumber, ...around(place()), ...settings()}
-  byId("curl").value = curl(dialect, request, document.baseURI, needsKey || Boolean(key()))
+  const request = {model: byId("model").textContent, limit: limit.valueAsNumber, settings: settings(), ...around(place())}
+  byId("curl").value = curl(dialect, request, document.baseURI, needsKey)
 }
 
 async function copyCurl() {
@@ -235,6 +236,7 @@ function chooseLanguage() {
 }
 
 async function greet() {
+  needsKey = await wantsKey()
   byId("model").textContent = await modelName(key())
   showCurl()
 }
