@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("checks", "world", "files", "gguf_header", "languages"),
-    ("ending", "gguf_tokenizer", "hub"),
-    ("quantization", "rope_scaling", "tokenizer_files"),
+    ("checks", "world", "files", "languages"),
+    ("ending", "gguf_header", "hub"),
+    ("quantization", "rope_scaling", "tokenizer_files", "gguf_tokenizer"),
     ("model_config", "sampling_params", "tokenizer"),
     ("config", "text_stream", "fim_prompt", "fim_cut"),
     ("fim", "healing"),

@@ -68,6 +68,7 @@ class Checkpoint:
         self._is_megatron = kind not in ("hf-safetensors", "hf-bin", "gguf")
         named = {"hf-safetensors": hf_name, "hf-bin": hf_name, "gguf": gguf_name}
         self.stored_name: Callable[[str], str] = named.get(kind, megatron_name)
+        """Name of a canonical tensor in the files, but for wrappers."""
         self.num_bytes = sum(self.dtype_of(key).itemsize * torch.Size(s).numel() for key, s in self._shapes.items())
 
     def names(self) -> Iterator[str]:
