@@ -1,4 +1,5 @@
 # Two commands: `make demo` completes real code with the bundled checkpoint; `make test` runs the tests.
+# `make demo MODEL=...` has another model do it: a directory, a .gguf file, or a name on the hub.
 # Both set up .venv and build the native kernels first; the second time that takes no time.
 
 PYTHON ?= python3
@@ -15,7 +16,9 @@ RANKS := $(shell n=$(GPUS); [ $$n -gt 0 ] || n=$$(nproc); [ $$n -ge 2 ] && echo 
 
 # OMP_NUM_THREADS is set so that torchrun need not warn; the engine divides the cores among its ranks itself.
 demo: $(VENV)/.built
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) sess_megatron.py --quiet
+	@$(if $(findstring .gguf,$(MODEL)),$(PIP) gguf)
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node $(RANKS) sess_megatron.py --quiet \
+		--example demo/example.json $(if $(MODEL),--model_dir '$(MODEL)')
 
 # On the demo; with your own checkpoint: make serve ARGS="--model_dir DIR"
 serve: $(VENV)/.built $(VENV)/.serve

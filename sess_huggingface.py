@@ -21,6 +21,7 @@ import torch
 from checkpoints_convert.convert import Options, megatron2hf
 from megatron_infer.cli import QUICK_SORT, project_path, read_source, split_at
 from megatron_infer.fim import FimOptions, FimPrompt, load_fim
+from megatron_infer.hub import local_path
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.options import DEMO_DIR, survive_any_encoding
@@ -64,9 +65,10 @@ class HuggingFaceInference:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if quantization is not None:
             _check_quantization(quantization, self.device)
+        model_dir = local_path(model_dir)
         with open_checkpoint(model_dir, model_name) as checkpoint:
             self.config, is_hf = checkpoint.config, checkpoint.kind.startswith("hf-")
-        self.tokenizer = load_tokenizer(model_dir, self.config.vocab_size)
+        self.tokenizer = load_tokenizer(checkpoint.model_dir, self.config.vocab_size)
         self.fim = load_fim(fim or self.config.fim, self.tokenizer)
         if is_hf:
             self.model = _load(Path(model_dir), dtype, quantization, self.device)

@@ -195,6 +195,8 @@ if __name__ == "__main__":
         extras_require={
             "dev": [line for part in ("dev", "eval", "serve") for line in requirements(f"requirements-{part}.txt")],
             "eval": requirements("requirements-eval.txt"),
+            "gguf": ["gguf"],
+            "hub": ["huggingface_hub"],
             "serve": requirements("requirements-serve.txt"),
         },
     )

@@ -18,6 +18,7 @@ from checkpoints_convert.compare import Comparison, compare_tensors
 from checkpoints_convert.convert import (
     FORMATS,
     Options,
+    gguf2megatron,
     hf2megatron,
     megatron2hf,
     merge_lora,
@@ -69,6 +70,10 @@ def _run_convert(args: argparse.Namespace) -> int:
         summary = megatron2hf(args.src, args.out, options=options)
     elif args.command == "reshard":
         summary = reshard(args.src, args.out, tp=args.tp, options=options)
+    elif args.command == "gguf2megatron" and args.format in STORED_FORMATS:
+        summary = quantize(args.src, args.out, fmt=args.format, tp=args.tp, options=options)
+    elif args.command == "gguf2megatron":
+        summary = gguf2megatron(args.src, args.out, tp=args.tp, fmt=args.format, options=options)
     elif args.command == "quantize":
         summary = quantize(
             args.src, args.out, fmt=args.format, group=args.group, method=args.method, calibration=args.calibration,
@@ -146,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--format", choices=("sharded", "pt"), default="sharded", help="default: %(default)s")
     _conversion(commands, "megatron2hf", "any checkpoint to a Hugging Face directory")
     _tp(_conversion(commands, "reshard", "N shards to M; .pt stays .pt, all else becomes a sharded directory"))
+    blocks = _conversion(commands, "gguf2megatron", "a GGUF file to a directory, its tokenizer included")
+    _tp(blocks, default=1)
+    blocks.add_argument("--format", choices=(*FORMATS, *STORED_FORMATS), default="sharded", help="default: %(default)s")
     merge = _conversion(
         commands, "merge-lora", "a base and a PEFT LoRA adapter to a full checkpoint", "base", "adapter"
     )

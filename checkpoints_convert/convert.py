@@ -10,11 +10,19 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from tqdm import tqdm
 
-from checkpoints_convert.export import Reader, save_hf, save_sharded, save_upstream_pt, tokenizer_files
+from checkpoints_convert.export import (
+    Reader,
+    save_hf,
+    save_sharded,
+    save_upstream_pt,
+    tokenizer_files,
+    write_gguf_tokenizer,
+)
 from checkpoints_convert.lora import Adapter, MergedReader
 from checkpoints_convert.tensor_writers import Progress
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
@@ -89,6 +97,16 @@ def reshard(src: str | Path, out: str | Path, *, tp: int, options: Options | Non
     return convert(src, out, fmt, tp, options)
 
 
+def gguf2megatron(
+    src: str | Path, out: str | Path, *, tp: int = 1, fmt: str = "sharded", options: Options | None = None
+) -> Summary:
+    """Write a GGUF file as a directory of any of FORMATS, its tokenizer beside it; weights in blocks become bf16.
+
+    Raises as `hf2megatron`. To int8 or int4 a GGUF file goes as any other checkpoint does: `quantize`.
+    """
+    return convert(src, out, fmt, tp, options or Options())
+
+
 def merge_lora(
     base: str | Path,
     adapter: str | Path,
@@ -151,10 +169,16 @@ def convert(
             refuse_quantized(checkpoint, "converted to another dtype")
         if options.progress:
             print("\n".join(checkpoint.notes), file=sys.stderr)
-        target = None if options.dtype is None else getattr(torch, options.dtype)
+        # Blocks are decoded to fp32, which has more digits than they had.
+        dtype = options.dtype or (checkpoint.config.torch_dtype if checkpoint.kind == "gguf" else None)
+        target = None if dtype is None else getattr(torch, dtype)
         written = _Written(_num_bytes(checkpoint, changed.config, target), options.progress)
-        with written.bar:
-            _write(changed, checkpoint.model_dir, out, fmt, tp, target, options, written)
+        with TemporaryDirectory(prefix="checkpoints_convert-") as folder, written.bar:
+            tokenizer_dir = checkpoint.model_dir
+            if checkpoint.kind == "gguf":
+                tokenizer_dir = Path(folder)
+                write_gguf_tokenizer(checkpoint.model_dir, tokenizer_dir)
+            _write(changed, tokenizer_dir, out, fmt, tp, target, options, written)
     return Summary(checkpoint.kind, Path(out), written.num_bytes, time.perf_counter() - started)
 
 
@@ -181,7 +205,7 @@ class _Written:
 
 def _write(
     change: Change,
-    model_dir: Path,
+    tokenizer_dir: Path,
     out: str | Path,
     fmt: str,
     tp: int,
@@ -189,7 +213,7 @@ def _write(
     options: Options,
     progress: Progress,
 ) -> None:
-    read, config, extra, force = change.read, change.config, tokenizer_files(model_dir), options.force
+    read, config, extra, force = change.read, change.config, tokenizer_files(tokenizer_dir), options.force
     if fmt == "hf":
         save_hf(read, config, out, dtype, extra, force=force, progress=progress)
     elif fmt == "pt":

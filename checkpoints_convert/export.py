@@ -30,6 +30,8 @@ from checkpoints_convert.tensor_writers import (
     write_pt,
 )
 from megatron_infer.files import sha256_of
+from megatron_infer.gguf_header import GgufHeader
+from megatron_infer.gguf_tokenizer import gguf_tokenizer
 from megatron_infer.model.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -72,6 +74,16 @@ class Reader(Protocol):
 def tokenizer_files(model_dir: str | Path) -> tuple[Path, ...]:
     """Those of TOKENIZER_FILES that a directory has, for `extra_files`."""
     return tuple(path for name in TOKENIZER_FILES if (path := Path(model_dir) / name).is_file())
+
+
+def write_gguf_tokenizer(file: Path, folder: Path) -> None:
+    """Write what a GGUF file's metadata says of its tokenizer as the files that other kinds of checkpoint have."""
+    content, settings = gguf_tokenizer(GgufHeader.read(file))
+    if isinstance(content, bytes):
+        (folder / "tokenizer.model").write_bytes(content)
+    else:
+        (folder / "tokenizer.json").write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 def save_sharded(

@@ -38,6 +38,8 @@ def one_sequence(ids: list[int], start: int, num_blocks: int) -> BatchView:
 
 def float_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """What the engine holds weights in that are not quantised: float32 where that is stored, else bfloat16."""
+    if checkpoint.kind == "gguf":  # whose blocks are decoded to fp32, whatever they are held in
+        return torch.float32 if checkpoint.config.torch_dtype == "float32" else torch.bfloat16
     return torch.float32 if checkpoint.dtype_of("tok_embeddings.weight") == torch.float32 else torch.bfloat16
 
 

@@ -214,7 +214,8 @@ def _summary(figures: dict[str, Any], workload: Workload) -> Iterator[str]:
         f"workload             {workload.batch} sequence(s) of {workload.prompt_tokens} + {workload.new_tokens} tokens,"
         f" {workload.repetitions} repetition(s) after a warm-up"
     )
-    yield "                     random token ids, fresh in every repetition: the prefix cache never helps"
+    drafts = f"at most {engine['num_draft_tokens']} drafts a step" if engine["num_draft_tokens"] else "no drafts"
+    yield f"                     random token ids, fresh in every repetition: the prefix cache never helps; {drafts}"
     yield f"load                 {figures['load_seconds']:.2f} s"
     yield (
         f"time to first token  {figures['time_to_first_token_ms']:.2f} ms (median); prefill "

@@ -126,9 +126,11 @@ def _prompt(args: argparse.Namespace, model_dir: Path) -> tuple[FimPrompt, bool]
         return FimPrompt(prefix, suffix, path), False
     if args.path:
         raise ValueError("--path goes with --file or --prefix-file")
-    example = model_dir / "example.json"
-    if example.is_file():
+    example = Path(args.example) if args.example else model_dir / "example.json"
+    if args.example or example.is_file():
         raw = read_json_object(example)
+        if not all(isinstance(raw.get(name), str) for name in ("prefix", "suffix", "path")):
+            raise ValueError(f"{example} has not the texts prefix, suffix and path")
         return FimPrompt(raw["prefix"], raw["suffix"], raw["path"]), True
     return QUICK_SORT, True
 
@@ -198,6 +200,7 @@ def _parser(world: World) -> Parser:
     add_option(what, "prefix_file", help="file with the code before the cursor")
     add_option(what, "suffix_file", help="file with the code after it")
     add_option(what, "path", help="path told to the model (default: that of the file)")
+    add_option(what, "example", help="JSON file with prefix, suffix and path (default: the checkpoint's example.json)")
     out = parser.add_argument_group("output")
     add_option(out, "stream", action="store_true", help="print the completion as it is generated")
     add_option(out, "json", action="store_true", help="print one JSON object per completion")

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from megatron_infer.fim_cut import REACHES, cut_at_step, num_far_tokens, plan_cut, plan_reach
+from megatron_infer.fim_cut import REACHES, cut_at_step, plan_cut, plan_reach
 from megatron_infer.fim_prompt import FimOptions, FimPrompt, check_size
 from megatron_infer.languages import language_at
 from megatron_infer.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ class FimFormat:
             after = self._encode("suffix", suffix[: len(suffix) - far_suffix])
             if all(len(ids) > room or not far for ids, far in ((before, far_prefix), (after, far_suffix))):
                 break
-        dropped_prefix, dropped_suffix = num_far_tokens(far_prefix), num_far_tokens(far_suffix)
+        dropped_prefix, dropped_suffix = -(-far_prefix // 4), -(-far_suffix // 4)
         if len(before) + len(after) <= room:
             return before, dropped_prefix, after, dropped_suffix
         head = self._encode("prefix", header)

@@ -17,11 +17,6 @@ def plan_reach(num_prefix: int, num_suffix: int, reach: int) -> tuple[int, int]:
     return max(0, (num_prefix - reach) // quarter * quarter), max(0, num_suffix - reach)
 
 
-def num_far_tokens(num_characters: int) -> int:
-    """For how many dropped tokens text counts that was not tokenized: an estimate that does not change as one types."""
-    return -(-num_characters // 4)
-
-
 def plan_cut(num_prefix: int, num_suffix: int, room: int) -> tuple[int, int]:
     """The fewest tokens to drop from the prefix's head and from the suffix's tail, so that the rest fits into `room`.
 
@@ -44,8 +39,9 @@ def cut_at_step(least: int, num_tokens: int, room: int, is_line_end: Callable[[i
     if not least:
         return 0
     step = max(1, room // 12)
-    for start in range(least // step * step, least + 2 * step, step):
-        at = next((i for i in range(max(1, start), start + step // 2 + 1) if i < num_tokens and is_line_end(i)), start)
+    at = 0
+    for start in range(max(1, least // step) * step, least + 2 * step, step):
+        at = next((i for i in range(start, start + step // 2 + 1) if i < num_tokens and is_line_end(i)), start)
         if at >= least:
             break
     return min(at, num_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_infer.checks import check_text, one_of, option
-from megatron_infer.languages import language_at
+from megatron_infer.languages import name_of_language
 
 MAX_PROMPT_BYTES = 8 << 20
 """More UTF-8 text than this is refused before it is tokenized; 32,768 tokens of code are about 0.1 MB."""
@@ -73,8 +73,7 @@ class FimOptions:
 
 def language_of(prompt: FimPrompt) -> str:
     """The name of the prompt's language, by its path where it does not say; "" where that does not tell either."""
-    language = language_at(prompt.path)
-    return prompt.language or (language.name if language else "")
+    return prompt.language or name_of_language(prompt.path)
 
 
 def check_size(prompt: FimPrompt) -> None:

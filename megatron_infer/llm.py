@@ -31,6 +31,7 @@ from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError
 from megatron_infer.fim import FimFormat, FimOptions, load_fim
+from megatron_infer.hub import local_path
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import Manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
@@ -58,7 +59,7 @@ class Preview:
 def preview(model_dir: Path, config: EngineConfig, *, model_name: str, fim: str | None, world: World) -> Preview:
     """What `LLM` with these arguments will have. Raises ValueError as it does, but for memory."""
     with open_checkpoint(model_dir, model_name) as checkpoint:
-        return _preview(checkpoint, model_dir, config, fim, world)
+        return _preview(checkpoint, config, fim, world)
 
 
 def listed_hashes(model_dir: Path) -> dict[str, str]:
@@ -67,13 +68,13 @@ def listed_hashes(model_dir: Path) -> dict[str, str]:
     return {name: entry.sha256 for name, entry in manifest.files.items()} if manifest else {}
 
 
-def _preview(checkpoint: Checkpoint, model_dir: Path, config: EngineConfig, fim: str | None, world: World) -> Preview:
+def _preview(checkpoint: Checkpoint, config: EngineConfig, fim: str | None, world: World) -> Preview:
     model = checkpoint.config
-    tokenizer = load_tokenizer(model_dir, model.vocab_size)
+    tokenizer = load_tokenizer(checkpoint.model_dir, model.vocab_size)
     if tokenizer.vocab_size > model.vocab_size:
         raise ValueError(
-            f"the tokenizer in {model_dir} has {tokenizer.vocab_size} pieces, the model only {model.vocab_size}; they "
-            "do not belong together"
+            f"the tokenizer in {checkpoint.model_dir} has {tokenizer.vocab_size} pieces, the model only "
+            f"{model.vocab_size}; they do not belong together"
         )
     return Preview(tokenizer, load_fim(fim or model.fim, tokenizer), resolve(config, model, world))
 
@@ -92,7 +93,7 @@ class LLM:
     whoever waits advances all requests.
 
     Args:
-        model_dir: a checkpoint directory of any supported kind (README, "Checkpoints").
+        model_dir: a checkpoint of any supported kind (README, "Checkpoints"), or its name on the hub (hub.py).
         config: the engine's knobs; keyword arguments override single fields of it.
         model_name: file stem of `.pt` checkpoints.
         fim: FIM family (see fim_templates.json); by default config.json's "fim" or what the tokenizer's pieces tell.
@@ -109,7 +110,7 @@ class LLM:
     ) -> None:  # fmt: skip
         if not str(model_dir):
             raise ValueError("model_dir is empty; give a checkpoint directory")
-        self.model_dir = Path(model_dir)
+        self.model_dir = local_path(model_dir)
         asked = replace(config or EngineConfig(), **options)
         world = World.from_env() if world is None else world
         end_with_launcher(world)
@@ -117,7 +118,7 @@ class LLM:
         with open_checkpoint(self.model_dir, model_name, verify=verify) as checkpoint:
             for note in checkpoint.notes:
                 log.info("checkpoint: %s", note)
-            known = _preview(checkpoint, self.model_dir, asked, fim, world)
+            known = _preview(checkpoint, asked, fim, world)
             self.model_config, self.tokenizer = checkpoint.config, known.tokenizer
             self.fim, self.config = known.fim, known.config
             self._runner = self._bring_up(checkpoint, model_name, world, profile)
@@ -142,7 +143,7 @@ class LLM:
         gaps = self.tokenizer.gaps(checkpoint.config.vocab_size)
         self._followers: Followers | None = None
         if not world.is_launched and size > 1:
-            self._followers = Followers(self.model_dir, model_name, config, gaps)
+            self._followers = Followers(checkpoint.model_dir, model_name, config, gaps)
         in_world = partial(
             TPGroup.in_world, world, size=size, name="llm", deterministic=config.deterministic,
             timeout_seconds=config.start_timeout_seconds,

@@ -29,8 +29,6 @@ _MAX_SIZE = 2**31 - 1
 """Of every size: token ids and positions are int32."""
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 """Sizes that every config.json must state; the others have a default."""
-
-
 _DEFAULTS = {
     "num_key_value_heads": None, "head_dim": None, "rms_norm_eps": 1e-6, "attention_bias": False, "mlp_bias": False,
     "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2, "use_sliding_window": False,
@@ -180,16 +178,15 @@ class ModelConfig:
         path = Path(model_dir) / "config.json"
         if not path.exists():
             raise ValueError(f"{path} does not exist; a checkpoint directory needs a config.json")
-        raw = read_json_object(path)
+        raw, generation = read_json_object(path), path.with_name("generation_config.json")
+        ends = read_json_object(generation).get("eos_token_id") if generation.exists() else None
         try:
             config = cls.from_hf(raw)
-            path = path.with_name("generation_config.json")
-            if not path.exists():
-                return config
-            more = replace(config, eos_token_ids=_token_ids(read_json_object(path).get("eos_token_id")))
-            return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more.eos_token_ids))))
+            path = generation
+            more = replace(config, eos_token_ids=_token_ids(ends))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        return replace(config, eos_token_ids=tuple(dict.fromkeys((*config.eos_token_ids, *more.eos_token_ids))))
 
     def to_hf(self) -> dict[str, Any]:
         """A `config.json` that both this engine and transformers read back to the same network.

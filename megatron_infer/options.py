@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 from torch.distributed import DistError
 
 import megatron_infer
+from megatron_infer.hub import local_path
 from megatron_infer.llm import EngineDeadError
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
 from megatron_infer.world import World, end_with_launcher, tell_launcher
@@ -126,7 +127,10 @@ def log_to_stderr(world: World, level: int) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> Any:
     """--model_dir and --model_name; returns their group."""
     group = parser.add_argument_group("model")
-    add_option(group, "model_dir", help=f"checkpoint directory (default: the bundled demo, {DEMO_DIR.name}/)")
+    add_option(
+        group, "model_dir", help="checkpoint directory, .gguf file, or model on the hub as ORG/NAME[@REVISION][:FILE] "
+        f"(default: the bundled demo, {DEMO_DIR.name}/)",
+    )  # fmt: skip
     add_option(
         group, "model_name", default=DEFAULT_MODEL_NAME, help="file stem of .pt checkpoints (default: %(default)s)"
     )
@@ -134,10 +138,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> Any:
 
 
 def model_dir_of(args: argparse.Namespace) -> Path:
-    """The checkpoint directory that was asked for. Raises ValueError."""
+    """Where the checkpoint that was asked for lies; fetched where it is one on the hub. Raises ValueError."""
     if args.model_dir == "":
         raise ValueError("--model_dir is empty; give a checkpoint directory, or leave it out for the demo")
-    return Path(args.model_dir or DEMO_DIR)
+    return local_path(args.model_dir or DEMO_DIR)
 
 
 def add_option(group: Any, name: str, **settings: Any) -> None:

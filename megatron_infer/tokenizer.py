@@ -23,6 +23,8 @@ from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from megatron_infer import tokenizer_files
 from megatron_infer.checks import check_text
 from megatron_infer.files import broken_file, read_json_object
+from megatron_infer.gguf_header import GgufHeader
+from megatron_infer.gguf_tokenizer import gguf_tokenizer
 from megatron_infer.tokenizer_files import MARKER, SPACE_MARK, AddedToken, Settings, known_control_pieces
 
 GUARD = "☺"
@@ -125,16 +127,22 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(model_dir: str | Path, num_rows: int | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint directory: tokenizer.model where there is one, else tokenizer.json.
+    """The tokenizer of a checkpoint directory (tokenizer.model, else tokenizer.json), or of a GGUF file.
 
     num_rows: of the model's embedding, where known; added tokens that have no row are left out. Raises ValueError.
     """
     root = Path(model_dir)
+    if root.suffix == ".gguf":
+        content, raw = gguf_tokenizer(GgufHeader.read(root))
+        settings = Settings.of(raw, {}, num_rows)
+        if isinstance(content, bytes):
+            return SentencePieceTokenizer(root, content, settings)
+        return HuggingFaceTokenizer(root, content, settings)
     settings = Settings.read(root, num_rows)
-    if (root / "tokenizer.model").is_file():
-        return SentencePieceTokenizer(root / "tokenizer.model", settings)
-    if (root / "tokenizer.json").is_file():
-        return HuggingFaceTokenizer(root / "tokenizer.json", settings)
+    if (path := root / "tokenizer.model").is_file():
+        return SentencePieceTokenizer(path, path.read_bytes(), settings)
+    if (path := root / "tokenizer.json").is_file():
+        return HuggingFaceTokenizer(path, read_json_object(path), settings)
     raise ValueError(
         f"{root} has neither tokenizer.model nor tokenizer.json; copy one of them from the model's original files"
     )
@@ -143,9 +151,9 @@ def load_tokenizer(model_dir: str | Path, num_rows: int | None = None) -> Tokeni
 class SentencePieceTokenizer(Tokenizer):
     """A tokenizer.model; every marker in it is made a control piece before the processor sees it."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
+    def __init__(self, path: Path, content: bytes, settings: Settings) -> None:
         try:
-            proto = _ModelProto.FromString(path.read_bytes())
+            proto = _ModelProto.FromString(content)
             if not proto.pieces:
                 raise DecodeError("no pieces in it")
             self._add(proto, settings.added_tokens())
@@ -213,8 +221,7 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """A tokenizer.json holding a BPE model; control tokens are taken out of the encoder's vocabulary altogether."""
 
-    def __init__(self, path: Path, settings: Settings) -> None:
-        raw = read_json_object(path)
+    def __init__(self, path: Path, raw: dict[str, Any], settings: Settings) -> None:
         try:
             model, kinds = raw["model"], {part["type"] for part in tokenizer_files.parts(raw.get("decoder"))}
             model_type = model.get("type", "BPE")

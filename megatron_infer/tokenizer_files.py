@@ -48,15 +48,17 @@ class Settings:
         """From tokenizer_config.json, special_tokens_map.json and added_tokens.json, if there are any (ValueError)."""
         files = [root / name for name in ("special_tokens_map.json", "tokenizer_config.json", "added_tokens.json")]
         base, config, bare = (read_json_object(path) if path.is_file() else {} for path in files)
-        raw = base | {name: value for name, value in config.items() if value is not None}
         try:
-            names = {
-                name: _content_of(raw[f"{name}_token"]) for name in ("bos", "eos", "pad") if raw.get(f"{name}_token")
-            }
-            special = frozenset([*names.values(), *map(_content_of, raw.get("additional_special_tokens") or [])])
-            added = [{**token, "id": int(i)} for i, token in raw.get("added_tokens_decoder", {}).items()]
+            return cls.of(base | {name: value for name, value in config.items() if value is not None}, bare, num_rows)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise broken_file(files[1], f"cannot be read ({type(error).__name__}: {error})") from None
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any], bare: Mapping[str, Any], num_rows: int | None) -> Settings:
+        """From the contents of tokenizer_config.json and added_tokens.json."""
+        names = {name: _content_of(raw[f"{name}_token"]) for name in ("bos", "eos", "pad") if raw.get(f"{name}_token")}
+        special = frozenset([*names.values(), *map(_content_of, raw.get("additional_special_tokens") or [])])
+        added = [{**token, "id": int(i)} for i, token in raw.get("added_tokens_decoder", {}).items()]
         added += [{"id": i, "content": content} for content, i in bare.items()]
         return cls(names, special, raw.get("add_bos_token"), MAX_ID + 1 if num_rows is None else num_rows, tuple(added))
 

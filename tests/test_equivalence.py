@@ -22,6 +22,7 @@ from megatron_infer.model_config import ModelConfig
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 from tests.support.drafters import Untimed, UntimedLookup, accept_generously, drafter_of
+from tests.support.gguf_files import write_gguf
 from tests.support.tiny_models import (
     CPU,
     Output,
@@ -292,13 +293,16 @@ def test_norms_of_single_heads_keep_the_promise(config, prompts, quantization) -
         assert generate_on_ranks(size, config, tensors, prompts, GREEDY, **stored) == alone, f"tp {size}"
 
 
-@pytest.mark.parametrize("kind", ["sharded-safetensors", "megatron-pt", "megatron-pt-shards", "hf-safetensors"])
+@pytest.mark.parametrize("kind", ["sharded-safetensors", "megatron-pt", "megatron-pt-shards", "hf-safetensors", "gguf"])
 def test_every_checkpoint_kind_gives_the_same_answers(config, tensors, prompts, alone, tmp_path, kind) -> None:
     """Divided for two ranks on disk where the kind allows it, loaded at 1, 2 and 4."""
     if kind == "sharded-safetensors":
         save_sharded(tensors.read, config, tmp_path / "model", 2)
     elif kind == "hf-safetensors":
         save_hf(tensors.read, config, tmp_path / "model")
+    elif kind == "gguf":
+        (tmp_path / "model").mkdir()
+        write_gguf(tmp_path / "model" / "m.gguf", config, tensors)
     else:
         save_upstream_pt(tensors.read, config, tmp_path / "model", "tiny", 2 if kind == "megatron-pt-shards" else 1)
     with open_checkpoint(tmp_path / "model", "tiny") as checkpoint:

@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("checks", "world", "files", "languages"),
-    ("ending",),
+    ("checks", "world", "files", "gguf_header", "languages"),
+    ("ending", "gguf_tokenizer", "hub"),
     ("quantization", "rope_scaling", "tokenizer_files"),
     ("model_config", "sampling_params", "tokenizer"),
     ("config", "text_stream", "fim_prompt", "fim_cut"),
@@ -36,7 +36,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("tensor_parallel.group",),
     ("cache.kv_cache", "model.formats", "model.rope", "model.weights"),
     ("model.manifest", "model.pieces", "model.tensor_files", "model.naming"),
-    ("model.layers", "model.checkpoint", "model.directory"),
+    ("model.layers", "model.directory", "model.gguf_file"),
+    ("model.checkpoint",),
     ("model.transformer",),
     ("engine.batch", "engine.sampler", "engine.topology", "engine.resolve"),
     ("engine.graphs", "engine.memory"),
@@ -57,6 +58,8 @@ LAYERS: list[tuple[str, ...]] = [
 
 NO_TORCH = (
     "checks",
+    "gguf_header",
+    "gguf_tokenizer",
     "ending.scanner",
     "ending.hole",
     "ending.rules",
@@ -90,7 +93,7 @@ MAY_IMPORT_KERNELS = (
     "tensor_parallel.symmetric_memory",
 )
 OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = (
-    "dispatch.select", "tensor_parallel.symmetric_memory", "eval.command", "__main__"
+    "dispatch.select", "tensor_parallel.symmetric_memory", "eval.command", "hub", "model.gguf_file", "__main__"
 )  # fmt: skip
 
 
@@ -193,6 +196,7 @@ FACADE = (
     "config",
     "checks",
     "files",
+    "hub",
     "world",
     "profile",
     "kernels",

@@ -16,7 +16,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from megatron_infer.gguf_header import GgufHeader
 from megatron_infer.model.directory import existing, hf_entry, hf_files, nothing_found, shards_in
+from megatron_infer.model.gguf_file import GgufFile, gguf_config
 from megatron_infer.model.manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -32,6 +34,8 @@ from megatron_infer.model.tensor_files import PickleFile, SafetensorsFile, Tenso
 from megatron_infer.model.weights import (
     check_num_shards,
     expected_tensors,
+    gguf_name,
+    gguf_tensors,
     hf_name,
     hf_tensors,
     megatron_name,
@@ -40,7 +44,7 @@ from megatron_infer.model.weights import (
 )
 from megatron_infer.model_config import DEFAULT_MODEL_NAME, ModelConfig
 
-KINDS = ("sharded-safetensors", "hf-safetensors", "megatron-pt", "megatron-pt-shards", "hf-bin")
+KINDS = ("sharded-safetensors", "hf-safetensors", "megatron-pt", "megatron-pt-shards", "hf-bin", "gguf")
 UPSTREAM_PT_EPS = 1e-5
 """RMSNorm epsilon of upstream's Megatron path, which its `.pt` files do not state (argparse --layernorm-epsilon)."""
 
@@ -52,16 +56,18 @@ class Checkpoint:
     """Canonical tensors of a validated checkpoint; made by `open_checkpoint`.
 
     Attributes:
-        kind: one of KINDS. model_dir: where it lies. config: the model's shape.
-        pieces: where each tensor lies, by its stored name. notes: what the reader chose or ignored, for the log.
-        num_bytes: size of all tensors as stored, replicas not counted.
+        kind: one of KINDS. model_dir: where it and its tokenizer lie, a `.gguf` file itself. config: the model's shape.
+        pieces: where each tensor lies, by its stored_name. notes: what the reader chose or ignored, for the log.
+        num_bytes: size of all tensors as read, replicas not counted.
     """
 
     def __init__(self, kind: str, model_dir: Path, config: ModelConfig, pieces: _Pieces, notes: Sequence[str]) -> None:
         self.kind, self.model_dir, self.config, self.notes = kind, model_dir, config, tuple(notes)
         self.pieces = pieces
         self._shapes = expected_tensors(config)
-        self._is_megatron = kind not in ("hf-safetensors", "hf-bin")
+        self._is_megatron = kind not in ("hf-safetensors", "hf-bin", "gguf")
+        named = {"hf-safetensors": hf_name, "hf-bin": hf_name, "gguf": gguf_name}
+        self.stored_name: Callable[[str], str] = named.get(kind, megatron_name)
         self.num_bytes = sum(self.dtype_of(key).itemsize * torch.Size(s).numel() for key, s in self._shapes.items())
 
     def names(self) -> Iterator[str]:
@@ -108,10 +114,6 @@ class Checkpoint:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def stored_name(self, name: str) -> str:
-        """Name of a canonical tensor in the files, but for wrappers."""
-        return megatron_name(name) if self._is_megatron else hf_name(name)
-
 
 def _checked_range(name: str, given: tuple[int, int] | None, size: int) -> tuple[int, int]:
     start, stop = given or (0, size)
@@ -121,11 +123,11 @@ def _checked_range(name: str, given: tuple[int, int] | None, size: int) -> tuple
 
 
 def open_checkpoint(model_dir: str | Path, model_name: str = DEFAULT_MODEL_NAME, *, verify: bool = False) -> Checkpoint:
-    """Open a checkpoint directory of any accepted kind, validated from its headers before a weight is read.
+    """Open a checkpoint directory of any accepted kind, or a GGUF file, validated from headers before a weight is read.
 
     Kinds in order of preference: our sharded safetensors, Hugging Face safetensors, `{model_name}.pt`,
-    `{model_name}_states_*.pt`, Hugging Face `pytorch_model*.bin`. Pickle-based files are read with `weights_only`, and
-    code that a directory brings along (`auto_map`) is never run.
+    `{model_name}_states_*.pt`, Hugging Face `pytorch_model*.bin`, a `.gguf`. Pickle-based files are read with
+    `weights_only`, and code that a directory brings along (`auto_map`) is never run.
 
     Args:
         verify: first hash every file against manifest.json (sharded safetensors only; reads the whole checkpoint).
@@ -134,8 +136,9 @@ def open_checkpoint(model_dir: str | Path, model_name: str = DEFAULT_MODEL_NAME,
         ValueError: what is wrong, naming tensor and file, and what to do about it.
     """
     directory = Path(model_dir)
-    if not directory.is_dir():
-        raise ValueError(f"{directory} is not a directory; give a local checkpoint directory (nothing is downloaded)")
+    is_file = directory.suffix == ".gguf" and directory.is_file()
+    if not is_file and not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; give a local checkpoint directory, or a .gguf file")
     open_hf = partial(_open_hf, "hf-safetensors", SafetensorsFile)
     open_hf_bin = partial(_open_hf, "hf-bin", partial(PickleFile, unwrap=False))
     candidates: list[tuple[str, list[Path], Callable[[Path, list[Path]], Checkpoint]]] = [
@@ -144,6 +147,7 @@ def open_checkpoint(model_dir: str | Path, model_name: str = DEFAULT_MODEL_NAME,
         ("megatron-pt", existing(directory / f"{model_name}.pt"), _open_pt),
         ("megatron-pt-shards", sorted(directory.glob(f"{glob.escape(model_name)}_states_*.pt")), _open_pt_shards),
         ("hf-bin", hf_entry(directory, "pytorch_model", ".bin"), open_hf_bin),
+        ("gguf", [directory] if is_file else sorted(directory.glob("*.gguf")), _open_gguf),
     ]
     found = [(kind, paths, opener) for kind, paths, opener in candidates if paths]
     if not found:
@@ -257,6 +261,16 @@ def _pt_config(directory: Path, file: PickleFile) -> tuple[ModelConfig, str]:
     else:
         config, shape = ModelConfig.aixcoder_7b(), "aiXcoder-7B's constants (there is no config.json)"
     return replace(config, rms_norm_eps=eps), f"model shape: {shape}; RMSNorm epsilon {eps:g}: {source}"
+
+
+def _open_gguf(directory: Path, paths: list[Path]) -> Checkpoint:
+    if len(paths) > 1:
+        names = ", ".join(path.name for path in paths)
+        raise ValueError(f"{directory} holds several GGUF files; name the one to read, such as {paths[0]} ({names})")
+    header = GgufHeader.read(paths[0])
+    config = gguf_config(header)
+    pieces, _ = whole_pieces([GgufFile(header, config)], gguf_tensors(config), {})
+    return Checkpoint("gguf", paths[0], config, pieces, ())
 
 
 def _plain_config(directory: Path) -> ModelConfig:

@@ -65,6 +65,6 @@ def nothing_found(directory: Path, model_name: str) -> str:
         hint += f". It holds a PEFT adapter: merge it with {MERGE_COMMAND}"
     return (
         f"{directory} holds no checkpoint; accepted are model-rankR-of-N.safetensors (converted), model.safetensors or "
-        f"its shards with model.safetensors.index.json, {model_name}.pt, {model_name}_states_*.pt, and "
-        f"pytorch_model.bin or its shards with an index; found: {listed}{hint}"
+        f"its shards with model.safetensors.index.json, {model_name}.pt, {model_name}_states_*.pt, "
+        f"pytorch_model.bin or its shards with an index, and one .gguf file; found: {listed}{hint}"
     )

@@ -18,6 +18,8 @@ from megatron_infer.ops import GROUP, INT4, QUANTIZED, Ops, PackedLinear, chunk_
 
 Range = tuple[int, int]
 
+READ_ROWS = 2048
+"""Rows of a weight read at a time."""
 _BLOCK_ELEMENTS = 1 << 19
 """Weights quantised at a time: the temporaries stay in the cache."""
 _LIMITS = {torch.int8: (-127, 127), INT4: (-8, 7)}
@@ -77,16 +79,25 @@ class WeightFormat:
                 self.ops.pack_quantized(packed, row_start + row, values_NK, scales_NG)
 
 
+def _read(source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor]]:
+    """As it is, some rows at a time: what a file decodes to fp32 is never in memory as a whole."""
+    assert part.rows is not None
+    first, last = part.rows
+    for start in range(first, last, READ_ROWS):
+        yield start - first, source.read(f"{part.name}.weight", (start, min(start + READ_ROWS, last)), part.cols)
+
+
 def _plain(source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor, None]]:
     """As it is."""
-    yield 0, source.read(f"{part.name}.weight", part.rows, part.cols), None
+    for row, weight_NK in _read(source, part):
+        yield row, weight_NK, None
 
 
 def _in_blocks(source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor, None]]:
     """As it is, in small blocks: the ops round fp8 themselves, with a scale per row of this rank's slice."""
-    weight_NK = source.read(f"{part.name}.weight", part.rows, part.cols)
-    for start, stop in row_blocks(*weight_NK.shape):
-        yield start, weight_NK[start:stop], None
+    for row, weight_NK in _read(source, part):
+        for start, stop in row_blocks(*weight_NK.shape):
+            yield row + start, weight_NK[start:stop], None
 
 
 def _rounded(dtype: torch.dtype, source: TensorSource, part: Slice) -> Iterator[tuple[int, Tensor, Tensor]]:

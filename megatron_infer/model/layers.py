@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from megatron_infer.model.formats import Slice, TensorSource, WeightFormat
+from megatron_infer.model.formats import READ_ROWS, Slice, TensorSource, WeightFormat
 from megatron_infer.ops import NUM_CHUNKS, Ops, Stream
 from megatron_infer.tensor_parallel.group import TPGroup
 
@@ -63,7 +63,7 @@ class RowParallelLinear:
         bounds = fmt.chunk_bounds(in_dim)
         per_rank = NUM_CHUNKS // tp.size
         own = bounds[tp.rank * per_rank : (tp.rank + 1) * per_rank + 1]
-        self.part = Slice(name, cols=(own[0], own[-1]))
+        self.part = Slice(name, (0, out_dim), (own[0], own[-1]))
         self.has_bias, self.tp, self.fmt = bias, tp, fmt
         self.completes_sum = tp.size == 1 and not bias
         self.bias_N: Tensor | None = None
@@ -108,7 +108,9 @@ class VocabParallelEmbedding:
 
     def load(self, source: TensorSource) -> None:
         """Read this rank's rows of the table."""
-        self.table_VD[:-1].copy_(source.read(f"{self.name}.weight", rows=(self.start, self.stop))).add_(0.0)
+        for start in range(self.start, self.stop, READ_ROWS):
+            rows_VD = source.read(f"{self.name}.weight", rows=(start, min(start + READ_ROWS, self.stop)))
+            self.table_VD[start - self.start :][: len(rows_VD)].copy_(rows_VD).add_(0.0)
 
     def __call__(self, ids_T: Tensor) -> Tensor:
         if self.tp.size == 1:

@@ -67,7 +67,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stamp = _stamp(path)
+        self._stamp = file_stamp(path)
         header = _safetensors_header(path)
         self.metadata: Mapping[str, str] = header.pop("__metadata__", {})
         self.tensors: Mapping[str, TensorInfo] = {
@@ -76,7 +76,7 @@ class SafetensorsFile:
         }
 
     def read(self, key: str, rows: Range, cols: Range | None) -> Tensor:
-        _check_unchanged(self.path, self._stamp)
+        check_unchanged(self.path, self._stamp)
         with safe_open(self.path, "pt") as file:
             view = file.get_slice(key)
             index = slice(*rows) if cols is None else (slice(*rows), slice(*cols))
@@ -98,7 +98,7 @@ class PickleFile:
 
     def __init__(self, path: Path, *, unwrap: bool) -> None:
         self.path = path
-        self._stamp = _stamp(path)
+        self._stamp = file_stamp(path)
         self._unwrap = unwrap
         self._mapped: dict[str, Tensor] | None = None
         self._bytes_read = 0
@@ -129,7 +129,7 @@ class PickleFile:
 
     def _map(self) -> dict[str, Tensor]:
         if self._mapped is None:
-            _check_unchanged(self.path, self._stamp)
+            check_unchanged(self.path, self._stamp)
             self._mapped = self._tensors_in(_load_pickle(self.path))
         return self._mapped
 
@@ -216,11 +216,13 @@ def _unreadable(path: Path, reason: str) -> ValueError:
     return ValueError(f"{path} cannot be read: {reason}. If the file is incomplete or damaged, download it again")
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def file_stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file does: its size in bytes and the time of its last change."""
     status = os.stat(path)
     return status.st_size, status.st_mtime_ns
 
 
-def _check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
-    if _stamp(path) != stamp:
+def check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    """Refuse to go on with a file that is not the one whose `file_stamp` was taken (ValueError)."""
+    if file_stamp(path) != stamp:
         raise ValueError(f"{path} changed while the checkpoint was being read; start again")

@@ -35,6 +35,12 @@ _HF_TOP_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+_GGUF_NAMES = {
+    "tok_embeddings": "token_embd", "norm": "output_norm", "output": "output", "attention.wq": "attn_q",
+    "attention.wk": "attn_k", "attention.wv": "attn_v", "attention.wo": "attn_output", "feed_forward.w1": "ffn_gate",
+    "feed_forward.w2": "ffn_down", "feed_forward.w3": "ffn_up", "attention_norm": "attn_norm", "ffn_norm": "ffn_norm",
+    "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
+}  # fmt: skip
 _FUSED = "query_key_value"
 _LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output", _FUSED)
 
@@ -135,6 +141,20 @@ def hf_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
         hf_name(name): StoredTensor(shape, dtype=stored_dtype(config, name))
         for name, shape in expected_tensors(config).items()
     }
+
+
+def gguf_name(name: str) -> str:
+    """The GGUF name of a canonical tensor."""
+    module, kind = name.rsplit(".", 1)
+    if not module.startswith("layers."):
+        return f"{_GGUF_NAMES[module]}.{kind}"
+    _, layer, module = module.split(".", 2)
+    return f"blk.{layer}.{_GGUF_NAMES[module]}.{kind}"
+
+
+def gguf_tensors(config: ModelConfig) -> dict[str, StoredTensor]:
+    """GGUF name -> stored tensor; never divided, and quantised in ways that reading it undoes."""
+    return {gguf_name(name): StoredTensor(shape) for name, shape in expected_tensors(config).items()}
 
 
 def megatron_name(name: str) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+import sys
 import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from megatron_infer.eval.score import confinement, execution
@@ -16,23 +19,25 @@ from megatron_infer.eval.score.execution import (
     Isolation,
     Limits,
     Outcome,
+    bubblewrap,
     find_isolation,
     namespaces,
     run_program,
     run_programs,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 LIMITS = Limits(timeout_seconds=20.0, memory_bytes=512 << 20, file_bytes=1 << 20, num_processes=32)
 HASTY = Limits(timeout_seconds=0.3)
 
-_NAMESPACES_WORK = run_program("pass", LIMITS, namespaces()).status == "passed"
-NAMESPACES = pytest.param(
-    namespaces(),
-    id="namespaces",
-    marks=pytest.mark.skipif(not _NAMESPACES_WORK, reason="this kernel gives no user namespaces here"),
-)
-both = pytest.mark.parametrize("isolation", [NAMESPACES, pytest.param(GUARD, id="guard")])
-strong = pytest.mark.parametrize("isolation", [NAMESPACES])
+_WORKS = {made.name: run_program("pass", LIMITS, made).status == "passed" for made in (bubblewrap(), namespaces())}
+_WORKS["bubblewrap"] &= os.geteuid() != 0
+STRONG = [
+    pytest.param(made, id=made.name, marks=pytest.mark.skipif(not _WORKS[made.name], reason="cannot be had here"))
+    for made in (bubblewrap(), namespaces())
+]
+both = pytest.mark.parametrize("isolation", [*STRONG, pytest.param(GUARD, id="guard")])
+strong = pytest.mark.parametrize("isolation", STRONG)
 
 
 def marked_processes(mark: str) -> list[str]:
@@ -257,6 +262,142 @@ def test_the_guard_starts_no_children() -> None:
         assert outcome.status == "failed" and "is refused while tests run" in outcome.error
 
 
+@both
+def test_nothing_is_left_of_a_scorer_that_was_killed(isolation: Isolation, tmp_path: Path) -> None:
+    script = tmp_path / "scorer.py"
+    script.write_text(
+        "from megatron_infer.eval.score.execution import GUARD, Limits, bubblewrap, namespaces, run_programs\n"
+        f"isolation = {{'guard': lambda: GUARD}}.get({isolation.name!r}) or {isolation.name}\n"
+        "program = 'import time; time.sleep(500)'\n"
+        "list(run_programs([program] * 2, Limits(timeout_seconds=600.0), isolation(), 2))\n"
+    )
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    scorer = psutil.Popen([sys.executable, str(script)], env={**os.environ, "PYTHONPATH": path})
+    try:
+        deadline = time.monotonic() + 60
+        while sum(map(has_begun, descendants := scorer.children(recursive=True))) < 2:
+            assert scorer.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+    finally:
+        scorer.kill()
+        scorer.wait()
+    _, alive = psutil.wait_procs(descendants, timeout=10)
+    assert not alive
+
+
+def has_begun(process: psutil.Process) -> bool:
+    """Whether it is Python, and has taken up its program: its limits are in force."""
+    try:
+        limits = Path(f"/proc/{process.pid}/limits").read_text()
+        return bool(re.search(rf"Max open files +{LIMITS.num_files} ", limits)) and "python" in process.name()
+    except (OSError, psutil.Error):
+        return False
+
+
+@both
+def test_leaving_early_ends_what_runs(isolation: Isolation) -> None:
+    outcomes = run_programs(
+        ["pass"] + ["import time; time.sleep(500)"] * 3, Limits(timeout_seconds=600.0), isolation, 2
+    )
+    assert next(outcomes).status == "passed"
+    began = time.monotonic()
+    outcomes.close()
+    assert time.monotonic() - began < 30
+    assert not psutil.Process().children(recursive=True)
+
+
+# ---- privileges -----------------------------------------------------------------------------------------------------
+
+
+@strong
+def test_there_are_three_devices_and_no_others_can_be_made(isolation: Isolation) -> None:
+    program = (
+        "import os, stat\n"
+        "assert sorted(os.listdir('/dev')) == ['null', 'urandom', 'zero']\n"
+        "open('/dev/null', 'w').write('x')\n"
+        "assert open('/dev/zero', 'rb').read(2) == bytes(2) and len(os.urandom(3)) == 3\n"
+        "try:\n"
+        "    os.mknod('kvm', 0o600 | stat.S_IFCHR, os.makedev(10, 232))\n"
+        "except PermissionError:\n"
+        "    pass\n"
+        "else:\n"
+        "    raise AssertionError('a device')"
+    )
+    assert run_program(program, LIMITS, isolation) == Outcome("passed")
+
+
+@strong
+def test_a_program_is_an_unprivileged_user_even_for_root(isolation: Isolation) -> None:
+    privileged = "os.getuid() == 0 or os.geteuid() == 0 or os.getgroups() not in ([], [os.getgid()])"
+    if os.geteuid() != 0:
+        privileged = "False"  # it has the user's own id, which has no powers outside
+    program = (
+        "import os\n"
+        f"assert not ({privileged}), (os.getresuid(), os.getgroups())\n"
+        "for change in (lambda: os.setuid(0), lambda: os.chroot('/usr'), lambda: os.sethostname('x')):\n"
+        "    try:\n"
+        "        change()\n"
+        "    except (PermissionError, AttributeError):\n"
+        "        continue\n"
+        "    raise AssertionError('a privilege')"
+    )
+    if os.geteuid() != 0:
+        program = program.replace("lambda: os.setuid(0), ", "")
+    assert run_program(program, LIMITS, isolation) == Outcome("passed")
+
+
+@strong
+def test_files_of_others_cannot_be_read(isolation: Isolation, tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    for path in (secret, Path("/etc/shadow"), Path("/etc/passwd"), ROOT / "README.md", Path.home() / ".profile"):
+        outcome = run_program(f"open({str(path)!r})", LIMITS, isolation)
+        assert outcome.status == "failed" and "Error" in outcome.error
+
+
+@strong
+def test_memory_is_limited_for_all_processes_together(isolation: Isolation) -> None:
+    program = (
+        "import os, time\n"
+        "for i in range(4):\n"
+        "    if os.fork() == 0:\n"
+        "        break\n"
+        "data = os.urandom(1 << 20) * 80\n"
+        "time.sleep(60)"
+    )
+    limits = Limits(timeout_seconds=50.0, memory_bytes=256 << 20)
+    outcome = run_program(program, limits, isolation)
+    assert outcome == Outcome("out_of_memory", "its processes together reached the limit of memory")
+
+
+CHEATS = {
+    "arguments": "import sys, json; fd = json.loads(sys.argv[1])['proof_fd']",
+    "frames": (
+        "import sys\n"
+        "frame = sys._getframe()\n"
+        "while 'proof' not in frame.f_locals:\n"
+        "    frame = frame.f_back\n"
+        "fd = frame.f_locals['proof'].fileno()"
+    ),
+    "counting": (
+        "import os, stat\n"
+        "def is_socket(fd):\n"
+        "    try:\n"
+        "        return stat.S_ISSOCK(os.fstat(fd).st_mode)\n"
+        "    except OSError:\n"
+        "        return False\n"
+        "fd = next(fd for fd in range(64) if is_socket(fd))"
+    ),
+}
+
+
+@both
+@pytest.mark.parametrize("cheat", list(CHEATS))
+def test_the_proof_does_not_lie_around(isolation: Isolation, cheat: str) -> None:
+    program = f"{CHEATS[cheat]}\nimport os\nos.write(fd, os.read(fd, 64))\nos._exit(0)\nassert False"
+    assert run_program(program, LIMITS, isolation).status == "failed"
+
+
 # ---- many at once ---------------------------------------------------------------------------------------------------
 
 
@@ -276,12 +417,14 @@ def test_several_run_at_once() -> None:
 
 def test_the_isolation_that_works_is_found_and_says_what_it_is() -> None:
     found = find_isolation()
-    assert found.name == ("namespaces" if _NAMESPACES_WORK else "guard")
-    assert "network" in found.about and "can be read" in found.about
+    assert found.name == next((name for name, works in _WORKS.items() if works), "guard")
+    assert "network" in found.about and ("can be read" in found.about) == (found is GUARD)
 
 
 def test_where_namespaces_are_missing_the_guard_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(execution, "namespaces", lambda: Isolation("namespaces", "", ("/nowhere/unshare",)))
+    for name in ("bubblewrap", "namespaces"):
+        missing = Isolation(name, "", ("/nowhere",))
+        monkeypatch.setattr(execution, name, lambda missing=missing: missing)
     assert find_isolation() == GUARD
 
 

@@ -269,7 +269,7 @@ def test_verify_finds_a_flipped_bit_that_headers_cannot_show(tmp_path: Path) -> 
     [
         (None, "is not a directory; give a local checkpoint directory"),
         ({}, "found: nothing"),
-        ({"model.gguf": b"GGUF"}, r"accepted are .*\.pt.*found: model\.gguf"),
+        ({"model.onnx": b"x"}, r"accepted are .*\.pt.*\.gguf file; found: model\.onnx"),
         ({"other.pt": b""}, r"For other\.pt pass its name without \.pt .* as model_name"),
     ],
 )

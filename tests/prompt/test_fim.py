@@ -23,7 +23,7 @@ from megatron_infer.fim import (
     load_preset,
 )
 from megatron_infer.fim_cut import cut_at_step, plan_cut
-from megatron_infer.fim_prompt import MAX_PROMPT_BYTES
+from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, language_of
 from megatron_infer.languages import load_languages
 from megatron_infer.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer
@@ -194,6 +194,21 @@ def test_header_lines_byte_for_byte(aixcoder: FimFormat, path: str, lines: str) 
 )
 def test_no_header_at_all_for_other_paths(aixcoder: FimFormat, path: str) -> None:
     assert aixcoder.header(path) == ""
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("a.py", "Python"), ("A.PY", "Python"), ("src\\a.pyi", "Python"), ("b.ipynb", "Python"), ("a.C", "C++"),
+        ("a.c", "C"), ("a.H++", "C++"), ("Dockerfile", "Dockerfile"), ("/srv/v1.2/Makefile", "Makefile"),
+        ("x/CMakeLists.txt", "CMake"), ("build.gradle", "Groovy"), ("a.mjs", "JavaScript"), ("A.JS", "JavaScript"),
+        ("~/.bashrc", "Shell"), ("notes.txt", ""), ("py", ""), ("", ""), ("a.py/b", ""),
+    ],
+)  # fmt: skip
+def test_the_rules_of_endings_know_more_files_than_header_lines(aixcoder: FimFormat, path: str, name: str) -> None:
+    assert language_of(FimPrompt("x", path=path)) == name
+    if path not in ("a.py", "a.C", "a.c"):
+        assert aixcoder.header(path) == "", "upstream has no header line for it"
 
 
 # ---- presets --------------------------------------------------------------------------------------------------------

@@ -153,6 +153,25 @@ def test_the_drawn_token_has_the_largest_log_probability_by_equality(running: Ru
         assert value == max(top.values())
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 6])
+def test_echo_with_log_probabilities_scores_the_prompt(running: Running, max_tokens: int) -> None:
+    ids = running.llm.tokenizer.encode(PREFIX)
+    sampling = SamplingParams(max_new_tokens=max_tokens, logprobs=1, prompt_logprobs=1)
+    expected = running.llm.complete(ids, sampling)
+    body = {"prompt": [ids], "max_tokens": max_tokens, "echo": True, "logprobs": 1, "temperature": 0}
+    (choice,) = running.post("/v1/completions", **body)["choices"]
+    rows = choice["logprobs"]
+    assert choice["text"] == running.llm.tokenizer.decode(ids) + expected.text
+    assert expected.prompt_logprobs is not None
+    assert expected.logprobs is not None
+    both = [*expected.prompt_logprobs, *expected.logprobs]
+    assert rows["token_logprobs"] == [None if row is None else row.logprob for row in both]
+    assert rows["top_logprobs"][0] is None
+    assert len(rows["tokens"]) == len(rows["text_offset"]) == len(ids) + max_tokens
+    streamed = events(running.client.post("/v1/completions", json={**body, "stream": True}))
+    assert streamed[-1]["choices"][0]["logprobs"] == rows
+
+
 def test_control_tokens_written_out_are_text_unless_asked_for(running: Running) -> None:
     """An editor with templates of its own sends the whole layout as text."""
     llm = running.llm

@@ -69,16 +69,26 @@ def test_ollama(running: Running, expected: str) -> None:
         client.generate(**ask, format="json")
 
 
-def test_lm_eval_generates(running: Running) -> None:
-    """With the tokenizer of the server: it asks for ids and sends them."""
+def test_lm_eval(running: Running) -> None:
+    """With the tokenizer of the server: it asks for ids and sends them. Both kinds of task."""
     pytest.importorskip("lm_eval", reason="lm-eval is a client")
     from lm_eval.api.instance import Instance
     from lm_eval.models.openai_completions import LocalCompletionsAPI
 
+    llm = running.llm
     lm = LocalCompletionsAPI(
         model="m", base_url=f"{running.url}/v1/completions", tokenizer_backend="remote", max_retries=1
     )
-    ids = running.llm.tokenizer.encode(PREFIX)
-    expected = running.llm.complete(ids, SamplingParams(max_new_tokens=8)).text
+    ids = llm.tokenizer.encode(PREFIX)
+    expected = llm.complete(ids, SamplingParams(max_new_tokens=8)).text
     request = Instance("generate_until", {}, (PREFIX, {"until": ["never"], "max_gen_toks": 8}), 0)
     assert lm.generate_until([request], disable_tqdm=True) == [expected]
+
+    request = Instance("loglikelihood", {}, ("def area(w, h):\n    return", " w * h"), 0)
+    ((value, is_greedy),) = lm.loglikelihood([request], disable_tqdm=True)
+    context, whole = (llm.tokenizer.encode(text) for text in ("def area(w, h):\n    return", PREFIX + "w * h"))
+    scores = llm.complete(whole, SamplingParams(max_new_tokens=1, prompt_logprobs=1)).prompt_logprobs
+    assert scores is not None
+    rows = [row for row in scores[len(context) :] if row is not None]
+    assert value == sum(row.logprob for row in rows)
+    assert is_greedy == all(row.logprob == row.top[0][1] for row in rows)

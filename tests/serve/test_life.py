@@ -128,7 +128,8 @@ def test_the_newest_keystroke_supersedes(held: Running, steps: Steps) -> None:
 
 
 def keystroke(prefix: str, session_id: str) -> dict[str, Any]:
-    return {"input_prefix": prefix, "input_suffix": "\n", "n_predict": 40, "session_id": session_id}
+    endless = {"n_predict": 200, "ignore_eos": True, "ending": "raw"}
+    return {"input_prefix": prefix, "input_suffix": "\n", "session_id": session_id, **endless}
 
 
 def test_llama_vims_slot_is_no_session(held: Running, steps: Steps) -> None:
@@ -158,17 +159,32 @@ def test_a_stream_says_that_it_waits(small_llm: LLM, steps: Steps) -> None:
 def test_time_to_predict_ends_after_a_line(held: Running, steps: Steps, bias: int) -> None:
     """As in llama.cpp the time counts from the first token, and ends nothing before there is a line."""
     newline = held.llm.tokenizer.encode("\n", dummy_prefix=False)[-1]
-    body = {"prompt": PREFIX, "n_predict": 40, "ignore_eos": True, "t_max_predict_ms": 1e-3}
+    body = {"prompt": PREFIX, "n_predict": 40, "ignore_eos": True, "t_max_predict_ms": 1e-9}
     with ThreadPoolExecutor() as pool:
         answer = pool.submit(held.post, "/completion", logit_bias={str(newline): bias}, **body)
         wait_until(lambda: counts(held) == (0, 1, 1))
-        steps.make(2)
+        steps.make(1)
         if bias > 0:
             wait_until(lambda: counts(held) == (0, 0, 0))
         steps.free()
         assert answer.result()["stop_type"] == "limit"
     predicted = answer.result()["tokens_predicted"]
     assert predicted < 40 if bias > 0 else predicted == 40
+
+
+def test_a_deadline_ends_an_answer_and_is_no_longer_waited_for(held: Running, steps: Steps) -> None:
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(held.post, "/v1/completions", prompt=PREFIX, deadline_ms=1, **FOREVER)
+        wait_until(lambda: counts(held) == (0, 1, 1))
+        steps.free()
+        answer = late.result()
+        assert answer["choices"][0]["finish_reason"] == "length"
+        assert answer["usage"]["completion_tokens"] < 400
+    held.service.admission.enter(2, None)
+    held.service.admission.mean_seconds = 1.0
+    refused = held.client.post("/v1/completions", json={"prompt": PREFIX, "deadline_ms": 500})
+    held.service.admission.leave(2, None)
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")
 
 
 @pytest.mark.parametrize("stream", [False, True])

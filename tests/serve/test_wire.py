@@ -20,13 +20,6 @@ RECORDED = {
 CHAT = ("litellm.text_completion-deepseek.01", "litellm.text_completion-mistral.01")
 """litellm turns a suffix for these providers into a chat request; a wrong answer would be worse than none."""
 
-PROMPT_LOGPROBS = (
-    "openai-py.completions-ids-logprobs.01",
-    "lm-eval-tokenizer_backend_remote.11",
-    "lm-eval-tokenizer_backend_remote.12",
-)
-"""They ask for log probabilities of the prompt, which the engine does not give yet: refused, rather than left out."""
-
 
 def replay(running: Running, name: str) -> tuple[int, str, str]:
     """Status, content type and body."""
@@ -40,7 +33,7 @@ def replay(running: Running, name: str) -> tuple[int, str, str]:
 @pytest.mark.parametrize("name", RECORDED)
 def test_every_recorded_request_is_answered(running: Running, name: str) -> None:
     status, kind, body = replay(running, name)
-    assert status == (400 if name in (*CHAT, *PROMPT_LOGPROBS) else 200), body
+    assert status == (400 if name in CHAT else 200), body
     if kind.startswith("text/event-stream"):
         check_events(body)
     elif kind == "application/x-ndjson":

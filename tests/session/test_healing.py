@@ -11,6 +11,8 @@ import pytest
 
 from megatron_infer import LLM, FimOptions, FimPrompt, SamplingParams
 from megatron_infer.completion import Completion
+from megatron_infer.engine.request import Draft
+from tests.support.drafters import Untimed
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 OPTIONS = {"device": "cpu", "kv_cache_memory_bytes": 32 << 20, "max_model_len": 1024}
@@ -78,11 +80,11 @@ def test_neither_batch_cache_drafts_nor_ranks_change_a_bit(llm: LLM, expected, s
     unscored = replace(sampling, logprobs=None)
     assert [d.token_ids for d in llm.complete_batch(prompts, unscored, HEALED)] == [ids for _, ids, *_ in wanted]
 
-    class HalfRight:
+    class HalfRight(Untimed):
         def propose(self, request):
             done = next(d for d in expected.values() if list(d.prompt_token_ids) == request.ids[: request.num_prompt])
             rest = list(done.token_ids[len(request.ids) - request.num_prompt :])
-            return [*rest[:2], 5, *rest[3:]]
+            return Draft([*rest[:2], 5, *rest[3:]])
 
     scheduler = llm.session._engine.scheduler
     with monkeypatch.context() as patch:

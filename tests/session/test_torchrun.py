@@ -21,6 +21,7 @@ from megatron_infer.eval.build import command as build_command
 from megatron_infer.eval.report import command as report_command
 from megatron_infer.eval.run import command as run_command
 from megatron_infer.eval.score import command as score_command
+from megatron_infer.serve import command as serve_command
 from megatron_infer.world import World
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,6 +74,18 @@ def test_stream_and_stdout_carry_the_completion_alone(tiny_checkpoint: Path, sou
     assert streamed.stdout == whole.stdout
     assert "config:" in whole.stderr
     assert "config:" not in cli(*arguments, "--max_new_tokens", "1", "--quiet").stderr
+
+
+def test_an_example_is_shown_with_its_completion(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    example = tmp_path / "example.json"
+    command = ["--model_dir", str(tiny_checkpoint), "--max_new_tokens", "4", "--example", str(example), *QUICK]
+    assert f"cannot read {example}" in cli(*command).stderr
+    example.write_text(json.dumps({"prefix": "def f(x):"}))
+    assert f"{example} is not a JSON object with prefix, suffix and path" in cli(*command).stderr
+    example.write_text(json.dumps({"prefix": "def f(x):", "suffix": "# end", "path": "a.py"}))
+    done = cli(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def f(x):⟦") and done.stdout.endswith("⟧# end\n")
 
 
 def test_prefix_and_suffix_files(tiny_checkpoint: Path, source: Path, tmp_path: Path) -> None:
@@ -130,7 +143,9 @@ def every_option(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     return [action for action in parser._actions if action.option_strings and action.dest != "help"]
 
 
-@pytest.mark.parametrize("module", [cli_module, bench, run_command, score_command, build_command, report_command])
+@pytest.mark.parametrize(
+    "module", [cli_module, bench, serve_command, run_command, score_command, build_command, report_command]
+)
 def test_every_option_has_a_spelling_that_torchrun_leaves_alone(module, capsys) -> None:
     """Before 3.12, argparse calls --n ambiguous wherever it stands: it could begin --nnodes or --nproc-per-node."""
     refused = []

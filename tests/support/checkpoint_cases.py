@@ -16,6 +16,7 @@ from checkpoints_convert import export
 from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.weights import expected_tensors, hf_name
 from megatron_infer.model_config import ModelConfig
+from tests.support.gguf_files import write_gguf
 
 NAME = "tiny"
 HF = "model.safetensors"
@@ -72,6 +73,11 @@ def save_hf_bin(model: Model, out: Path) -> None:
     torch.save({hf_name(name): tensor for name, tensor in model.tensors.items()}, out / "pytorch_model.bin")
 
 
+def save_gguf(model: Model, out: Path) -> None:
+    out.mkdir()
+    write_gguf(out / "m.gguf", model.config, model)
+
+
 WRITERS: dict[str, tuple[str, Callable[[Model, Path], Any]]] = {
     **{
         f"sharded-{n}": ("sharded-safetensors", lambda m, out, n=n: export.save_sharded(m.read, m.config, out, n))
@@ -85,6 +91,7 @@ WRITERS: dict[str, tuple[str, Callable[[Model, Path], Any]]] = {
     "hf": ("hf-safetensors", lambda m, out: export.save_hf(m.read, m.config, out)),
     "hf-indexed": ("hf-safetensors", lambda m, out: export.save_hf(m.read, m.config, out, max_file_bytes=9000)),
     "hf-bin": ("hf-bin", save_hf_bin),
+    "gguf": ("gguf", save_gguf),
 }
 
 

@@ -28,7 +28,7 @@ from megatron_infer.llm import listed_hashes, preview
 from megatron_infer.options import say
 from megatron_infer.world import World
 
-_MODEL_SUFFIXES = (".json", ".model", ".safetensors", ".bin", ".pt", ".txt")
+_MODEL_SUFFIXES = (".json", ".model", ".safetensors", ".bin", ".gguf", ".pt", ".txt")
 _DECISIVE = ("device", "dtype", "quantization", "kv_cache_dtype", "max_model_len", "deterministic")
 """Fields of EngineConfig that may change an answer; the others change speed and memory alone."""
 
@@ -165,7 +165,7 @@ def model_files(model_dir: Path, known: Mapping[str, Any], own: Mapping[str, str
     ValueError where `own`, its own manifest, says otherwise: a byte has changed since it was written.
     """
     found = {}
-    for path in sorted(model_dir.iterdir()):
+    for path in sorted(model_dir.iterdir()) if model_dir.is_dir() else [model_dir]:
         if path.suffix not in _MODEL_SUFFIXES or not path.is_file():
             continue
         stat = path.stat()

@@ -168,7 +168,7 @@ def _parser(world: World) -> Parser:
         "memory_bytes",
         type=int,
         default=limits.memory_bytes,
-        help="memory of each of its processes (default: %(default)s)",
+        help="memory of all its processes together (default: %(default)s)",
     )
     add_option(
         tests,

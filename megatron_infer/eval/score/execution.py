@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,9 @@ _START_SECONDS = 30.0
 _TAIL_BYTES = 64 << 10
 _ERROR_CHARACTERS = 300
 _LEAST_MEMORY_BYTES = 64 << 20
-_NOBODY = 65534
+_FIRST_UID = 0x60000000
+_DIRECTORY, _DIRECTORY_BYTES = "{directory}", "{directory_bytes}"
+_POLL_SECONDS = 0.2
 
 _PROBE = """\
 import threading
@@ -48,10 +51,11 @@ open("file", "w").close()
 
 @dataclass(frozen=True)
 class Limits:
-    """What one test program may use. Memory, and processor time (timeout + 1 s, rounded up), are per process.
+    """What one test program may use. Processor time (timeout + 1 s, rounded up) is per process.
 
-    timeout_seconds: of wall time; 3 is HumanEval's own. file_bytes: of one file. directory_bytes: of all files
-    together, where namespaces are in force. num_processes: threads included, likewise.
+    memory_bytes: address space of each process, and resident memory of all together. timeout_seconds: of wall time; 3
+    is HumanEval's own. file_bytes: of one file. directory_bytes: of all files together, where namespaces are in force.
+    num_processes: threads included, likewise.
     """
 
     timeout_seconds: float = 3.0
@@ -81,7 +85,11 @@ class Isolation:
 
     @property
     def has_namespaces(self) -> bool:
-        return self.name == "namespaces"
+        return bool(self.command)
+
+    def command_for(self, directory: str, limits: Limits) -> list[str]:
+        values = {_DIRECTORY: directory, _DIRECTORY_BYTES: str(limits.directory_bytes)}
+        return [values.get(part, part) for part in self.command]
 
 
 @dataclass(frozen=True)
@@ -94,26 +102,46 @@ class Outcome:
 
 GUARD = Isolation(
     "guard",
-    "a process with resource limits; Python's audit hook refuses network, new processes, signals and writing outside a "
-    "temporary directory. Native code can go around the hook, and files of this user can be read.",
+    "a process of this very user with resource limits; Python's audit hook refuses network, new processes, signals and "
+    "writing outside a temporary directory. Native code can go around the hook, and files of this user can be read.",
 )
 
 
+_APART = (
+    "a process in Linux network, process, mount and IPC namespaces{how}, with resource limits and as a user without "
+    "privileges: no network, no sight of other processes, and of files only system programs and Python, read-only, a "
+    "temporary RAM disk, and /dev/null, zero and urandom. All its children end with it."
+)
+
+
+def bubblewrap() -> Isolation:
+    """Namespaces through bwrap(1), a kept tool; not for root, whom it leaves root, or cannot end as another user."""
+    command = [shutil.which("bwrap") or "bwrap", "--die-with-parent", "--unshare-net", "--unshare-pid"]
+    command += ["--unshare-ipc", "--as-pid-1"]
+    for path in _visible():
+        command += ["--ro-bind", path, path]
+    for path in confinement.DEVICES:
+        command += ["--dev-bind", path, path]
+    for path in confinement.EMPTY:
+        command += ["--dir", path]
+    command += ["--perms", "0700", "--size", _DIRECTORY_BYTES, "--tmpfs", _DIRECTORY, "--remount-ro", "/", "--"]
+    return Isolation("bubblewrap", _APART.format(how=", made by bubblewrap"), tuple(command))
+
+
 def namespaces() -> Isolation:
-    """User, network, process, mount and IPC namespaces through util-linux's unshare(1)."""
-    unshare = shutil.which("unshare") or "unshare"
-    command = [unshare, "--user", "--map-root-user", "--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child"]
-    if os.geteuid() == 0:
-        # The kernel exempts real user 0 from RLIMIT_NPROC. The real user changes, the effective one still reads Python.
-        command = [shutil.which("setpriv") or "setpriv", "--ruid", str(_NOBODY), *command]
-    return Isolation(
-        "namespaces",
-        "a process in Linux user, network, process, mount and IPC namespaces, with resource limits and no privileges: "
-        "no network, no sight of other processes, every file read-only but those of a temporary RAM disk, /proc and "
-        "/run empty, and all its children end with it. Files of this user can be read, and sockets of local services "
-        "outside /run be reached.",
-        tuple(command),
-    )
+    """The same through util-linux's unshare(1); its file system, the process makes itself."""
+    setpriv, unshare = (shutil.which(name) or name for name in ("setpriv", "unshare"))
+    command = [setpriv, "--pdeathsig", "KILL", unshare, "--net", "--pid", "--mount", "--ipc", "--fork", "--kill-child"]
+    if os.geteuid() != 0:
+        command += ["--user", "--map-root-user"]
+    return Isolation("namespaces", _APART.format(how=""), tuple(command))
+
+
+def _visible() -> list[str]:
+    """What Python and what it may start need of the file system."""
+    system = ["/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/alternatives", "/etc/ld.so.cache"]
+    python = [sys.base_prefix, sys.base_exec_prefix, sys.prefix, sys.exec_prefix]
+    return [path for path in dict.fromkeys(system + python) if os.path.exists(path)]
 
 
 def find_isolation() -> Isolation:
@@ -123,7 +151,7 @@ def find_isolation() -> Isolation:
         ValueError: not even a limited process can be started here; the message has the reason.
     """
     outcome = Outcome("refused")
-    for candidate in (namespaces(), GUARD):
+    for candidate in (bubblewrap(), namespaces(), GUARD)[os.geteuid() == 0 :]:
         outcome = run_program(_PROBE, Limits(timeout_seconds=10.0), candidate)
         if outcome.status == "passed":
             return candidate
@@ -131,15 +159,21 @@ def find_isolation() -> Isolation:
 
 
 def run_programs(programs: Iterable[str], limits: Limits, isolation: Isolation, num_workers: int) -> Iterator[Outcome]:
-    """Outcomes in the order of the programs, `num_workers` of them running at a time."""
+    """Outcomes in the order of the programs, `num_workers` of them running at a time. Left early, it ends them."""
+    is_over = threading.Event()
     with ThreadPoolExecutor(num_workers) as pool:
-        yield from pool.map(lambda program: run_program(program, limits, isolation), programs)
+        try:
+            yield from pool.map(lambda program: run_program(program, limits, isolation, is_over), programs)
+        finally:
+            is_over.set()
+            pool.shutdown(cancel_futures=True)
 
 
-def run_program(program: str, limits: Limits, isolation: Isolation) -> Outcome:
-    """Run one Python program. It has passed if it ran to its last line and its process ended well, in time.
+def run_program(program: str, limits: Limits, isolation: Isolation, is_over: threading.Event | None = None) -> Outcome:
+    """Run one Python program, at most until `is_over` is set.
 
-    An early sys.exit(0) or os._exit(0) is no pass: a random nonce must come back after the last line.
+    It has passed if it ran to its last line and its process ended well, in time. An early sys.exit(0) or os._exit(0) is
+    no pass: a random nonce must come back after the last line.
     """
     nonce = secrets.token_bytes(16)
     ours, theirs = socket.socketpair()
@@ -147,30 +181,32 @@ def run_program(program: str, limits: Limits, isolation: Isolation) -> Outcome:
         source.write(program.encode("utf-8", "surrogatepass"))
         source.flush()
         source.seek(0)
-        ours.sendall(nonce)
         settings = {
             **asdict(limits),
             "namespaces": isolation.has_namespaces,
+            "visible": _visible() if isolation.name == "namespaces" else [],
+            # Of its own, so that the kernel counts its processes alone.
+            "uid": _FIRST_UID + secrets.randbelow(1 << 24) if os.geteuid() == 0 else None,
             "directory": directory,
             "program_fd": source.fileno(),
-            "proof_fd": theirs.fileno(),
         }
+        ours.sendall(json.dumps(settings).encode() + b"\n")
         confine = Path(confinement.__file__).read_text(encoding="utf-8")
         try:
             process = subprocess.Popen(
-                [*isolation.command, sys.executable, "-s", "-B", "-c", confine, json.dumps(settings)],
-                stdin=subprocess.DEVNULL,
+                [*isolation.command_for(directory, limits), sys.executable, "-s", "-B", "-c", confine],
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 cwd=directory,
                 env=_environment(directory),
-                pass_fds=(source.fileno(), theirs.fileno()),
+                pass_fds=(source.fileno(),),
                 start_new_session=True,
             )
         except OSError as error:
             return Outcome("refused", f"{error.filename or isolation.name}: {error.strerror}")
         theirs.close()
-        watch = _Watch(process, ours, limits.timeout_seconds)
+        watch = _Watch(process, ours, nonce, limits, is_over or threading.Event())
         try:
             watch.until_end()
         finally:
@@ -194,22 +230,25 @@ def _environment(directory: str) -> dict[str, str]:
 class _Watch:
     """Follows one process to its end or its deadline, keeping the tail of its stderr and what it sent as proof."""
 
-    def __init__(self, process: subprocess.Popen[bytes], proof_socket: socket.socket, timeout_seconds: float) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], proof_socket: socket.socket, nonce: bytes, limits: Limits,
+        is_over: threading.Event,
+    ) -> None:  # fmt: skip
         assert process.stderr is not None
         self.process = process
         self.stderr = process.stderr
         self.tail = b""
         self.proof = b""
-        self.has_timed_out = False
-        self._proof_socket = proof_socket
-        self._timeout_seconds = timeout_seconds
+        self.ended_for: Outcome | None = None
+        self._proof_socket, self._nonce = proof_socket, nonce
+        self._limits, self._is_over = limits, is_over
 
     @property
     def has_begun(self) -> bool:
         return self.proof.startswith(confinement.READY)
 
     def until_end(self) -> None:
-        """Return when the process has ended or its time is over."""
+        """Return when the process has ended, or has to."""
         deadline = time.monotonic() + _START_SECONDS
         os.set_blocking(self.stderr.fileno(), False)
         self._proof_socket.setblocking(False)
@@ -220,17 +259,25 @@ class _Watch:
                     selector.register(fd, selectors.EVENT_READ)
                 while (remaining := deadline - time.monotonic()) > 0:
                     had_begun = self.has_begun
-                    ready = {key.fd for key, _ in selector.select(remaining)}
+                    ready = {key.fd for key, _ in selector.select(min(remaining, _POLL_SECONDS))}
                     for fd in ready - {process_fd}:
                         if not self._read(fd):
                             selector.unregister(fd)
                     if process_fd in ready:
                         return
+                    if self._is_over.is_set():
+                        self.ended_for = Outcome("refused", "scoring was interrupted")
+                        return
+                    if self.has_begun and _resident_bytes(self.process.pid) > self._limits.memory_bytes:
+                        self.ended_for = Outcome("out_of_memory", "its processes together reached the limit of memory")
+                        return
                     if self.has_begun and not had_begun:
-                        deadline = time.monotonic() + self._timeout_seconds
+                        deadline = time.monotonic() + self._limits.timeout_seconds
+                        with contextlib.suppress(OSError):  # it may be gone again
+                            self._proof_socket.sendall(confinement.GO + self._nonce)
         finally:
             os.close(process_fd)
-        self.has_timed_out = True
+        self.ended_for = Outcome("timed_out", "the time limit was reached")
 
     def kill(self) -> None:
         """End whatever is left: the process group, and with it the namespaces and all that lives in them."""
@@ -257,14 +304,24 @@ class _Watch:
         return bool(received)
 
 
+def _resident_bytes(pid: int) -> int:
+    """Of a process and all its descendants, found from parent to child: a host may have thousands of others."""
+    total = 0
+    with contextlib.suppress(OSError):  # it has ended
+        total = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            total += sum(_resident_bytes(int(child)) for child in (task / "children").read_text().split())
+    return total
+
+
 def _outcome(watch: _Watch, nonce: bytes) -> Outcome:
     lines = [line for line in watch.tail.decode("utf-8", "replace").splitlines() if line.strip()]
     last = lines[-1].strip()[:_ERROR_CHARACTERS] if lines else ""
     status = watch.process.returncode
     if not watch.has_begun:
         return Outcome("refused", last or f"the process ended with status {status} before the program began")
-    if watch.has_timed_out:
-        return Outcome("timed_out", "the time limit was reached")
+    if watch.ended_for is not None:
+        return watch.ended_for
     if status == 0 and watch.proof == confinement.READY + nonce:
         return Outcome("passed")
     if last.partition(":")[0].endswith("MemoryError"):

@@ -36,8 +36,6 @@ _OFF_THE_LOOP_BYTES = 64 << 10
 
 
 class Fields(BaseModel):
-    """A JSON object of a request."""
-
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False, protected_namespaces=())
     refuses: ClassVar = ""
     """Where unsupported.json lists fields that would change the answer, with the values that ask for nothing."""
@@ -59,7 +57,7 @@ class Body(Fields):
     """A request body. Beside the fields of its dialect, each takes these of ours.
 
     path, language, repository: of the code, for the prompt's header and the rules that end an answer. ending, order,
-    token_healing: as in SamplingParams and FimOptions. session_id: a newer request with it ends this one.
+    token_healing, deadline_ms: as in SamplingParams and FimOptions. session_id: a newer request with it ends this one.
     parse_special: control tokens written out in a prompt without suffix are control tokens.
     """
 
@@ -84,6 +82,7 @@ class Body(Fields):
     repetition_penalty: float | None = None
     repeat_penalty: float | None = None
     min_tokens: int | None = None
+    deadline_ms: int | None = None
     logit_bias: dict[str, float] | list[list[float | bool]] | None = None
 
     def sampling(self, service: Service, ending: str, **others: Any) -> SamplingParams:
@@ -99,7 +98,6 @@ class Body(Fields):
 
     @classmethod
     async def read(cls, request: Request) -> Self:
-        """The body of a request. Raises Refusal or ValidationError."""
         return cls.model_validate(await read_json(request))
 
     def part(self, prompt: Prompt, sampling: SamplingParams, usual: FimOptions | None = None, **more: Any) -> Part:
@@ -117,8 +115,9 @@ class Body(Fields):
         is_marked = service.settings.parse_special if self.parse_special is None else self.parse_special
         return text if is_marked else self.hole(text)
 
-    def reply(self, wire: Wire, parts: Iterable[Part], **limits: float | None) -> Reply:
-        ask = Ask(wire.dialect, tuple(parts), session_id=self.session_id, **limits)
+    def reply(self, wire: Wire, parts: Iterable[Part], **limits: float) -> Reply:
+        patience = {} if self.deadline_ms is None else {"patience_seconds": self.deadline_ms / 1000}
+        ask = Ask(wire.dialect, tuple(parts), session_id=self.session_id, **{**patience, **limits})
         return Reply(ask, wire, is_stream=self.stream)
 
 

@@ -84,7 +84,6 @@ def add_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/api/show")
     async def show() -> Any:
-        """Continue takes a model whose template has `.Suffix` for one that can fill in."""
         return {
             **about, "parameters": f"num_ctx {llm.max_model_len}", "modelfile": "",
             "template": "{{ .Prompt }}{{ .Suffix }}" if can_insert else "{{ .Prompt }}",

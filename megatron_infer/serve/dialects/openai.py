@@ -38,9 +38,10 @@ class CompletionBody(Body):
 
     def parts(self, service: Service) -> list[Part]:
         """Raises ValueError."""
-        sampling = self.sampling(service, "raw", max_new_tokens=self.max_tokens)
-        if self.logprobs is not None and (self.echo or self.token_healing):
-            raise ValueError("logprobs is not supported together with echo or token_healing")
+        of_prompt = self.logprobs if self.echo else None
+        sampling = self.sampling(service, "raw", max_new_tokens=self.max_tokens, prompt_logprobs=of_prompt)
+        if self.logprobs is not None and self.token_healing:
+            raise ValueError("logprobs is not supported together with token_healing")
         if not self.suffix:
             prompts = [self.continued(service, p) if isinstance(p, str) else p for p in self.prompts()]
             return [self.part(prompt, sampling) for prompt in prompts]
@@ -92,16 +93,20 @@ class CompletionWire(Wire):
 
 
 def rows(llm: LLM, completion: Completion) -> dict[str, Any]:
-    """Log probabilities of the tokens whose text is in the answer, and of an end token."""
-    decode, length = llm.tokenizer.decode, len(completion.text)
-    lengths = [len(decode([token_id])) for token_id in completion.token_ids]
-    offsets = list(itertools.accumulate(lengths, initial=0))[:-1]
-    is_cut = length < len(decode(completion.token_ids))
-    kept = [row for row, at in zip(completion.logprobs or (), offsets, strict=True) if at < length or not is_cut]
+    """Log probabilities of the prompt's tokens where it is echoed, and of those whose text is in the answer."""
+    decode, prompt = llm.tokenizer.decode, completion.prompt_logprobs or ()
+    ids = completion.prompt_token_ids[: len(prompt)] + completion.token_ids
+    found = [*prompt, *(completion.logprobs or ())]
+    offsets = list(itertools.accumulate((len(decode([token_id])) for token_id in ids), initial=0))[:-1]
+    if len(completion.text) < len(decode(completion.token_ids)):
+        end = len(decode(completion.prompt_token_ids[: len(prompt)])) + len(completion.text)
+        found = found[: max(len(prompt), sum(at < end for at in offsets))]
     return {
-        "tokens": [token_text(llm, row.token_id) for row in kept], "token_logprobs": [row.logprob for row in kept],
-        "top_logprobs": [top(llm, row) for row in kept], "text_offset": offsets[: len(kept)],
-    }  # fmt: skip
+        "tokens": [token_text(llm, token_id) for token_id in ids[: len(found)]],
+        "token_logprobs": [row and row.logprob for row in found],
+        "top_logprobs": [row and top(llm, row) for row in found],
+        "text_offset": offsets[: len(found)],
+    }
 
 
 def top(llm: LLM, row: TokenLogprob) -> dict[str, float]:
