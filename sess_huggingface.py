@@ -2,7 +2,7 @@
 
 Command line:  python sess_huggingface.py --model_dir DIR [--file FILE --cursor LINE:COL]
 
-Token ids come from megatron_infer.fim, so they are the engine's; network and generation are transformers' own.
+Token ids come from megatron_infer.text.fim, so they are the engine's; network and generation are transformers' own.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import torch
 
 from checkpoints_convert.convert import Options, megatron2hf
-from megatron_infer.cli import QUICK_SORT, project_path, read_source, split_at
-from megatron_infer.fim import FimOptions, FimPrompt, load_fim
+from megatron_infer.commands.complete import QUICK_SORT, project_path, read_source, split_at
+from megatron_infer.commands.options import DEMO_DIR, survive_any_encoding
 from megatron_infer.hub import local_path
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model_config import DEFAULT_MODEL_NAME
-from megatron_infer.options import DEMO_DIR, survive_any_encoding
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.fim import FimOptions, FimPrompt, load_fim
+from megatron_infer.text.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)

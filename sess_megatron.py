@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from megatron_infer import LLM, EngineConfig, FimOptions, FimPrompt, SamplingParams
-from megatron_infer.cli import main
-from megatron_infer.options import DEMO_DIR
+from megatron_infer.commands.complete import main
+from megatron_infer.commands.options import DEMO_DIR
 
 __all__ = ["TestInference"]
 

@@ -21,10 +21,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_infer import LLM
+from megatron_infer.commands.options import DEMO_DIR
 from megatron_infer.eval.cases import read_cases
 from megatron_infer.eval.run.replica import in_prefix_order
 from megatron_infer.eval.tasks.registry import task
-from megatron_infer.options import DEMO_DIR
 
 ENGINE = {"num_threads": 1, "max_model_len": 1024, "kv_cache_memory_bytes": 256 << 20, "device": "cpu"}
 NEW_TOKENS = 32

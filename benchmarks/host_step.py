@@ -20,6 +20,7 @@ from benchmarks.gpu.workload import SMALL
 from benchmarks.peers.machine import provenance
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.cache.kv_cache import KVCache
+from megatron_infer.commands.options import percentile
 from megatron_infer.dispatch.select import select_ops
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.graphs import Outputs
@@ -28,7 +29,6 @@ from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.model.formats import weight_formats
 from megatron_infer.model.transformer import Transformer
-from megatron_infer.options import percentile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 

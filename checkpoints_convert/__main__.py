@@ -28,10 +28,10 @@ from checkpoints_convert.inspection import inspect
 from checkpoints_convert.logits import compare_logits
 from checkpoints_convert.quality import compare_quality
 from checkpoints_convert.quantization import quantize
+from megatron_infer.commands.options import survive_any_encoding, to_json
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import verify_manifest
 from megatron_infer.model_config import DEFAULT_MODEL_NAME, FLOAT_DTYPES
-from megatron_infer.options import survive_any_encoding, to_json
 from megatron_infer.quantization import GROUP_SIZES, METHODS, STORED_FORMATS
 
 _SHOWN = 10

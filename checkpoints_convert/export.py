@@ -31,7 +31,6 @@ from checkpoints_convert.tensor_writers import (
 )
 from megatron_infer.files import sha256_of
 from megatron_infer.gguf_header import GgufHeader
-from megatron_infer.gguf_tokenizer import gguf_tokenizer
 from megatron_infer.model.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
@@ -52,6 +51,7 @@ from megatron_infer.model.weights import (
     megatron_tensors,
 )
 from megatron_infer.model_config import ModelConfig
+from megatron_infer.text.gguf_tokenizer import gguf_tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

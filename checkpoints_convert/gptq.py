@@ -20,7 +20,7 @@ from megatron_infer.model.formats import group_scales, pack_int4, round_to_steps
 from megatron_infer.model.weights import expected_tensors, stored_dtype
 from megatron_infer.ops import INT4, Ops, PackedLinear, SingleOps, Stream
 from megatron_infer.quantization import Quantization
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.tokenizer import load_tokenizer
 
 _NUM_WINDOWS = 64
 _DAMPING = 0.01

@@ -14,12 +14,12 @@ import torch
 
 from checkpoints_convert.network import float_dtype
 from megatron_infer.cache.kv_cache import KVCache
-from megatron_infer.fim import load_fim
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.manifest import MANIFEST_NAME, verify_manifest
 from megatron_infer.model.weights import expected_tensors, memory_estimate
 from megatron_infer.model_config import DEFAULT_MODEL_NAME, ModelConfig
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.fim import load_fim
+from megatron_infer.text.tokenizer import load_tokenizer
 
 _MIB, _GIB = 1 << 20, 1 << 30
 

@@ -20,7 +20,7 @@ from megatron_infer.model.checkpoint import Checkpoint
 from megatron_infer.model.formats import dequantize, row_blocks, unpack_int4
 from megatron_infer.model.weights import expected_tensors, stored_dtype
 from megatron_infer.ops import Stream
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.tokenizer import load_tokenizer
 
 _NUM_POSITIONS = WINDOW_TOKENS + 256
 """Of a prompt of WINDOW_TOKENS and the answer behind it; holes with longer answers are left out."""

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_infer.fim import FimPrompt, load_fim
 from megatron_infer.model_config import ModelConfig
-from megatron_infer.tokenizer import Tokenizer, load_tokenizer
+from megatron_infer.text.fim import FimPrompt, load_fim
+from megatron_infer.text.tokenizer import Tokenizer, load_tokenizer
 
 WINDOW_TOKENS = 512
 _SHORTEST_WINDOW = 64

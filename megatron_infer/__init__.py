@@ -11,9 +11,9 @@ if (_ROOT / "setup.py").exists():
     __path__.append(str(_ROOT))
 
 from megatron_infer.config import EngineConfig  # noqa: E402
-from megatron_infer.fim import FimOptions, FimPrompt  # noqa: E402
 from megatron_infer.llm import LLM, Completion  # noqa: E402
 from megatron_infer.sampling_params import SamplingParams  # noqa: E402
+from megatron_infer.text.fim import FimOptions, FimPrompt  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Completion", "EngineConfig", "FimOptions", "FimPrompt", "SamplingParams", "__version__"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from megatron_infer import bench, cli
+from megatron_infer.commands import bench, complete
 from megatron_infer.eval import command
 
 
@@ -20,7 +20,7 @@ def _serve(arguments: Sequence[str] | None = None) -> int:
 
 
 _COMMANDS = {
-    "complete": (cli.main, "complete code between a prefix and a suffix, as sess_megatron.py does"),
+    "complete": (complete.main, "complete code between a prefix and a suffix, as sess_megatron.py does"),
     "bench": (bench.main, "measure latency and throughput; with --profile, show where the time of a step goes"),
     "serve": (_serve, "serve completions to editors over HTTP: OpenAI, Mistral, llama.cpp, Ollama and Tabby in one"),
     "eval": (command.main, "evaluate on published benchmarks or on your own code: build, run, score, report"),

@@ -13,9 +13,9 @@ from typing import cast
 
 from megatron_infer.completion import Completion, GrowingCompletion, Items, Timings
 from megatron_infer.engine.interrupts import interrupt_deferred
-from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.session import Handle, Prompt, Session
+from megatron_infer.text.fim import FimOptions, FimPrompt
 
 Entry = Prompt | tuple[Prompt, SamplingParams]
 

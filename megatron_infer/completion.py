@@ -11,9 +11,9 @@ from typing import Any
 
 from megatron_infer.ending.ending import Ending
 from megatron_infer.engine.request import Event, Request, Sampled
-from megatron_infer.fim_prompt import FimPrompt, language_of
-from megatron_infer.text_stream import TextStream, WholeLines
-from megatron_infer.tokenizer import Tokenizer
+from megatron_infer.text.fim_prompt import FimPrompt, language_of
+from megatron_infer.text.text_stream import TextStream, WholeLines
+from megatron_infer.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

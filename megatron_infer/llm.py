@@ -30,7 +30,6 @@ from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
 from megatron_infer.engine.worker import EngineDeadError
-from megatron_infer.fim import FimFormat, FimOptions, load_fim
 from megatron_infer.hub import local_path
 from megatron_infer.model.checkpoint import Checkpoint, open_checkpoint
 from megatron_infer.model.manifest import Manifest
@@ -39,7 +38,8 @@ from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.session import Handle, Prompt, Session
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
-from megatron_infer.tokenizer import Tokenizer, load_tokenizer
+from megatron_infer.text.fim import FimFormat, FimOptions, load_fim
+from megatron_infer.text.tokenizer import Tokenizer, load_tokenizer
 from megatron_infer.world import World, end_with_launcher
 
 __all__ = ["LLM", "Completion", "CompletionStream", "EngineDeadError", "Handle", "Prompt", "Timings", "TokenLogprob"]

@@ -22,12 +22,12 @@ from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.interrupts import interrupt_deferred
 from megatron_infer.engine.request import Event, FinishReason, Request
-from megatron_infer.fim import FimFormat, FimOptions, FimPrompt
-from megatron_infer.healing import Healing, TokenTable, heal
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.profile import Profile
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.tokenizer import Tokenizer
+from megatron_infer.text.fim import FimFormat, FimOptions, FimPrompt
+from megatron_infer.text.healing import Healing, TokenTable, heal
+from megatron_infer.text.tokenizer import Tokenizer
 
 log = logging.getLogger("megatron_infer")
 

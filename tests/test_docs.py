@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from checkpoints_convert import __main__ as convert
-from megatron_infer import bench, cli
+from megatron_infer.commands import bench, complete
 from megatron_infer.eval import command as eval_command
 from megatron_infer.serve import command as serve_command
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 PATH = re.compile(r"`([\w.*-]+(?:/[\w.*-]+)+/?)`")
 PROGRAMS = {
-    "sess_megatron.py": cli.main,
+    "sess_megatron.py": complete.main,
     "-m megatron_infer bench": bench.main,
     "-m megatron_infer eval": eval_command.main,
     "-m megatron_infer serve": serve_command.main,

@@ -17,6 +17,7 @@ import torch
 from benchmarks.gpu.weights import SharedWeights, kv_bytes_per_token, prefill_flops, streamed_bytes
 from benchmarks.gpu.workload import COMPLETION_TOKENS, Workload
 from megatron_infer.cache.block_pool import BlockPool
+from megatron_infer.commands.options import percentile
 from megatron_infer.config import EngineConfig
 from megatron_infer.engine.bring_up import build_runner
 from megatron_infer.engine.engine import Engine
@@ -24,7 +25,6 @@ from megatron_infer.engine.request import Request
 from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.engine.scheduler import Scheduler
-from megatron_infer.options import percentile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.world import World

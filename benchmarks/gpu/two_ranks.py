@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infer import LLM, Completion, EngineConfig, FimPrompt, SamplingParams
-from megatron_infer.options import DEMO_DIR
+from megatron_infer.commands.options import DEMO_DIR
 
 _ROOT = Path(__file__).resolve().parents[2]
 _MODULE = "benchmarks.gpu.two_ranks"

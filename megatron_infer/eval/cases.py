@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.text.fim import FimOptions, FimPrompt
 
 Row = Mapping[str, Any]
 """One line of a benchmark file."""

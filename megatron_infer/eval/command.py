@@ -6,7 +6,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from megatron_infer.options import say
+from megatron_infer.commands.options import say
 
 _COMMANDS = {
     "run": "complete the cases of a benchmark, on any number of ranks; given again, it continues an interrupted run",

@@ -15,15 +15,15 @@ from types import FrameType
 
 import uvicorn
 
-from megatron_infer import options
+from megatron_infer.commands import options
 from megatron_infer.config import EngineConfig
-from megatron_infer.fim_prompt import FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.serve.app import make_app
 from megatron_infer.serve.metrics import JsonLines
 from megatron_infer.serve.service import Service
 from megatron_infer.serve.settings import Settings
+from megatron_infer.text.fim_prompt import FimPrompt
 from megatron_infer.world import World
 
 _MAX_HEADER_BYTES = 32 << 10

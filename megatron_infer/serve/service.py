@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_infer.completion import Completion, GrowingCompletion
-from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 from megatron_infer.llm import LLM, EngineDeadError, Handle, Prompt
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.serve.admission import Admission
@@ -21,6 +20,7 @@ from megatron_infer.serve.engine_thread import EngineThread
 from megatron_infer.serve.errors import Refusal
 from megatron_infer.serve.metrics import Metrics
 from megatron_infer.serve.settings import Settings
+from megatron_infer.text.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 
 _SUBMITTERS = 4
 """Threads that tokenize prompts; each may have to wait for the step in progress."""

@@ -26,10 +26,10 @@ import sess_huggingface
 from checkpoints_convert import Options, hf2megatron, inspect, megatron2hf, merge_lora, reshard, tensor_writers
 from checkpoints_convert.__main__ import main
 from checkpoints_convert.export import save_hf
-from megatron_infer.fim import FimPrompt
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.weights import expected_tensors, hf_name
 from megatron_infer.model_config import ModelConfig
+from megatron_infer.text.fim import FimPrompt
 from sess_megatron import TestInference
 from tests.support.checkpoint_cases import HF, MODEL, NAME, PLAIN, PT, WRITERS, Model, assert_same, save
 

@@ -16,7 +16,7 @@ from checkpoints_convert.__main__ import main
 from megatron_infer.model.checkpoint import open_checkpoint
 from megatron_infer.model.formats import Slice, pack_int4, quantize, read_quantized
 from megatron_infer.ops import INT4
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.tokenizer import load_tokenizer
 from tests.support.gguf_files import write_gguf
 from tests.support.tiny_models import random_tensors, tiny_config
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer

@@ -130,7 +130,7 @@ def test_where_one_rank_cannot_use_the_kernels_none_does(backend: str) -> None:
 DISAGREEING_SCRIPT = """
 import os, sys
 from megatron_infer import LLM
-from megatron_infer.options import run_command
+from megatron_infer.commands.options import run_command
 
 own = eval(sys.argv[2]) if os.environ["RANK"] == "1" else {}
 sys.exit(run_command(lambda world: LLM(sys.argv[1], device="cpu", kv_cache_memory_bytes=4 << 20, **own) and 0))

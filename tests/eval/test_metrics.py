@@ -30,7 +30,7 @@ from megatron_infer.eval.score.metrics import (
     safim_syntax_match,
     safim_syntax_match_bug_compatible,
 )
-from megatron_infer.fim import FimPrompt
+from megatron_infer.text.fim import FimPrompt
 
 PAIRS = [
     ("def quick_sort(arr):", "def quicksort(array):"),

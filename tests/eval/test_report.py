@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from megatron_infer.commands.options import percentile
 from megatron_infer.eval.report import command as report
 from megatron_infer.eval.report.plots import Estimate, Panel, interval_plot
 from megatron_infer.eval.report.side_by_side import MAX_CASES, differences, visible
 from megatron_infer.eval.score import command as score
-from megatron_infer.options import percentile
 from tests.eval.finished_runs import GIVEN_UP, fim_row, write_run
 
 HOSTILE = "</pre></details><script>alert(1)</script><img src=x onerror=alert(2)>\"' {{ 7 * 7 }} \u202e\x07"

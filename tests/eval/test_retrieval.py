@@ -19,7 +19,7 @@ from megatron_infer.eval.tasks.retrieval import (
     split,
     with_context,
 )
-from megatron_infer.fim import FimPrompt
+from megatron_infer.text.fim import FimPrompt
 
 
 def source(*names: str) -> str:

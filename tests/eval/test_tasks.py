@@ -12,8 +12,8 @@ from megatron_infer.eval.cases import Case, Task, read_cases
 from megatron_infer.eval.score.metrics import METRICS
 from megatron_infer.eval.tasks import postprocess
 from megatron_infer.eval.tasks.registry import TASKS, generic_task, task
-from megatron_infer.fim import FimFormat, FimPrompt, load_fim, load_preset
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.fim import FimFormat, FimPrompt, load_fim, load_preset
+from megatron_infer.text.tokenizer import load_tokenizer
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 

@@ -16,8 +16,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.gguf_header import GgufHeader
-from megatron_infer.gguf_tokenizer import gguf_tokenizer
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.gguf_tokenizer import gguf_tokenizer
+from megatron_infer.text.tokenizer import load_tokenizer
 from tests.support.gguf_files import add_value, write_gguf
 from tests.support.tiny_models import random_tensors, tiny_config
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer

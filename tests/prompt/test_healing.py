@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_infer.fim import FimFormat, FimOptions, FimPrompt, load_fim
-from megatron_infer.healing import Healing, TokenTable, heal
-from megatron_infer.text_stream import TextStream
-from megatron_infer.tokenizer import Tokenizer, load_tokenizer
+from megatron_infer.text.fim import FimFormat, FimOptions, FimPrompt, load_fim
+from megatron_infer.text.healing import Healing, TokenTable, heal
+from megatron_infer.text.text_stream import TextStream
+from megatron_infer.text.tokenizer import Tokenizer, load_tokenizer
 from tests.prompt.test_fim import family_tokenizer
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer
 

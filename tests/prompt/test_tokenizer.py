@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_infer.fim import FimPrompt, load_fim
-from megatron_infer.text_stream import TextStream
-from megatron_infer.tokenizer import GUARD, Tokenizer, load_tokenizer
+from megatron_infer.text.fim import FimPrompt, load_fim
+from megatron_infer.text.text_stream import TextStream
+from megatron_infer.text.tokenizer import GUARD, Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CONTROL_PIECES, CORPUS, PIECES, build_tiny_tokenizer
 
 MARKERS = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", "<|endoftext|>", "<tool_call>")

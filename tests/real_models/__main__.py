@@ -33,7 +33,7 @@ from megatron_infer.model.transformer import Transformer
 from megatron_infer.model.weights import hf_name
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.tensor_parallel.group import TPGroup
-from megatron_infer.tokenizer import load_tokenizer
+from megatron_infer.text.tokenizer import load_tokenizer
 from tests.support.tiny_models import generate_on_ranks
 
 PROMPTS = (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_infer import LLM, SamplingParams
-from megatron_infer.bench import main
-from megatron_infer.options import percentile
+from megatron_infer.commands.bench import main
+from megatron_infer.commands.options import percentile
 from megatron_infer.profile import COLLECTIVES, Profile
 
 QUICK = ["--device", "cpu", "--kv_cache_memory_bytes", str(4 << 20), "--num_threads", "1"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.completion import Completion
-from megatron_infer.text_stream import WholeLines
+from megatron_infer.text.text_stream import WholeLines
 from tests.support.invariants import check_scheduler
 
 PROMPT = FimPrompt("def area(width, height):\n    return ", "\n\nprint(area(2, 3))\n", "shapes/area.py")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_infer.commands.options import DEMO_DIR
 from megatron_infer.hub import local_path
-from megatron_infer.options import DEMO_DIR
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}

@@ -18,7 +18,7 @@ from checkpoints_convert.export import save_sharded
 from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.checks import unescaped
 from megatron_infer.completion import Completion
-from megatron_infer.tokenizer import Tokenizer
+from megatron_infer.text.tokenizer import Tokenizer
 from sess_megatron import TestInference
 from tests.support.tiny_models import random_tensors, tiny_config, write_tokenizer
 

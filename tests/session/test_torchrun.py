@@ -14,9 +14,10 @@ import psutil
 import pytest
 from torch.distributed.run import get_args_parser
 
-from megatron_infer import LLM, FimPrompt, SamplingParams, bench
-from megatron_infer import cli as cli_module
-from megatron_infer.cli import main
+from megatron_infer import LLM, FimPrompt, SamplingParams
+from megatron_infer.commands import bench
+from megatron_infer.commands import complete as cli_module
+from megatron_infer.commands.complete import main
 from megatron_infer.eval.build import command as build_command
 from megatron_infer.eval.report import command as report_command
 from megatron_infer.eval.run import command as run_command

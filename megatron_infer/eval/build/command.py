@@ -15,11 +15,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from megatron_infer.commands.options import Parser, add_option, run_command, say
 from megatron_infer.eval.build.scenarios import SCENARIOS, load_grammars
 from megatron_infer.eval.build.selection import Candidate, Plan, Survey, survey
 from megatron_infer.eval.build.sources import digests_of, list_sources, read_source
 from megatron_infer.eval.files import replacing, to_line
-from megatron_infer.options import Parser, add_option, run_command, say
 from megatron_infer.world import World
 
 

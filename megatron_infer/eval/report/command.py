@@ -19,6 +19,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from megatron_infer.commands.options import Parser, add_option, percentile, run_command
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.files import replacing
 from megatron_infer.eval.report import plots
@@ -26,7 +27,6 @@ from megatron_infer.eval.report.side_by_side import MAX_CASES, CaseView, outcome
 from megatron_infer.eval.score.results import Run, Scores, is_error, read_run, read_run_cases, read_scores, task_of
 from megatron_infer.eval.score.statistics import Comparison, compare
 from megatron_infer.eval.score.tables import GROUPINGS, headline, shown, values_by_case
-from megatron_infer.options import Parser, add_option, percentile, run_command
 from megatron_infer.world import World
 
 REPORT = "report.html"

@@ -23,16 +23,7 @@ from typing import Any
 import numpy as np
 from torch.distributed import DistError
 
-from megatron_infer.config import EngineConfig
-from megatron_infer.eval.cases import Case
-from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
-from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory
-from megatron_infer.eval.run.replica import Progress, Replica, Settings
-from megatron_infer.eval.run.work_queue import WorkQueue
-from megatron_infer.eval.tasks import registry as tasks
-from megatron_infer.fim import FimOptions
-from megatron_infer.llm import LLM, EngineDeadError
-from megatron_infer.options import (
+from megatron_infer.commands.options import (
     Parser,
     add_model_options,
     add_option,
@@ -43,7 +34,16 @@ from megatron_infer.options import (
     run_command,
     say,
 )
+from megatron_infer.config import EngineConfig
+from megatron_infer.eval.cases import Case
+from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
+from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory
+from megatron_infer.eval.run.replica import Progress, Replica, Settings
+from megatron_infer.eval.run.work_queue import WorkQueue
+from megatron_infer.eval.tasks import registry as tasks
+from megatron_infer.llm import LLM, EngineDeadError
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.text.fim import FimOptions
 from megatron_infer.world import World
 
 _FIELDS = {

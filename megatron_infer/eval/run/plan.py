@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 import megatron_infer
+from megatron_infer.commands.options import say
 from megatron_infer.config import EngineConfig
 from megatron_infer.eval.cases import Case, Task, read_cases
 from megatron_infer.eval.run.records import RunDirectory
@@ -25,7 +26,6 @@ from megatron_infer.eval.run.replica import Settings, Work
 from megatron_infer.eval.tasks.retrieval import read_source_tree, with_context
 from megatron_infer.files import sha256_of
 from megatron_infer.llm import listed_hashes, preview
-from megatron_infer.options import say
 from megatron_infer.world import World
 
 _MODEL_SUFFIXES = (".json", ".model", ".safetensors", ".bin", ".gguf", ".pt", ".txt")

@@ -18,9 +18,9 @@ from megatron_infer.completion import Completion, Timings
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.run.records import GIVEN_UP, AttemptLog, Key
 from megatron_infer.eval.run.work_queue import WorkQueue
-from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.llm import LLM
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.text.fim import FimOptions, FimPrompt
 
 _UNIT_KEYS = 8
 """Keys claimed at a time: enough that neighbours share a cached prefix, few enough that no replica ends much later."""

@@ -14,6 +14,7 @@ from dataclasses import asdict
 
 from tqdm import tqdm
 
+from megatron_infer.commands.options import Parser, add_option, run_command, say
 from megatron_infer.eval.cases import Case, Task
 from megatron_infer.eval.files import replacing, to_line, write_json
 from megatron_infer.eval.score.execution import Limits, Outcome, find_isolation, run_programs
@@ -30,7 +31,6 @@ from megatron_infer.eval.score.results import (
 )
 from megatron_infer.eval.score.tables import Row, make_tables, show_tables
 from megatron_infer.files import sha256_of
-from megatron_infer.options import Parser, add_option, run_command, say
 from megatron_infer.world import World
 
 _USUAL_K = (1, 10, 100)

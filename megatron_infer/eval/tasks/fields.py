@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from megatron_infer.eval.cases import Case, Row
-from megatron_infer.fim import FimPrompt
+from megatron_infer.text.fim import FimPrompt
 
 _LANGUAGES = {
     "py": "python", "js": "javascript", "ts": "typescript", "tsx": "typescript", "c++": "cpp", "cplus": "cpp",

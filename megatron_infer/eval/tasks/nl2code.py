@@ -8,8 +8,8 @@ from __future__ import annotations
 from megatron_infer.eval.cases import Case, Row, Task
 from megatron_infer.eval.tasks import postprocess
 from megatron_infer.eval.tasks.fields import completion_row, id_of, optional_text_of, text_of
-from megatron_infer.fim import FimOptions, FimPrompt
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.text.fim import FimOptions, FimPrompt
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n<|/", "\n```")

@@ -20,8 +20,8 @@ from megatron_infer.eval.tasks.fields import (
     optional_text_of,
     text_of,
 )
-from megatron_infer.fim import FimOptions, FimPrompt, load_preset
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.text.fim import FimOptions, FimPrompt, load_preset
 
 _SAFIM_PLACEHOLDERS = {"python": "# TODO: Your code here"} | dict.fromkeys(
     ("java", "cpp", "csharp"), "/* TODO: Your code here */"

@@ -22,11 +22,11 @@ from starlette.types import Receive, Scope, Send
 from typing_extensions import Self
 
 from megatron_infer.completion import Completion
-from megatron_infer.fim_prompt import FimOptions, FimPrompt
 from megatron_infer.llm import EngineDeadError, Prompt
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.serve.errors import Refusal, envelope
 from megatron_infer.serve.service import Ask, Call, Part, Service, Update
+from megatron_infer.text.fim_prompt import FimOptions, FimPrompt
 
 _UNSUPPORTED = json.loads(Path(__file__).with_name("unsupported.json").read_text(encoding="utf-8"))
 _SAMPLING = {field.name for field in fields(SamplingParams)}

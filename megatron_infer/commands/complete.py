@@ -13,12 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from megatron_infer.completion import Completion, CompletionStream
-from megatron_infer.config import EngineConfig
-from megatron_infer.files import read_json_object
-from megatron_infer.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
-from megatron_infer.llm import LLM
-from megatron_infer.options import (
+from megatron_infer.commands.options import (
     Parser,
     add_model_options,
     add_option,
@@ -31,7 +26,12 @@ from megatron_infer.options import (
     say,
     to_json,
 )
+from megatron_infer.completion import Completion, CompletionStream
+from megatron_infer.config import EngineConfig
+from megatron_infer.files import read_json_object
+from megatron_infer.llm import LLM
 from megatron_infer.sampling_params import SamplingParams
+from megatron_infer.text.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 from megatron_infer.world import World
 
 QUICK_SORT = FimPrompt(prefix="# 快速排序算法", suffix="\n", path="test.py")

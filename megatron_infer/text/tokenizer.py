@@ -20,12 +20,12 @@ import tokenizers
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2 as sp_pb2
 
-from megatron_infer import tokenizer_files
 from megatron_infer.checks import check_text
 from megatron_infer.files import broken_file, read_json_object
 from megatron_infer.gguf_header import GgufHeader
-from megatron_infer.gguf_tokenizer import gguf_tokenizer
-from megatron_infer.tokenizer_files import MARKER, SPACE_MARK, AddedToken, Settings, known_control_pieces
+from megatron_infer.text import tokenizer_files
+from megatron_infer.text.gguf_tokenizer import gguf_tokenizer
+from megatron_infer.text.tokenizer_files import MARKER, SPACE_MARK, AddedToken, Settings, known_control_pieces
 
 GUARD = "☺"
 """Encoded in front of a text and cut off again, so that the dummy space sticks to the guard and not to the text."""

@@ -21,10 +21,7 @@ from typing import Any
 
 import torch
 
-from megatron_infer.completion import Completion, Timings
-from megatron_infer.config import EngineConfig
-from megatron_infer.llm import LLM
-from megatron_infer.options import (
+from megatron_infer.commands.options import (
     Parser,
     add_model_options,
     add_option,
@@ -37,6 +34,9 @@ from megatron_infer.options import (
     say,
     to_json,
 )
+from megatron_infer.completion import Completion, Timings
+from megatron_infer.config import EngineConfig
+from megatron_infer.llm import LLM
 from megatron_infer.profile import ATTENTION, COLLECTIVES, PhaseTotals, Profile
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.world import World

@@ -6,7 +6,7 @@ import codecs
 import re
 from collections.abc import Sequence
 
-from megatron_infer.tokenizer import Tokenizer
+from megatron_infer.text.tokenizer import Tokenizer
 
 _BARE_NEWLINE = re.compile(r"(?<!\r)\n")
 

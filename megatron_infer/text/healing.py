@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from megatron_infer.tokenizer import Tokenizer
+from megatron_infer.text.tokenizer import Tokenizer
 
 Ids = npt.NDArray[np.int64]
 

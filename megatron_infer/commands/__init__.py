@@ -1,0 +1,1 @@
+"""The commands `complete` and `bench`, and what all commands share."""
