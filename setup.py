@@ -178,7 +178,7 @@ if __name__ == "__main__":
         ],
         package_dir={"megatron_infer.kernels": "kernels", "megatron_infer.demo": "demo"},
         package_data={
-            "megatron_infer": ["py.typed"],
+            "megatron_infer": ["*.json", "py.typed"],
             "megatron_infer.text": ["*.json"],
             "megatron_infer.ending": ["*.json"],
             "megatron_infer.serve": ["*.txt", *PLAYGROUND],

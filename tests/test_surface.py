@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "megatron_infer"
 
 LAYERS: list[tuple[str, ...]] = [
-    ("checks", "world", "files", "text.languages"),
+    ("checks", "world", "files", "languages"),
     ("ending", "gguf_header", "hub"),
     ("quantization", "rope_scaling", "text.tokenizer_files", "text.gguf_tokenizer"),
     ("model_config", "sampling_params", "text.tokenizer"),
@@ -71,7 +71,7 @@ NO_TORCH = (
     "config",
     "text.tokenizer_files",
     "text.tokenizer",
-    "text.languages",
+    "languages",
     "text.fim_prompt",
     "text.fim_cut",
     "text.fim",
@@ -192,7 +192,7 @@ FACADE = (
     "completion",
     "text.fim",
     "text.fim_prompt",
-    "text.languages",
+    "languages",
     "sampling_params",
     "config",
     "checks",

@@ -36,6 +36,11 @@ class SharedWeights:
                 tensors[hf_name(name)] = noise if "embeddings" in name else noise.mul_(shape[1] ** -0.5)
         return cls(config, tensors)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def read(self, name: str, rows: tuple[int, int] | None = None, cols: tuple[int, int] | None = None) -> Tensor:
         """A slice of a tensor by its canonical name."""
         tensor = self.tensors[hf_name(name)]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from megatron_infer.languages import language_at
 from megatron_infer.llm import LLM
 from megatron_infer.text.fim_prompt import FimPrompt
-from megatron_infer.text.languages import language_at
 
 _SHARE = 2
 """Context may fill one in so many of the tokens that are left for the prompt."""

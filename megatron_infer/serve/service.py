@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from megatron_infer.completion import Completion, GrowingCompletion
@@ -149,7 +149,7 @@ class Service:
         self.llm, self.settings, self.defaults, self.ending = llm, settings, defaults, ending
         self.model_name = settings.model_alias or llm.model_dir.resolve().name
         self.created = int(time.time())
-        self.for_typing = replace(llm.fim.interactive, token_healing=True)
+        self.for_typing = llm.fim.interactive
         """How prompts are laid out that are sent at every keystroke."""
         self.admission = Admission(llm.config.max_num_seqs, settings.max_queued, settings.max_wait_seconds)
         self.metrics = Metrics(llm)

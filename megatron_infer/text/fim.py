@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from megatron_infer.languages import language_at
 from megatron_infer.text.fim_cut import REACHES, cut_at_step, plan_cut, plan_reach
 from megatron_infer.text.fim_prompt import FimOptions, FimPrompt, check_size
-from megatron_infer.text.languages import language_at
 from megatron_infer.text.tokenizer import Tokenizer
 
 __all__ = ["FimEncoding", "FimFormat", "FimOptions", "FimPrompt", "load_fim", "load_preset"]

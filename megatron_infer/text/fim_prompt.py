@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_infer.checks import check_text, one_of, option
-from megatron_infer.text.languages import name_of_language
+from megatron_infer.languages import name_of_language
 
 MAX_PROMPT_BYTES = 8 << 20
 """More UTF-8 text than this is refused before it is tokenized; 32,768 tokens of code are about 0.1 MB."""

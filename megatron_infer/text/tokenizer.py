@@ -101,7 +101,7 @@ class Tokenizer(ABC):
         """As `encode`, but control tokens written out in `text`, with or without their "▁", become those tokens."""
         names = sorted({piece.lstrip(SPACE_MARK) for piece in self.control_pieces}, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"{SPACE_MARK}?({'|'.join(map(re.escape, names))})", text):
+        for part in re.split(f"{SPACE_MARK}?({'|'.join(map(re.escape, names))})", text) if names else [text]:
             control = self.control_id_of(part)
             ids += self.encode(part, dummy_prefix=not ids) if control is None else [control]
         return ids

@@ -13,7 +13,7 @@ from megatron_infer.checks import ENDINGS as MODES
 from megatron_infer.ending import ending as ending_module
 from megatron_infer.ending.ending import Ending, find_end
 from megatron_infer.ending.scanner import Scanner, Syntax, columns, first_word, syntax_of
-from megatron_infer.text.languages import load_languages
+from megatron_infer.languages import load_languages
 from tests.prompt.ending_cases import CASES, Case
 
 LANGUAGES = ("python", "javascript", "java", "c", "rust", "ruby", "lua", "shell", "klingon")

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_infer.languages import load_languages
 from megatron_infer.text import fim as fim_module
 from megatron_infer.text.fim import (
     FimFormat,
@@ -24,7 +25,6 @@ from megatron_infer.text.fim import (
 )
 from megatron_infer.text.fim_cut import cut_at_step, plan_cut
 from megatron_infer.text.fim_prompt import MAX_PROMPT_BYTES, language_of
-from megatron_infer.text.languages import load_languages
 from megatron_infer.text.tokenizer import Tokenizer, load_tokenizer
 from tests.support.tiny_tokenizer import CORPUS, build_tiny_tokenizer
 
