@@ -43,7 +43,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
         if not stat.S_ISREG(status.st_mode) or status.st_size > _MAX_JSON_BYTES:
             raise ValueError(f"it is not a file of at most {_MAX_JSON_BYTES >> 20} MiB")
         raw = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (ValueError, RecursionError, OSError) as error:  # UnicodeDecodeError is a ValueError
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}; check the path, and who may read it") from None
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError is a ValueError
         raise broken_file(path, f"is not valid JSON ({error})") from None
     if not isinstance(raw, dict):
         raise broken_file(path, "must hold a JSON object")

@@ -182,7 +182,7 @@ def test_a_hung_gpu_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = nccl_of(monkeypatch, nccl, Control(), symmetric)
     group = TPGroup(0, 2, torch.device("cuda", 0), backend, "")
     ended = threading.Event()
-    monkeypatch.setattr(symmetric, "abort", ended.set)
+    monkeypatch.setattr(nccl, "abort", ended.set)
     with pytest.raises(RankFailure, match="did not finish a step on the GPU within 1 s"), group.waiting():
         assert ended.wait(30), "a kernel that spins for ever"
-    assert nccl.calls == ["abort"]
+    assert symmetric.calls == ["abort"]

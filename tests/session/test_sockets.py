@@ -75,11 +75,12 @@ def wait_for_progress(process: psutil.Popen, out: Path) -> None:
 
 
 def test_a_session_with_followers_listens_nowhere(tiny_checkpoint: Path) -> None:
+    others = listening(psutil.Process())  # of tests before this one
     with LLM(tiny_checkpoint, tensor_parallel_size=2, device="cpu", kv_cache_memory_bytes=4 << 20) as llm:
         llm.complete("x = ", SamplingParams(max_new_tokens=2))
-        assert len(llm._followers.processes) == 1
-        for process in (psutil.Process(), psutil.Process(llm._followers.processes[0].pid)):
-            assert listening(process) == []
+        (follower,) = llm._followers.processes
+        assert listening(psutil.Process()) == others
+        assert listening(psutil.Process(follower.pid)) == []
 
 
 def test_ranks_under_torchrun_listen_on_loopback_alone(tiny_checkpoint: Path, tmp_path: Path) -> None:

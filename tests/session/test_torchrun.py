@@ -184,7 +184,7 @@ for _ in range(2):  # several sessions, one after the other
     with TestInference(sys.argv[1], kv_cache_memory_bytes=4 << 20, device="cpu") as session:
         # Other ranks' arguments do not count, not even bad ones.
         results.append(session.run_infer("x = " if rank == 0 else None, 8 if rank == 0 else -1, "\\n", "a.py"))
-        for bad in (("", 8), (None, 8), ("x", 0)):
+        for bad in (("", 8), (None, 8), ("x", -1)):
             try:
                 session.run_infer(*(bad if rank == 0 else ("fine", 8)))
             except ValueError as error:
