@@ -85,7 +85,7 @@ def trace(num_places: int, num_keys: int) -> Iterator[Keystroke]:
 
 
 def sides(arguments: argparse.Namespace) -> list[Server]:
-    """Ours, and llama.cpp twice: with the share of a prompt that it keeps by itself, and with the whole text."""
+    """Ours, and llama.cpp with the share of a prompt that it keeps by itself; if asked for, also with the whole text."""
     engine = ["--num_threads", str(arguments.threads), "--quantization", "int8"]
 
     def ours(port: int) -> list[str]:
@@ -98,11 +98,11 @@ def sides(arguments: argparse.Namespace) -> list[Server]:
         return lambda port: [str(arguments.llama_server), "-m", str(arguments.gguf), "--port", str(port), *options]
 
     predict = {"n_predict": arguments.n_predict, "temperature": 0.0, "cache_prompt": True}
-    return [
+    found = [
         Server("megatron_infer", ours, {"n_predict": 64, "temperature": 0.0}),
         Server("llama.cpp, its own budgets", theirs(2048), predict),
-        Server("llama.cpp, the whole text", theirs(8192), predict),
     ]
+    return [*found, Server("llama.cpp, the whole text", theirs(8192), predict)] if arguments.whole_text else found
 
 
 def free_port() -> int:
@@ -241,6 +241,7 @@ def main() -> None:
     parser.add_argument("--keys", type=int, default=40, help="keystrokes at each place")
     parser.add_argument("--n_predict", type=int, default=32, help="tokens that llama.cpp decodes")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--whole_text", action="store_true", help="llama.cpp also with a batch that cuts no prompt")
     arguments = parser.parse_args()
     keys = list(trace(arguments.places, arguments.keys))
     arguments.out.mkdir(parents=True, exist_ok=True)

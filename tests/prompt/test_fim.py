@@ -142,8 +142,7 @@ def test_markers_in_any_text_stay_text(aixcoder: FimFormat, side: str) -> None:
 
 
 def test_languages_cover_what_upstream_s_tables_reach() -> None:
-    languages = load_languages()
-    assert len(languages) == 317
+    assert len(load_languages()) == 317
     table = json.loads(Path(languages.__file__).with_name("languages.json").read_text(encoding="utf-8"))
     assert len(table) == 84
     assert sum(len(entry["extensions"].split()) for entry in table.values()) == 317, "an extension is listed twice"

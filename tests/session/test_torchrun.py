@@ -82,7 +82,7 @@ def test_an_example_is_shown_with_its_completion(tiny_checkpoint: Path, tmp_path
     command = ["--model_dir", str(tiny_checkpoint), "--max_new_tokens", "4", "--example", str(example), *QUICK]
     assert f"cannot read {example}" in cli(*command).stderr
     example.write_text(json.dumps({"prefix": "def f(x):"}))
-    assert f"{example} is not a JSON object with prefix, suffix and path" in cli(*command).stderr
+    assert f"{example} has not the texts prefix, suffix and path" in cli(*command).stderr
     example.write_text(json.dumps({"prefix": "def f(x):", "suffix": "# end", "path": "a.py"}))
     done = cli(*command)
     assert done.returncode == 0, done.stderr
