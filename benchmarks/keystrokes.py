@@ -3,7 +3,7 @@
 python benchmarks/keystrokes.py --model_dir DIR --gguf FILE --llama_server PROGRAM --out DIR
 
 Each side is a server of its own with `--threads` threads, and every keystroke goes to all of them in turn as the same
-POST /infill. What is usable: here the answer that the server ended by itself; of llama.cpp its `--n_predict` tokens.
+POST /infill, for at most `--n_predict` tokens. Ours may end an answer before, where the hole ends; llama.cpp does not.
 Ends with one JSON line. (A file named typing.py would shadow Python's own for every script beside it.)
 """
 
@@ -85,7 +85,7 @@ def trace(num_places: int, num_keys: int) -> Iterator[Keystroke]:
 
 
 def sides(arguments: argparse.Namespace) -> list[Server]:
-    """Ours, and llama.cpp with the share of a prompt that it keeps by itself; if asked for, also with the whole text."""
+    """Ours, and llama.cpp with the share of a prompt that it keeps by itself; if asked for, with the whole text too."""
     engine = ["--num_threads", str(arguments.threads), "--quantization", "int8"]
 
     def ours(port: int) -> list[str]:
@@ -99,7 +99,7 @@ def sides(arguments: argparse.Namespace) -> list[Server]:
 
     predict = {"n_predict": arguments.n_predict, "temperature": 0.0, "cache_prompt": True}
     found = [
-        Server("megatron_infer", ours, {"n_predict": 64, "temperature": 0.0}),
+        Server("megatron_infer", ours, predict),
         Server("llama.cpp, its own budgets", theirs(2048), predict),
     ]
     return [*found, Server("llama.cpp, the whole text", theirs(8192), predict)] if arguments.whole_text else found
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory for the report")
     parser.add_argument("--places", type=int, default=4, choices=range(1, len(SOURCES) + 1))
     parser.add_argument("--keys", type=int, default=40, help="keystrokes at each place")
-    parser.add_argument("--n_predict", type=int, default=32, help="tokens that llama.cpp decodes")
+    parser.add_argument("--n_predict", type=int, default=32, help="tokens of an answer, at most")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--whole_text", action="store_true", help="llama.cpp also with a batch that cuts no prompt")
     arguments = parser.parse_args()
