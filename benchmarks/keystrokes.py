@@ -207,8 +207,8 @@ def markdown(results: dict[str, Any]) -> str:
         [
             "# Milliseconds from a keystroke to the usable answer", "",
             f"{results['num_keystrokes']} keystrokes in {len(results['places'])} files of the standard library: "
-            f"{', '.join(results['places'])}. {BEFORE} lines before and {AFTER} after the cursor; each server is asked "
-            "one after another, at every keystroke.", "",
+            f"{', '.join(results['places'])}. {BEFORE} lines before and {AFTER} after the\n"
+            "cursor; each server is asked one after another, at every keystroke.", "",
             f"| | {' | '.join(names)} |", f"|{':--|' + '--:|' * len(names)}", *rows, "",
             "Time to the usable answer, ours as a fraction of theirs:", "", *ratios, "",
             "![milliseconds per keystroke](keystrokes.png)", "", "| | |", "|:--|:--|", *provenance, "",
