@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from megatron_infer import languages
 from megatron_infer.languages import load_languages
 from megatron_infer.text import fim as fim_module
 from megatron_infer.text.fim import (
