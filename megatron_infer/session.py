@@ -122,13 +122,7 @@ class Session:
                 raise ValueError(f"{name} {too_high} are outside the vocabulary of {self._vocab_size}")
         bad_words = self._bad_words(sampling)
         encoded = self._encode(prompt, sampling, options)
-        room = self._max_model_len - len(encoded.ids)
-        if 0 < room < sampling.max_new_tokens and not self._has_said_clamped:
-            self._has_said_clamped = True
-            log.warning(
-                "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
-                "(said once)", sampling.max_new_tokens, room, self._max_model_len, len(encoded.ids),
-            )  # fmt: skip
+        self._tell_if_clamped(sampling.max_new_tokens, len(encoded.ids))
         # A control token has no text that a stop string could be found in.
         control = [i for text in sampling.stop if (i := self._tokenizer.control_id_of(text)) is not None]
         stop, stop_ids = (*sampling.stop, *encoded.stop), (*sampling.stop_token_ids, *control)
@@ -271,6 +265,15 @@ class Session:
                 growing.receive(Event(growing.request, None, reason), self._clock())
                 if notify is not None:
                     self._grown.append(notify)
+
+    def _tell_if_clamped(self, max_new_tokens: int, num_prompt: int) -> None:
+        room = self._max_model_len - num_prompt
+        if 0 < room < max_new_tokens and not self._has_said_clamped:
+            self._has_said_clamped = True
+            log.warning(
+                "max_new_tokens %d is clamped to %d: the context of %d tokens has no more room behind the prompt's %d "
+                "(said once)", max_new_tokens, room, self._max_model_len, num_prompt,
+            )  # fmt: skip
 
     def _bad_words(self, sampling: SamplingParams) -> list[tuple[int, ...]]:
         """Every word as ids, as it stands and behind a space. Raises ValueError: no token could ever be drawn."""

@@ -97,9 +97,8 @@ class Gate:
             gone.cancel()
             answer.cancel()
             try:
-                await answer
-            except asyncio.CancelledError:
-                pass
+                with suppress(asyncio.CancelledError):
+                    await answer
             except Exception:  # the client has been told, as far as it could be
                 log.exception("a request failed")
 

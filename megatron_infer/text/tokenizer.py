@@ -12,6 +12,7 @@ import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +100,22 @@ class Tokenizer(ABC):
 
     def encode_marked(self, text: str) -> list[int]:
         """As `encode`, but control tokens written out in `text`, with or without their "▁", become those tokens."""
-        names = sorted({piece.lstrip(SPACE_MARK) for piece in self.control_pieces}, key=len, reverse=True)
         ids: list[int] = []
-        for part in re.split(f"{SPACE_MARK}?({'|'.join(map(re.escape, names))})", text) if names else [text]:
+        for part in self._control_pattern.split(text) if self.control_pieces else [text]:
             control = self.control_id_of(part)
             ids += self.encode(part, dummy_prefix=not ids) if control is None else [control]
         return ids
 
-    @property
+    @cached_property
     def control_pieces(self) -> Mapping[str, int]:
         """Control tokens by name."""
         return {piece: i for piece, i in self._ids.items() if i in self.control_ids}
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        """Any of their names, the longest first."""
+        names = sorted({piece.lstrip(SPACE_MARK) for piece in self.control_pieces}, key=len, reverse=True)
+        return re.compile(f"{SPACE_MARK}?({'|'.join(map(re.escape, names))})")
 
     def gaps(self, num_rows: int) -> list[tuple[int, int]]:
         """Ranges [start, stop) of the ids below `num_rows` that stand for no piece: a model's padding rows."""

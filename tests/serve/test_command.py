@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import httpx
@@ -58,14 +58,17 @@ def status_of(url: str) -> int:
         return 0
 
 
+def streaming(url: str, n: int) -> AbstractContextManager[httpx.Response]:
+    """A request for `n` long completions, as they come."""
+    body = {"prompt": PREFIX, "stream": True, "n": n, **FOREVER}
+    return httpx.stream("POST", f"{url}/v1/completions", json=body, trust_env=False, timeout=60)
+
+
 @pytest.mark.parametrize("ranks", [0, 2], ids=["alone", "torchrun"])
 def test_sigterm_lets_requests_finish(tiny_checkpoint: Path, tmp_path: Path, ranks: int) -> None:
     log = tmp_path / "log"
     with serving(tiny_checkpoint, log, ranks=ranks) as (process, url):
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json={"prompt": PREFIX, "stream": True, "n": 40, **FOREVER},
-            trust_env=False, timeout=60,
-        ) as answer:  # fmt: skip
+        with streaming(url, 40) as answer:
             lines = answer.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)
@@ -81,11 +84,8 @@ def test_sigterm_lets_requests_finish(tiny_checkpoint: Path, tmp_path: Path, ran
 def test_a_second_sigterm_does_not_wait(tiny_checkpoint: Path, tmp_path: Path) -> None:
     with (
         serving(tiny_checkpoint, tmp_path / "log", "--drain_seconds", "3600") as (process, url),
-        httpx.stream(
-            "POST", f"{url}/v1/completions", json={"prompt": PREFIX, "stream": True, "n": 60, **FOREVER},
-            trust_env=False, timeout=60,
-        ) as answer,
-    ):  # fmt: skip
+        streaming(url, 60) as answer,
+    ):
         next(answer.iter_lines())
         process.send_signal(signal.SIGTERM)
         wait_until(lambda: status_of(url) == 0)
@@ -97,10 +97,7 @@ def test_health_sees_a_rank_that_hangs_and_its_death_ends_the_server(tiny_checkp
     arguments = ("--tensor_parallel_size", "2", "--late_seconds", "0.3")
     with serving(tiny_checkpoint, tmp_path / "log", *arguments) as (process, url):
         (follower,) = psutil.Process(process.pid).children()
-        with httpx.stream(
-            "POST", f"{url}/v1/completions", json={"prompt": PREFIX, "stream": True, "n": 60, **FOREVER},
-            trust_env=False, timeout=60,
-        ) as answer:  # fmt: skip
+        with streaming(url, 60) as answer:
             lines = answer.iter_lines()
             next(lines)
             follower.suspend()  # alive, but it does nothing

@@ -10,6 +10,7 @@ import json
 import math
 import secrets
 import time
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -132,7 +133,7 @@ async def read_json(request: Request) -> Any:
         raise Refusal(400, f"the body is not JSON: {error}") from None
 
 
-class Wire:
+class Wire(ABC):
     """How one answer looks in one dialect. `last`: what ends a stream."""
 
     dialect = ""
@@ -143,13 +144,13 @@ class Wire:
         self.service = service
         self.id, self.created = f"cmpl-{secrets.token_hex(12)}", int(time.time())
 
+    @abstractmethod
     def whole(self, call: Call, done: Sequence[Completion]) -> Any:
         """The body, once all completions have ended."""
-        raise NotImplementedError
 
     def events(self, call: Call, update: Update) -> Iterable[Any]:
-        """What a stream says of new text."""
-        raise NotImplementedError
+        """What a stream says of new text; a dialect may have no streams."""
+        return ()
 
     def end(self, call: Call, done: Sequence[Completion]) -> Iterable[Any]:
         """What a stream says once all have ended."""
