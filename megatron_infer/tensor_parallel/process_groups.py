@@ -36,7 +36,8 @@ Result = TypeVar("Result")
 _TICK = timedelta(seconds=0.25)
 _DIAGNOSIS_SECONDS = 3.0
 _ABORT_SECONDS = 5.0
-_CONNECT_SECONDS = 30.0
+_CONNECT_SECONDS = 5.0
+"""For one attempt of gloo's, which makes four."""
 _UNLIMITED = timedelta(days=365)
 # Bounds the staging memory of an all_reduce to (ranks + 1) x 4 MiB.
 _CHUNK_ELEMENTS = 1 << 20

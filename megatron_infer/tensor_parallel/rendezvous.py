@@ -195,6 +195,7 @@ def listening_addresses(meeting: Rendezvous, hosts: set[str]) -> list[str]:
         own, refusal = "", str(error)
     told = [text.split("\n") for text in meeting.exchange("addresses", f"{own}\n{refusal}")]
     if why := first(f"rank {q}: {refusal}" for q, (_, refusal) in enumerate(told) if refusal):
+        meeting.finish()  # all have read it
         raise ValueError(why)
     return [addresses for addresses, _ in told]
 

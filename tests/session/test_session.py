@@ -323,12 +323,15 @@ def test_nan_in_one_request_fails_it_alone(session: TestInference, monkeypatch) 
         return logits_SV
 
     prompts = [FimPrompt(f"q{i} =", "\n", "a.py") for i in range(3)]
-    healthy = [session.llm.complete(p, SamplingParams(max_new_tokens=3)).text for p in prompts]
+    sampling = SamplingParams(max_new_tokens=3, logprobs=2)
+    healthy = [session.llm.complete(p, sampling) for p in prompts]
     monkeypatch.setattr(model, "logits", poisoned)
-    results = list(session.llm.complete_batch(prompts, SamplingParams(max_new_tokens=3)))
+    results = list(session.llm.complete_batch(prompts, sampling))
     assert [r.finish_reason == "error" for r in results] == [False, True, False]
     assert "NaN" in (results[1].error or "")
-    assert [results[0].text, results[2].text] == [healthy[0], healthy[2]]
+    for neighbour in (0, 2):
+        assert results[neighbour].token_ids == healthy[neighbour].token_ids
+        assert results[neighbour].logprobs == healthy[neighbour].logprobs, "bit for bit"
 
 
 def test_several_sessions_in_one_process(tiny_checkpoint: Path, expected: str) -> None:

@@ -174,11 +174,14 @@ def test_a_mistake_under_torchrun_is_the_last_thing_it_says(tiny_checkpoint: Pat
 
 
 COLLECTIVE_SCRIPT = """
-import json, os, sys
+import json, os, random, sys
+import numpy, torch
 from megatron_infer import FimPrompt, SamplingParams
 from sess_megatron import TestInference
 
 rank = int(os.environ["RANK"])
+for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+    seed(rank)  # no answer may depend on it
 results = []
 for _ in range(2):  # several sessions, one after the other
     with TestInference(sys.argv[1], kv_cache_memory_bytes=4 << 20, device="cpu") as session:
@@ -193,7 +196,9 @@ for _ in range(2):  # several sessions, one after the other
         results.append(next(stream))
         stream.close()
         prompts = [FimPrompt(f"v{i} =") for i in range(5)]
-        results += [c.text for c in session.llm.complete_batch(prompts, SamplingParams(max_new_tokens=4))]
+        hot = SamplingParams(max_new_tokens=8, temperature=1.0, seed=5, n=2)
+        for sampling in (SamplingParams(max_new_tokens=4), hot):
+            results += [[c.text, c.token_ids] for c in session.llm.complete_batch(prompts, sampling)]
 with open(f"{sys.argv[2]}/{rank}.json", "w") as file:
     json.dump(results, file)
 """
@@ -215,7 +220,7 @@ def test_calls_are_collective_and_every_rank_gets_the_same(tiny_checkpoint: Path
         assert job.returncode == 0, output
     results = [json.loads((tmp_path / job / f"{rank}.json").read_text()) for job in ("one", "two") for rank in (0, 1)]
     assert all(result == results[0] for result in results), "two jobs at once, two ranks each: one answer"
-    assert results[0][:10] == results[0][10:], "both sessions"
+    assert results[0][:20] == results[0][20:], "both sessions"
 
 
 FOLLOW_SCRIPT = """

@@ -6,6 +6,7 @@ They share the disk, the kernel and the clock. Needs root, `ip` (iproute2) and `
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ class Host:
 @contextmanager
 def simulated_hosts(count: int) -> Iterator[list[Host]]:
     """host1, host2, ... at 10.77.0.1, ...; the namespaces are gone afterwards."""
-    mark = f"mi{os.getpid()}"
+    mark = f"mi-{secrets.token_hex(4)}"
     switch = f"{mark}-switch"
     hosts = [Host(f"host{i}", f"{mark}-host{i}", f"10.77.0.{i}") for i in range(1, count + 1)]
     try:

@@ -1,0 +1,143 @@
+"""Ranks on several hosts, simulated (tests/support/hosts.py): how they find each other, and what ends them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.eval.killed_runs import PYTHON, command_of, write_cases
+from tests.session.test_torchrun import ROOT, run
+from tests.support.hosts import Host, simulated_hosts, why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "hosts can be simulated")
+
+PORT = "29533"
+MEETING = """
+import torch
+from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
+from megatron_infer.world import World
+try:
+    group = TPGroup.in_world(World.from_env(), torch.device("cpu"), timeout_seconds=20)
+    print(group.backend, group.gather_text(f"rank {group.rank}"))
+    group.close()
+except (RankFailure, ValueError) as error:
+    print(type(error).__name__, error)
+"""
+COMPLETING = """
+import sys
+from megatron_infer import LLM, SamplingParams
+from megatron_infer.llm import EngineDeadError
+llm = LLM(sys.argv[1], device="cpu", kv_cache_memory_bytes=4 << 20, num_draft_tokens=0, rank_timeout_seconds=5)
+try:
+    for number, piece in enumerate(llm.stream("def area(w, h):", SamplingParams(max_new_tokens=200, ignore_eos=True))):
+        if number == 1 and llm.is_leader:
+            print("two pieces", flush=True)
+            input()
+except EngineDeadError as error:
+    print(error, flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[list[Host]]:
+    with simulated_hosts(3) as made:
+        yield made
+
+
+def environment(rank: int, size: int, **more: str) -> dict[str, str]:
+    """As srun or mpirun, with a line of shell, would set it."""
+    meeting = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": PORT}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **meeting, **more}
+
+
+def torchrun_on(host: Host, index: int, count: int, *program: str) -> psutil.Popen:
+    """One rank there, of so many hosts."""
+    launcher = ["--nnodes", str(count), "--nproc_per_node", "1", "--node_rank", str(index)]
+    launcher += ["--master_addr", "10.77.0.1", "--master_port", PORT]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", *launcher, *program]
+    return host.start(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def meet(hosts: list[Host], *, hosts_file: Path | None = None, shares_pids: bool = False, **more: str) -> list[str]:
+    """What a rank on each of the hosts prints."""
+    ranks = [
+        host.start(
+            [sys.executable, "-c", MEETING], hosts_file=hosts_file, shares_pids=shares_pids, stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, text=True, env=environment(rank, len(hosts), **more),
+        )
+        for rank, host in enumerate(hosts)
+    ]  # fmt: skip
+    return [rank.communicate(timeout=180)[0].strip() for rank in ranks]
+
+
+def test_hosts_meet_though_their_names_lead_to_loopback(hosts: list[Host], tmp_path: Path) -> None:
+    """As Debian's installer writes /etc/hosts."""
+    names = tmp_path / "hosts"
+    names.write_text("127.0.0.1 localhost\n127.0.1.1 host1 host2\n")
+    assert meet(hosts[:2], hosts_file=names) == ["gloo ['rank 0', 'rank 1']"] * 2
+
+
+def test_containers_that_share_process_ids_but_no_network_are_hosts(hosts: list[Host]) -> None:
+    assert meet(hosts[:2], shares_pids=True, GLOO_SOCKET_IFNAME="eth0") == ["gloo ['rank 0', 'rank 1']"] * 2
+
+
+@pytest.mark.parametrize(
+    ("interface", "message"),
+    [
+        (
+            "nosuch0",
+            "ValueError rank 0: GLOO_SOCKET_IFNAME=nosuch0: no such interface, or it has no address; there are",
+        ),
+        ("stray0", "cannot connect at 10.78.1.1, 10.78.2.1; open the firewall between them, or set GLOO_SOCKET_IFNAME"),
+    ],
+)
+def test_a_wrong_interface_is_named_on_every_host(hosts: list[Host], interface: str, message: str) -> None:
+    printed = meet(hosts[:2], GLOO_SOCKET_IFNAME=interface)
+    assert all(message in line for line in printed), printed
+
+
+@pytest.mark.parametrize(("count", "size"), [(2, 2), (3, 1)], ids=["one model on two hosts", "three replicas"])
+def test_hosts_share_an_evaluation_and_change_nothing(
+    hosts: list[Host], tiny_checkpoint: Path, tmp_path: Path, count: int, size: int
+) -> None:
+    data = write_cases(tmp_path / "cases.jsonl", 24)
+    arguments = ["--task", "fim", "--data", str(data), "--model_dir", str(tiny_checkpoint), "--max_new_tokens", "6"]
+    alone = run(command_of(PYTHON, *arguments, "--out", str(tmp_path / "alone")))
+    assert alone.returncode == 0, alone.stderr
+    shape = ["-m", "megatron_infer", f"--tensor_parallel_size={size}"]
+    program = command_of(shape, *arguments, "--out", str(tmp_path / "out"))
+    # The first host comes last: the others wait for it.
+    started = [torchrun_on(hosts[i], i, count, *program) for i in reversed(range(count))]
+    for process in started:
+        printed, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, printed
+    for name in ("completions.jsonl", "predictions.jsonl"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "manifest.json").read_text())["attempts"][0]["world_size"] == count
+
+
+def test_a_host_that_vanishes_ends_the_engine(tiny_checkpoint: Path) -> None:
+    """Its network first: nobody hears of its death, and no connection is reset."""
+    with simulated_hosts(2) as hosts:
+        leader, other = (
+            host.start(
+                [sys.executable, "-c", COMPLETING, str(tiny_checkpoint)], env=environment(rank, 2), text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            )
+            for rank, host in enumerate(hosts)
+        )  # fmt: skip
+        assert leader.stdout.readline() == "two pieces\n"
+        hosts[1].unplug()
+        other.kill()
+        printed, _ = leader.communicate("go on\n", timeout=180)
+        other.communicate(timeout=60)
+    assert leader.returncode == 0
+    assert "rank 1 of the tensor-parallel group failed: it did not reach all_reduce within 5 s" in printed
