@@ -47,10 +47,6 @@ class Host:
             **options,
         )  # fmt: skip
 
-    def unplug(self) -> None:
-        """Take its network away; what it had sent is lost."""
-        _ip("-n", self.namespace, "link", "set", self.interface, "down")
-
 
 @contextmanager
 def simulated_hosts(count: int) -> Iterator[list[Host]]:
