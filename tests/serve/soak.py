@@ -141,11 +141,15 @@ class Load:
     def _supersede(self, draw: random.Random, client: httpx.Client) -> None:
         """Keystrokes of one session, each sent before the one before it is answered."""
         prefix, suffix = draw.choice(HOLES)
-        session_id, statuses = f"soak-{draw.random()}", []
+        session_id = f"soak-{draw.random()}"
+        statuses: list[object] = []
 
         def key(count: int) -> None:
             body = {**DIALECTS["llama.cpp"][1](prefix[: len(prefix) - 4 + count], suffix), "session_id": session_id}
-            statuses.append(client.post("/infill", json=body).status_code)
+            try:
+                statuses.append(client.post("/infill", json=body).status_code)
+            except httpx.HTTPError as error:
+                statuses.append(repr(error))
 
         keys = [threading.Thread(target=key, args=(count,)) for count in range(4)]
         for thread in keys:
