@@ -184,7 +184,9 @@ if __name__ == "__main__":
             "megatron_infer.serve": ["*.txt", *PLAYGROUND],
             "megatron_infer.serve.dialects": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
-            "megatron_infer.eval.report": ["*.html"],
+            "megatron_infer.eval.report": ["*.html", "*.json"],
+            "megatron_infer.eval.score": ["*.json"],
+            "megatron_infer.eval.tasks": ["*.json"],
             "megatron_infer.kernels.cpu": ["*.cpp", "*.h"],
             "megatron_infer.demo": ["*.json", "*.md", "*.model", "*.safetensors"],
         },
@@ -198,6 +200,7 @@ if __name__ == "__main__":
             "eval": requirements("requirements-eval.txt"),
             "gguf": ["gguf"],
             "hub": ["huggingface_hub"],
+            "parquet": ["pyarrow"],
             "serve": requirements("requirements-serve.txt"),
         },
     )

@@ -1,6 +1,7 @@
 """What is evaluated: a Case is one hole to fill, a Task says how a benchmark's rows become cases and answers.
 
-Owns the reading of JSONL files and their refusal by line number. Knows no benchmark (tasks/), no engine, no metric.
+Owns the reading of JSONL and Parquet files and their refusal by line number. Knows no benchmark (tasks/), no engine, no
+metric.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Case:
 
     task_id: unique in its file. reference: the text that stood there, where the benchmark tells.
     language: a name that syntax.py knows (python, java, cpp, ...) or "". scenario: the kind of hole, or "".
+    cluster: the problem or file that it shares with other cases, or "": these are not independent observations.
     row: the line it was read from.
     """
 
@@ -35,15 +37,19 @@ class Case:
     language: str = ""
     scenario: str = ""
     row: Row = field(default_factory=dict, repr=False)
+    cluster: str = ""
 
 
 @dataclass(frozen=True)
 class Task:
     """A benchmark: its fields, its prompt, its post-processing and its output format.
 
-    about: where these conventions come from. read: a row to a case; raises KeyError for a missing field, ValueError for
-    a wrong one. options: the prompt's layout. sampling: the published settings.
-    finish: the official post-processing of a completion's text. predict: the row the official scorer reads.
+    about: where these conventions come from. source, licence, files: where the data is, under what licence ("" where
+    none is stated), and SHA-256 of its files by name, as far as known.
+    read: a row to a case; raises KeyError for a missing field, ValueError for a wrong one.
+    options: the prompt's layout. sampling: the published settings.
+    cuts: the published post-processing of a completion's text, by name; the first is the official one.
+    output: the field of the completion in the row that the official scorer reads, and attributes of the case beside it.
     metrics: names in metrics.METRICS. program: the test program around an answer, for pass@k; None where there is none.
     """
 
@@ -52,14 +58,31 @@ class Task:
     read: Callable[[Row], Case]
     options: FimOptions
     sampling: SamplingParams
-    finish: Callable[[Case, str], str]
-    predict: Callable[[Case, str], dict[str, Any]]
+    cuts: Mapping[str, Callable[[Case, str], str]]
     metrics: tuple[str, ...]
+    output: tuple[str, ...] = ("completion",)
     program: Callable[[Case, str], str] | None = None
+    source: str = ""
+    licence: str = ""
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def official_cut(self) -> str:
+        """The name of the official post-processing."""
+        return next(iter(self.cuts))
+
+    def finish(self, case: Case, text: str) -> str:
+        """The official post-processing of a completion's text."""
+        return self.cuts[self.official_cut](case, text)
+
+    def predict(self, case: Case, completion: str) -> dict[str, Any]:
+        """The row that the official scorer reads."""
+        beside = {name: getattr(case, name) for name in self.output[1:]}
+        return {"task_id": case.task_id, self.output[0]: completion, **beside}
 
 
 def read_cases(path: str | Path, task: Task) -> list[Case]:
-    """Every case of a `.jsonl` or `.jsonl.gz` file, in its order.
+    """Every case of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in its order.
 
     Raises:
         ValueError: the file cannot be read; a line is not a JSON object, lacks a field of `task` or repeats a task_id
@@ -87,11 +110,16 @@ def read_cases(path: str | Path, task: Task) -> list[Case]:
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line numbers from 1 and JSON objects of a `.jsonl` or `.jsonl.gz` file; blank lines are passed over.
+    """Line numbers from 1 and JSON objects of a `.jsonl` or `.jsonl.gz` file, or rows of a `.parquet` file.
+
+    Blank lines are passed over.
 
     Raises:
-        ValueError: the file cannot be read, or a line is not a JSON object in UTF-8.
+        ValueError: the file cannot be read, a line is not a JSON object in UTF-8, or pyarrow is not installed.
     """
+    if Path(path).suffix == ".parquet":
+        yield from enumerate(_parquet_rows(Path(path)), start=1)
+        return
     number = 0
     try:
         with _open(Path(path)) as file:
@@ -109,3 +137,16 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _open(path: Path) -> IO[bytes]:
     return gzip.open(path) if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        from pyarrow import parquet
+    except ModuleNotFoundError:
+        raise ValueError("Parquet files need the package 'pyarrow'; pip install 'megatron_infer[parquet]'") from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                yield from batch.to_pylist()
+    except (OSError, ValueError) as error:  # pyarrow's own errors are ValueErrors
+        raise ValueError(f"cannot read {path}: {error}") from None

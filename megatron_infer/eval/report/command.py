@@ -24,6 +24,7 @@ from megatron_infer.eval.cases import Case
 from megatron_infer.eval.files import replacing
 from megatron_infer.eval.report import plots
 from megatron_infer.eval.report.side_by_side import MAX_CASES, CaseView, outcome_column, view, visible
+from megatron_infer.eval.run.records import differences
 from megatron_infer.eval.score.results import Run, Scores, is_error, read_run, read_run_cases, read_scores, task_of
 from megatron_infer.eval.score.statistics import Comparison, compare
 from megatron_infer.eval.score.tables import GROUPINGS, headline, shown, values_by_case
@@ -137,7 +138,7 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
         max_listed=_MAX_LISTED,
         other=other[0] if other else None,
         other_model=Path(other[0].manifest["model_dir"]).name if other else "",
-        differences=_differences(run, other[0]) if other else [],
+        differences=list(differences(other[0].fingerprint, run.fingerprint)) if other else [],
         comparisons=comparisons,
         changed=_changed_cases(scores, other[1]) if other else {},
         cases=list(_views(scores, cases, other[1] if other else None)),
@@ -209,24 +210,6 @@ def _changed_cases(scores: Scores, other: Scores) -> dict[str, list[str]]:
         "won": [task_id for task_id in shared if ours[task_id] > theirs[task_id]],
         "lost": [task_id for task_id in shared if ours[task_id] < theirs[task_id]],
     }
-
-
-def _differences(run: Run, other: Run) -> list[tuple[str, str, str]]:
-    """Where the fingerprints differ: name, this run's value, the other's."""
-    ours, theirs = dict(_leaves(run.fingerprint)), dict(_leaves(other.fingerprint))
-    return [
-        (name, ours.get(name, "-"), theirs.get(name, "-"))
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
-def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _leaves(item, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", str(item)
 
 
 # ---- figures and cases ----------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ Owns what a figure looks like. The same numbers give the same bytes. Knows no ru
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -21,27 +23,8 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 _INK, _GRID, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404"
 _PAGE_COLORS = {_INK: "currentColor", _GRID: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
-    "text.parse_math": False,  # a $ in a label is a $
-    "font.size": 9.0,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GRID,
-    "axes.facecolor": "none",
-    "axes.titlesize": 9.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "figure.facecolor": "none",
-}
+_STYLE: dict[Any, Any] = json.loads(Path(__file__).with_name("plots.json").read_text(encoding="utf-8"))
+"""Text stays text, so that it can be searched, selected and read aloud; a $ in a label is a $."""
 _WIDTH_INCHES = 9.6
 _ROW_INCHES = 0.26
 _IDS = re.compile(r'(\bid="|url\(#|href="#)')

@@ -123,11 +123,11 @@ class RunDirectory:
 
     def check(self, known: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
         """Refuse to go on with other parameters (ValueError that lists the differences)."""
-        differences = list(_differences(known["fingerprint"], fingerprint))
-        if differences:
+        found = differences(known["fingerprint"], fingerprint)
+        if changes := "; ".join(f"{name}: was {was!r}, now {now!r}" for name, was, now in found):
             raise ValueError(
-                f"{self.path} holds a run with other parameters, and a run is never continued with others. "
-                f"{'; '.join(differences)}. Repeat the old parameters or choose another --out"
+                f"{self.path} holds a run with other parameters, and a run is never continued with others. {changes}. "
+                "Repeat the old parameters or choose another --out"
             )
 
     def begin(self, manifest: Mapping[str, Any], attempt: Mapping[str, Any]) -> int:
@@ -285,10 +285,11 @@ def _rows(state: State, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
             yield json.loads(files[place.part].readline())
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two fingerprints differ: a setting's path, its old and its new value, None where there is none."""
     for name in sorted({*old, *new}):
         was, now = old.get(name), new.get(name)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from _differences(was, now, f"{path}{name}.")
+            yield from differences(was, now, f"{path}{name}.")
         elif was != now:
-            yield f"{path}{name}: was {was!r}, now {now!r}"
+            yield f"{path}{name}", was, now

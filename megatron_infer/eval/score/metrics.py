@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
 import math
 import re
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
@@ -120,20 +124,14 @@ def _arguments(call: ast.Call) -> tuple[list[str], dict[str | None, str]]:
 
 
 def _crosscodeeval(case: Case, prediction: str) -> dict[str, float] | None:
-    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
-        return None
     statement = postprocess.crosscodeeval_statement(case.language, case.prompt.prefix, prediction)
-    predicted = postprocess.remove_line_comments(statement, case.language)
-    expected = postprocess.remove_line_comments(case.reference, case.language)
-    return _crosscodeeval_values("crosscodeeval", predicted, expected, case.language)
+    values = partial(_crosscodeeval_values, "crosscodeeval")
+    return _without_comments(case, statement, postprocess.remove_line_comments, values)
 
 
 def _crosscodeeval_bug_compatible(case: Case, prediction: str) -> dict[str, float] | None:
-    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
-        return None
-    predicted = postprocess.remove_line_comments_bug_compatible(prediction)
-    expected = postprocess.remove_line_comments_bug_compatible(case.reference)
-    return _crosscodeeval_values("crosscodeeval_bug_compatible", predicted, expected, case.language)
+    values = partial(_crosscodeeval_values, "crosscodeeval_bug_compatible")
+    return _without_comments(case, prediction, postprocess.remove_line_comments_bug_compatible, values)
 
 
 def _crosscodeeval_values(name: str, predicted: str, expected: str, language: str) -> dict[str, float]:
@@ -147,11 +145,16 @@ def _crosscodeeval_values(name: str, predicted: str, expected: str, language: st
 
 
 def _identifier_match(case: Case, prediction: str) -> dict[str, float] | None:
+    return _without_comments(case, prediction, postprocess.remove_line_comments, _identifier_scores)
+
+
+def _without_comments(
+    case: Case, prediction: str, remove: Callable[[str, str], str], judge: Callable[[str, str, str], dict[str, float]]
+) -> dict[str, float] | None:
+    """`judge` of prediction and reference without comments; None where the keywords of the language are not known."""
     if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
         return None
-    predicted = postprocess.remove_line_comments(prediction, case.language)
-    expected = postprocess.remove_line_comments(case.reference, case.language)
-    return _identifier_scores(predicted, expected, case.language)
+    return judge(remove(prediction, case.language), remove(case.reference, case.language), case.language)
 
 
 def _identifier_scores(predicted: str, expected: str, language: str) -> dict[str, float]:
@@ -169,128 +172,59 @@ def _length(case: Case, prediction: str) -> dict[str, float] | None:
     }
 
 
-def _length_ratio(case: Case, prediction: str) -> dict[str, float] | None:
-    if not case.reference:
-        return None
-    return {"length_ratio": len(prediction.strip()) / len(case.reference)}
+def _length_ratio(case: Case, prediction: str) -> float | None:
+    return len(prediction.strip()) / len(case.reference) if case.reference else None
 
 
-def _of_texts(name: str, about: str, function: Callable[[str, str], float | bool], full: float = 1.0) -> Metric:
-    """A metric of one value of its own name, from the prediction and the reference alone."""
-
-    def judge(case: Case, prediction: str) -> dict[str, float] | None:
-        return None if case.reference is None else {name: float(function(prediction, case.reference))}
-
-    return Metric(name, about, {name: full}, judge)
+def _of_texts(function: Callable[[str, str], float | bool]) -> Callable[[Case, str], float | None]:
+    """A metric of one value, from the prediction and the reference alone."""
+    return lambda case, prediction: None if case.reference is None else float(function(prediction, case.reference))
 
 
-def _of_code(name: str, about: str, function: Callable[[str, str, str], float | bool | None]) -> Metric:
-    """A metric of one value of its own name, from the prediction, the reference and the language."""
+def _of_code(function: Callable[[str, str, str], float | bool | None]) -> Callable[[Case, str], float | None]:
+    """A metric of one value, from the prediction, the reference and the language."""
 
-    def judge(case: Case, prediction: str) -> dict[str, float] | None:
+    def judge(case: Case, prediction: str) -> float | None:
         value = None if case.reference is None else function(prediction, case.reference, case.language)
-        return None if value is None else {name: float(value)}
+        return None if value is None else float(value)
 
-    return Metric(name, about, {name: 1.0}, judge)
-
-
-def _crosscodeeval_metric(name: str, about: str, function: Callable[[Case, str], dict[str, float] | None]) -> Metric:
-    fractions = ("exact_match", *_IDENTIFIER_VALUES)
-    values = {f"{name}_edit_similarity_difflib": 100.0} | {f"{name}_{value}": 1.0 for value in fractions}
-    return Metric(name, about, values, function)
+    return judge
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        _of_texts(
-            "exact_match",
-            "1 if prediction and reference are equal, both stripped (FIM-Eval run_evaluate.py; SantaCoder FIM in "
-            "bigcode-evaluation-harness, santacoder_fim.py)",
-            lambda prediction, reference: prediction.strip() == reference.strip(),
-        ),
-        _of_texts(
-            "exact_match_verbatim",
-            "1 if prediction and reference are equal to the character; SAFIM counts that as passed without running it "
-            "(evaluate.py)",
-            lambda prediction, reference: prediction == reference,
-        ),
-        _of_texts(
-            "exact_match_no_whitespace",
-            "1 if prediction and reference are equal without any whitespace; SAFIM's API completion outside Python",
-            lambda prediction, reference: _SPACE.sub("", prediction) == _SPACE.sub("", reference),
-        ),
-        _of_code(
-            "safim_syntax_match",
-            "SAFIM's API completion: equal without whitespace; in Python, equal calls, keyword arguments in any order",
-            safim_syntax_match,
-        ),
-        _of_code(
-            "safim_syntax_match_bug_compatible",
-            "SAFIM's API completion as its evaluate.py computes it: of Python calls, only the arguments are compared",
-            safim_syntax_match_bug_compatible,
-        ),
-        _of_texts(
-            "edit_similarity_difflib",
-            "fuzz.ratio of pure-Python fuzzywuzzy, 0 to 100, rounded: difflib's matching blocks (CrossCodeEval)",
-            edit_similarity_difflib,
-            100.0,
-        ),
-        _of_texts(
-            "edit_similarity_indel",
-            "fuzz.ratio of rapidfuzz and thefuzz, 0 to 100, not rounded: insertions and deletions",
-            edit_similarity_indel,
-            100.0,
-        ),
-        _of_texts(
-            "edit_similarity_levenshtein",
-            "100 * (1 - Levenshtein distance / length of the longer text): RepoEval's formula",
-            edit_similarity_levenshtein,
-            100.0,
-        ),
-        _of_texts(
-            "bleu_4",
-            "sentence BLEU without smoothing, tokens as mteval-v13a, order min(4, reference tokens); 1 for equal "
-            "texts, 0 if one is empty (FIM-Eval)",
-            bleu.bleu_4,
-        ),
-        _of_code(
-            "codebleu",
-            "CodeBLEU of the codebleu package, a quarter each, tokens as mteval-v13a, a data flow of 0 counts as 1 "
-            "(FIM-Eval)",
-            bleu.codebleu,
-        ),
-        Metric(
-            "identifier_match",
-            "identifiers outside line comments: equal lists; precision, recall and F1 of the sets (CrossCodeEval's "
-            "definition, of the whole prediction)",
-            dict.fromkeys(_IDENTIFIER_VALUES, 1.0),
-            _identifier_match,
-        ),
-        _crosscodeeval_metric(
-            "crosscodeeval",
-            "CrossCodeEval's scores as they are meant: of the first statement, without the language's line comments; "
-            "equal lists of stripped lines that are not empty, difflib's edit similarity, identifier match",
-            _crosscodeeval,
-        ),
-        _crosscodeeval_metric(
-            "crosscodeeval_bug_compatible",
-            "CrossCodeEval's scores as its eval_metric.py computes them: text is cut from any # or // on in every "
-            "language and inside strings; outside Python, a completion that begins with ; { or } is judged whole",
-            _crosscodeeval_bug_compatible,
-        ),
-        Metric(
-            "length",
-            "characters of the stripped prediction and of the reference; FIM-Eval prints the means of both",
-            {"prediction_characters": None, "reference_characters": None},
-            _length,
-        ),
-        Metric(
-            "length_ratio",
-            "characters of the stripped prediction over characters of the reference; none for an empty reference",
-            {"length_ratio": None},
-            _length_ratio,
-        ),
-    )
+_SINGLE: dict[str, Callable[[Case, str], float | None]] = {
+    "exact_match": _of_texts(lambda prediction, reference: prediction.strip() == reference.strip()),
+    "exact_match_verbatim": _of_texts(lambda prediction, reference: prediction == reference),
+    "exact_match_no_whitespace": _of_texts(lambda a, b: _SPACE.sub("", a) == _SPACE.sub("", b)),
+    "safim_syntax_match": _of_code(safim_syntax_match),
+    "safim_syntax_match_bug_compatible": _of_code(safim_syntax_match_bug_compatible),
+    "edit_similarity_difflib": _of_texts(edit_similarity_difflib),
+    "edit_similarity_indel": _of_texts(edit_similarity_indel),
+    "edit_similarity_levenshtein": _of_texts(edit_similarity_levenshtein),
+    "bleu_4": _of_texts(bleu.bleu_4),
+    "codebleu": _of_code(bleu.codebleu),
+    "length_ratio": _length_ratio,
 }
-"""Every metric by its name."""
+"""Metrics of one value, which has the metric's own name."""
+_SEVERAL = {
+    "identifier_match": _identifier_match,
+    "crosscodeeval": _crosscodeeval,
+    "crosscodeeval_bug_compatible": _crosscodeeval_bug_compatible,
+    "length": _length,
+}
+
+
+def _function(name: str) -> Callable[[Case, str], dict[str, float] | None]:
+    if name in _SEVERAL:
+        return _SEVERAL[name]
+
+    def judge(case: Case, prediction: str) -> dict[str, float] | None:
+        value = _SINGLE[name](case, prediction)
+        return None if value is None else {name: value}
+
+    return judge
+
+
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))
+
+METRICS: dict[str, Metric] = {name: Metric(name, function=_function(name), **entry) for name, entry in _DATA.items()}
+"""Every metric by its name; metrics.json has their definitions in words, and the value of a perfect prediction."""
