@@ -260,12 +260,12 @@ def test_identifiers_are_words_outside_strings_that_are_no_keywords() -> None:
 @given(st.lists(st.sampled_from("abc"), max_size=5), st.lists(st.sampled_from("abcd"), max_size=5))
 def test_identifier_match_is_list_equality_and_the_f1_of_sets(predicted: list[str], expected: list[str]) -> None:
     match = match_identifiers(predicted, expected)
-    assert match.exact == (predicted == expected)
+    assert match["identifier_exact_match"] == (predicted == expected)
     true = len([name for name in set(predicted) if name in expected])
     false, missed = len(set(predicted)) - true, len(set(expected)) - true
-    assert match.precision == (true / (true + false) if predicted else 0)
-    assert match.recall == (true / (true + missed) if expected else 0)
-    assert match.f1 == (2 * true / (2 * true + false + missed) if predicted or expected else 0)
+    assert match["identifier_precision"] == (true / (true + false) if predicted else 0)
+    assert match["identifier_recall"] == (true / (true + missed) if expected else 0)
+    assert match["identifier_f1"] == (2 * true / (2 * true + false + missed) if predicted or expected else 0)
 
 
 def crosscodeeval_by_hand(prediction: str, reference: str, language: str) -> dict[str, float]:
@@ -278,10 +278,10 @@ def crosscodeeval_by_hand(prediction: str, reference: str, language: str) -> dic
     scores = {
         "exact_match": float(lines[0] == lines[1]),
         "edit_similarity_difflib": float(ratio),
-        "identifier_exact_match": match.exact,
-        "identifier_precision": match.precision,
-        "identifier_recall": match.recall,
-        "identifier_f1": match.f1,
+        "identifier_exact_match": match["identifier_exact_match"],
+        "identifier_precision": match["identifier_precision"],
+        "identifier_recall": match["identifier_recall"],
+        "identifier_f1": match["identifier_f1"],
     }
     return {f"crosscodeeval_bug_compatible_{name}": value for name, value in scores.items()}
 

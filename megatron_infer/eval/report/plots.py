@@ -34,12 +34,12 @@ _STYLE_SHEET = re.compile(r"<style.*?</style>", re.DOTALL)  # inside a page it w
 
 @dataclass(frozen=True)
 class Estimate:
-    """A labelled value with its interval, all in one unit."""
+    """A labelled value with its interval, if it has one, all in one unit."""
 
     label: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -57,18 +57,14 @@ def interval_plot(name: str, about: str, panels: Sequence[Panel], *, is_differen
     """
     labels = list(dict.fromkeys(estimate.label for panel in panels for estimate in panel.estimates))
     places = {label: -i for i, label in enumerate(labels)}
-    with _figure(name, 0.75 + _ROW_INCHES * len(labels)) as (figure, svg):
+    with _figure(name, 0.95 + _ROW_INCHES * len(labels)) as (figure, svg):
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             heights = [places[estimate.label] for estimate in panel.estimates]
             means = [estimate.mean for estimate in panel.estimates]
-            axis.hlines(
-                heights,
-                [e.low for e in panel.estimates],
-                [e.high for e in panel.estimates],
-                color=_FIRST,
-                linewidth=1.6,
-            )
+            for height, estimate in zip(heights, panel.estimates, strict=True):
+                if estimate.low is not None and estimate.high is not None:
+                    axis.hlines(height, estimate.low, estimate.high, color=_FIRST, linewidth=1.6)
             axis.plot(means, heights, "o", color=_FIRST, markersize=4.5)
             axis.set_title(panel.title)
             axis.grid(axis="x")
@@ -77,14 +73,15 @@ def interval_plot(name: str, about: str, panels: Sequence[Panel], *, is_differen
             if is_difference:
                 axis.axvline(0.0, color=_INK, linewidth=0.8)
             else:
-                axis.set_xlim(-2.0, max(102.0, *(estimate.high for estimate in panel.estimates)))
+                axis.set_xlim(-2.0, max(102.0, *(estimate.high or estimate.mean for estimate in panel.estimates)))
+            axis.set_xlabel("percentage points" if is_difference else "percent")
         axes[0].set_yticks(list(places.values()), labels)
         axes[0].set_ylim(-len(labels) + 0.4, 0.6)
     return _page_svg(svg[0], name, about)
 
 
 def distribution_plot(name: str, about: str, series: Sequence[tuple[str, Sequence[float]]], unit: str) -> str:
-    """Shares of values up to a value, one panel per series, on a logarithmic axis, with median and 95th percentile."""
+    """Shares of values up to a value, one panel per series, with median and 95th percentile."""
     with _figure(name, 2.6) as (figure, svg):
         for axis, (title, values) in zip(figure.subplots(1, len(series), squeeze=False)[0], series, strict=True):
             ordered = sorted(max(value, 1e-6) for value in values)
@@ -96,19 +93,17 @@ def distribution_plot(name: str, about: str, series: Sequence[tuple[str, Sequenc
             axis.set_xlabel(unit)
             axis.set_ylabel("% of completions")
             axis.set_ylim(0, 101)
-            _logarithmic(axis)
+            _scale(axis)
     return _page_svg(svg[0], name, about)
 
 
-def _logarithmic(axis: Axes) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def _scale(axis: Axes) -> None:
+    """A logarithmic axis for more than a decade; within one it would have next to no numbers."""
     low, high = axis.get_xlim()
-    if high / low < 30:
-        # Within one or two decades, the decades alone would leave the axis almost without numbers.
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
-    else:
+    if low > 0 and high / low > 10:
+        axis.set_xscale("log")
         axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.grid()
 
 

@@ -37,7 +37,7 @@ from megatron_infer.commands.options import (
 from megatron_infer.config import EngineConfig
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
-from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory
+from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory, run_on_warning
 from megatron_infer.eval.run.replica import Progress, Replica, Settings
 from megatron_infer.eval.run.work_queue import WorkQueue
 from megatron_infer.eval.tasks import registry as tasks
@@ -46,15 +46,6 @@ from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.text.fim import FimOptions
 from megatron_infer.world import World
 
-_FIELDS = {
-    "id_field": "unique text or number of a case (default: task_id, else a hash of the prompt)",
-    "prefix_field": "code before the hole (default: prefix)",
-    "suffix_field": "code after it (default: suffix)",
-    "path_field": "path told to the model (default: path, if there)",
-    "reference_field": "what stood in the hole (default: reference, if there)",
-    "language_field": "language (default: language, else by the path)",
-    "scenario_field": "kind of hole (default: scenario, if there)",
-}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -71,7 +62,7 @@ def _job(args: argparse.Namespace, world: World) -> Job:
         raise ValueError(f"--limit must be at least 1, got {args.limit}")
     if args.source_tree and args.task != "fim":
         raise ValueError(f"--source_tree goes with --task fim; {args.task!r} brings its own context, or has none")
-    fields = {name: value for name in _FIELDS if (value := getattr(args, name)) is not None}
+    fields = {name: value for name in tasks.FIELDS if (value := getattr(args, name)) is not None}
     if fields and args.task != "fim":
         raise ValueError(f"--{next(iter(fields))} goes with --task fim; the fields of {args.task!r} are its own")
     task = tasks.generic_task(**fields) if fields else tasks.task(args.task)
@@ -177,8 +168,11 @@ def _finish(job: Job, cases: Sequence[Case], counts: Mapping[str, int], seconds:
     say(
         f"{counts['completions']} completions in {seconds:.1f} s: {counts['completions'] / seconds:.2f} cases/s, "
         f"{counts['new_tokens'] / seconds:.0f} tokens/s, {cached:.0%} of prompt tokens from the prefix cache; "
-        f"{success['num_errors']} errors, {success['num_quarantined']} of them given up"
+        f"{success['num_errors']} errors, {success['num_quarantined']} of them given up; ended by "
+        + ", ".join(f"{reason}: {count}" for reason, count in success["num_by_finish_reason"].items())
     )
+    if warning := run_on_warning(success["num_by_finish_reason"]):
+        say(warning)
     _show(job, success)
 
 
@@ -255,7 +249,7 @@ def _parser(world: World) -> Parser:
     )
     add_option(what, "limit", type=int, help="only the first so many cases")
     names = parser.add_argument_group("names of the data's fields, for --task fim")
-    for name, text in _FIELDS.items():
+    for name, text in tasks.FIELDS.items():
         add_option(names, name, help=text)
     model = add_model_options(parser)
     add_option(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")

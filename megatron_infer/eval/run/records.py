@@ -36,6 +36,9 @@ LONE_CRASHES = 3
 GIVEN_UP = f"given up: {LONE_CRASHES} times the process died while it computed this prompt and no other"
 """The error of such a key."""
 
+RUN_ON_SHARE = 0.2
+"""So many completions that were cut at max_new_tokens say more about the cut than about the model."""
+
 Key = tuple[str, int]
 """task_id and sample_idx: what is done once, whichever process does it."""
 
@@ -175,18 +178,19 @@ class RunDirectory:
                 f"{len(missing)} of {len(keys)} completions are not in {self.path} (first: {missing[0]}); all replicas "
                 "must write to one directory, on a disk that all hosts share"
             )
-        num_errors = num_given_up = 0
+        num_given_up, reasons = 0, Counter[str]()
         with ExitStack() as stack:
             outputs = [stack.enter_context(replacing(self.path / name)) for name in (COMPLETIONS, TIMINGS, PREDICTIONS)]
             for key, row in zip(keys, _rows(state, keys), strict=True):
-                num_errors += row["done"]["finish_reason"] == "error"
+                reasons[row["done"]["finish_reason"]] += 1
                 num_given_up += row["done"]["error"] == GIVEN_UP
                 for output, value in zip(outputs, (row["done"], row["timing"], predict(key, row["done"])), strict=True):
                     output.write(to_line(value))
         success = {
             "num_cases": len({task_id for task_id, _ in keys}),
             "num_completions": len(keys),
-            "num_errors": num_errors,
+            "num_errors": reasons["error"],
+            "num_by_finish_reason": dict(sorted(reasons.items())),
             "num_quarantined": num_given_up,
             "seconds": seconds,
             "sha256": {name: sha256_of(self.path / name) for name in (COMPLETIONS, TIMINGS, PREDICTIONS)},
@@ -230,6 +234,18 @@ class AttemptLog:
 def key_of(row: Mapping[str, Any]) -> Key:
     """The key that a row of any of the final files names."""
     return row["task_id"], row["sample_idx"]
+
+
+def run_on_warning(num_by_finish_reason: Mapping[str, int]) -> str | None:
+    """What to tell the user where too many completions ended at max_new_tokens; None where they did not."""
+    count, total = num_by_finish_reason.get("length", 0), sum(num_by_finish_reason.values())
+    if count <= RUN_ON_SHARE * total:
+        return None
+    return (
+        f"warning: {count} of {total} completions ended at max_new_tokens: the model ran on past the hole, or had too "
+        "little room. eval score --truncate raw,line,suffix,ending,official compares where to cut; eval run --ending "
+        "auto ends answers while they are written"
+    )
 
 
 def _lock(descriptor: int) -> bool:

@@ -168,6 +168,8 @@ class Replica:
             {
                 **name,
                 "text": completion.text,
+                **({} if completion.raw_text is None else {"raw_text": completion.raw_text}),
+                **({} if completion.trimmed_by is None else {"trimmed_by": completion.trimmed_by}),
                 "token_ids": completion.token_ids,
                 "finish_reason": completion.finish_reason,
                 "num_prompt_tokens": len(prompt_ids),

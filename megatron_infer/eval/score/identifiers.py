@@ -8,7 +8,6 @@ from __future__ import annotations
 import keyword
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 _STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"' + r"|'[^'\\]*(?:\\.[^'\\]*)*'")
 _WORD = re.compile(r"\w+")
@@ -37,20 +36,6 @@ IDENTIFIER_LANGUAGES = tuple(_KEYWORDS)
 """Languages whose keywords are known."""
 
 
-@dataclass(frozen=True)
-class IdentifierMatch:
-    """How far predicted identifiers agree with the expected ones, each in [0, 1].
-
-    exact: 1 if both lists are equal, order and repetitions included. precision, recall, f1: over the sets; 0 where
-    the divisor is 0.
-    """
-
-    exact: float
-    precision: float
-    recall: float
-    f1: float
-
-
 def identifiers(code: str, language: str) -> list[str]:
     """Words outside string literals that begin as an identifier and are no keyword, in order, repeated if repeated.
 
@@ -60,13 +45,17 @@ def identifiers(code: str, language: str) -> list[str]:
     return [word for word in words if _FIRST.match(word) and word not in _KEYWORDS[language]]
 
 
-def match_identifiers(predicted: Sequence[str], expected: Sequence[str]) -> IdentifierMatch:
-    """CrossCodeEval's identifier match (eval_metric.py)."""
+def match_identifiers(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """How far predicted identifiers agree with the expected ones, each value in [0, 1].
+
+    identifier_exact_match: 1 if both lists are equal, order and repetitions included. The rest is over the sets, and 0
+    where the divisor is 0. Source: CrossCodeEval, eval_metric.py.
+    """
     found, wanted = set(predicted), set(expected)
     common = len(found & wanted)
-    return IdentifierMatch(
-        exact=float(list(predicted) == list(expected)),
-        precision=common / len(found) if found else 0.0,
-        recall=common / len(wanted) if wanted else 0.0,
-        f1=2 * common / (len(found) + len(wanted)) if found or wanted else 0.0,
-    )
+    return {
+        "identifier_exact_match": float(list(predicted) == list(expected)),
+        "identifier_precision": common / len(found) if found else 0.0,
+        "identifier_recall": common / len(wanted) if wanted else 0.0,
+        "identifier_f1": 2 * common / (len(found) + len(wanted)) if found or wanted else 0.0,
+    }

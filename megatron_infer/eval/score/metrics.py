@@ -27,7 +27,6 @@ from megatron_infer.eval.score.identifiers import IDENTIFIER_LANGUAGES, identifi
 from megatron_infer.eval.tasks import postprocess
 
 _SPACE = re.compile(r"\s+")
-_IDENTIFIER_VALUES = ("identifier_exact_match", "identifier_precision", "identifier_recall", "identifier_f1")
 
 
 @dataclass(frozen=True)
@@ -158,18 +157,13 @@ def _without_comments(
 
 
 def _identifier_scores(predicted: str, expected: str, language: str) -> dict[str, float]:
-    match = match_identifiers(identifiers(predicted, language), identifiers(expected, language))
-    scores = (match.exact, match.precision, match.recall, match.f1)
-    return dict(zip(_IDENTIFIER_VALUES, scores, strict=True))
+    return match_identifiers(identifiers(predicted, language), identifiers(expected, language))
 
 
 def _length(case: Case, prediction: str) -> dict[str, float] | None:
     if case.reference is None:
         return None
-    return {
-        "prediction_characters": float(len(prediction.strip())),
-        "reference_characters": float(len(case.reference)),
-    }
+    return {"prediction_characters": float(len(prediction.strip())), "reference_characters": float(len(case.reference))}
 
 
 def _length_ratio(case: Case, prediction: str) -> float | None:

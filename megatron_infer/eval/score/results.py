@@ -23,10 +23,11 @@ from megatron_infer.eval.run.records import (
     key_of,
 )
 from megatron_infer.eval.tasks import registry as tasks
+from megatron_infer.eval.tasks.fields import content_id
 from megatron_infer.files import sha256_of
 
 SCORES, TABLES = "scores.jsonl", "scores.json"
-SCORES_FORMAT, SCORES_FORMAT_VERSION = "megatron_infer-eval-scores", 1
+SCORES_FORMAT, SCORES_FORMAT_VERSION = "megatron_infer-eval-scores", 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `eval score` wrote. rows: of scores.jsonl. tables: scores.json."""
+    """What `eval score` wrote. rows: of scores.jsonl, those of the first truncation. tables: scores.json."""
 
     rows: list[dict[str, Any]]
     tables: dict[str, Any]
@@ -101,7 +102,10 @@ def read_run_cases(run: Run, task: Task, data: str | None = None) -> dict[str, C
             f"{path} is not the data that {run.directory} completed (its sha256 differs from {MANIFEST}'s); give the "
             "original file with --data"
         )
-    cases = {case.task_id: case for case in read_cases(path, task)}
+    found = read_cases(path, task)
+    # Some runs have names for their cases that are older than the data's own.
+    cases = {f"{case.language}/{content_id(case.prompt)}": case for case in found}
+    cases |= {case.task_id: case for case in found}
     missing = [task_id for row in run.completions if (task_id := row["task_id"]) not in cases]
     if missing:
         raise ValueError(f"{path} has no case {missing[0]!r}, which {run.directory / COMPLETIONS} completes")
@@ -118,7 +122,8 @@ def read_scores(run: Run) -> Scores:
     if found != (SCORES_FORMAT, SCORES_FORMAT_VERSION):
         raise ValueError(f"{run.directory / TABLES} was not written by this version of eval score; {remedy}")
     _check_hash(run.directory, SCORES, tables, remedy)
-    rows = [row for _, row in read_rows(run.directory / SCORES)]
+    first = next(iter(tables["truncations"]))
+    rows = [row for _, row in read_rows(run.directory / SCORES) if row["truncation"] == first]
     if tables["completions_sha256"] != run.completions_sha256 or [key_of(row) for row in rows] != [
         key_of(row) for row in run.completions
     ]:

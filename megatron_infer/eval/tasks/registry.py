@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from megatron_infer.eval import syntax
@@ -24,6 +25,8 @@ from megatron_infer.text.fim import FimOptions, FimPrompt, load_preset
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))
 CUTS_ABOUT: dict[str, str] = _DATA["cuts"]
 """What each published cut does, and where it was published."""
+FIELDS: dict[str, str] = _DATA["fields"]
+"""Options that name the fields of the task `fim`, and what these hold."""
 
 _SAFIM_PLACEHOLDERS = {"python": "# TODO: Your code here"} | dict.fromkeys(
     ("java", "cpp", "csharp"), "/* TODO: Your code here */"
@@ -39,45 +42,38 @@ def task(name: str) -> Task:
 
 
 def generic_task(**fields: str) -> Task:
-    """The task `fim` over rows with other names of fields; see _read_fim."""
-    return _make("fim", "", lambda kind, row: _read_fim(kind, row, **fields))
+    """The task `fim` over rows with other names for some of FIELDS."""
+    return _make("fim", "", lambda kind, row: _read_fim(kind, row, fields))
 
 
 # ---- rows to cases: kind is what a task's name adds to that of its benchmark ----------------------------------------
 
 
-def _read_fim(
-    kind: str,
-    row: Row,
-    *,
-    prefix_field: str = "prefix",
-    suffix_field: str = "suffix",
-    path_field: str | None = None,
-    id_field: str | None = None,
-    reference_field: str | None = None,
-    language_field: str | None = None,
-    scenario_field: str | None = None,
-) -> Case:
-    """A row with a prefix, a suffix and any field names.
+def _read_fim(kind: str, row: Row, fields: Mapping[str, str] = MappingProxyType({})) -> Case:
+    """A row with a prefix, a suffix and any field names: `fields` has those of FIELDS that are not the usual ones.
 
-    A field that is named here must be there. One left None is read as path, task_id, reference, language or scenario
-    where a row has that; then the language falls back on the path's extension, and the id on a hash of path, prefix and
-    suffix: it stays the same when lines are added, dropped or reordered, which a line number would not.
+    A field that is named there must be in the row. Without a language, the path's extension tells it. The id falls back
+    on a hash of path, prefix and suffix: it stays the same when lines are added, dropped or reordered, which a line
+    number would not.
     """
+
+    def optional(name: str) -> str | None:
+        return optional_text_of(row, fields.get(f"{name}_field"), name)
+
     prompt = FimPrompt(
-        prefix=text_of(row, prefix_field),
-        suffix=text_of(row, suffix_field),
-        path=optional_text_of(row, path_field, "path") or "",
-        repository=optional_text_of(row, None, "repository") or "",
+        prefix=text_of(row, fields.get("prefix_field", "prefix")),
+        suffix=text_of(row, fields.get("suffix_field", "suffix")),
+        path=optional("path") or "",
+        repository=optional("repository") or "",
     )
-    language = optional_text_of(row, language_field, "language") or syntax.language_of(prompt.path)
-    has_id = id_field is not None or "task_id" in row
+    id_field = fields.get("id_field", "task_id")
+    has_id = "id_field" in fields or "task_id" in row
     return Case(
-        task_id=id_of(row, id_field or "task_id") if has_id else content_id(prompt),
+        task_id=id_of(row, id_field) if has_id else content_id(prompt),
         prompt=prompt,
-        reference=optional_text_of(row, reference_field, "reference"),
-        language=language_named(language),
-        scenario=optional_text_of(row, scenario_field, "scenario") or "",
+        reference=optional("reference"),
+        language=language_named(optional("language") or syntax.language_of(prompt.path)),
+        scenario=optional("scenario") or "",
         row=row,
         cluster=f"{prompt.repository}/{prompt.path}" if prompt.path else "",
     )
