@@ -12,13 +12,14 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.text.fim import FimOptions, FimPrompt
 
 Row = Mapping[str, Any]
 """One line of a benchmark file."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,31 @@ def read_cases(path: str | Path, task: Task) -> list[Case]:
     """
     cases: list[Case] = []
     lines: dict[str, int] = {}
-    for number, row in read_rows(path):
-        where = f"{path}, line {number}"
-        try:
-            case = task.read(row)
-        except KeyError as error:
-            raise ValueError(
-                f"{where}: no field {error.args[0]!r}, which task {task.name!r} reads; the line has {', '.join(row)}"
-            ) from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+    for number, case in read_as(path, task.read, f"task {task.name!r}"):
         if case.task_id in lines:
-            raise ValueError(f"{where}: task_id {case.task_id!r} stands in line {lines[case.task_id]} already")
+            raise ValueError(
+                f"{path}, line {number}: task_id {case.task_id!r} stands in line {lines[case.task_id]} already"
+            )
         lines[case.task_id] = number
         cases.append(case)
     if not cases:
         raise ValueError(f"{path} holds no case")
     return cases
+
+
+def read_as(path: str | Path, read: Callable[[Row], T], reader: str) -> Iterator[tuple[int, T]]:
+    """Line numbers and what `read` makes of the rows; ValueError, naming the line, for what it refuses."""
+    for number, row in read_rows(path):
+        try:
+            value = read(row)
+        except KeyError as error:
+            raise ValueError(
+                f"{path}, line {number}: no field {error.args[0]!r}, which {reader} reads; the line has "
+                + ", ".join(row)
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+        yield number, value
 
 
 def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -1,4 +1,4 @@
-"""Syntax trees: a tree-sitter parser per language, languages by file extension, offsets between bytes and characters.
+"""Syntax trees: a tree-sitter parser per language, languages by file extension.
 
 Owns the names of the languages that the rest of eval speaks of. Knows no benchmark and no scenario.
 """
@@ -56,15 +56,5 @@ def encode(text: str) -> bytes:
 
 
 def parse(language: str, text: str) -> Tree:
-    """The syntax tree of a text. Its offsets count bytes of `encode(text)`; see `char_offset`."""
+    """The syntax tree of a text. Its offsets count bytes of `encode(text)`."""
     return parser(language).parse(encode(text))
-
-
-def parses(language: str, text: str) -> bool:
-    """Whether a text has a tree without ERROR and MISSING nodes."""
-    return not parse(language, text).root_node.has_error
-
-
-def char_offset(source: bytes, byte_offset: int) -> int:
-    """The character at a tree's byte offset, as an index into the text that `source` encodes."""
-    return byte_offset if source.isascii() else len(source[:byte_offset].decode("utf-8"))

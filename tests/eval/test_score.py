@@ -127,8 +127,8 @@ def change_line(path: Path) -> None:
         (lambda run: (run / "completions.jsonl").unlink(), "is missing"),
         (lambda run: change_line(run.parent / "data.jsonl"), "is not the data"),
         (lambda run: (run.parent / "data.jsonl").unlink(), "--data"),
-        (lambda run: (run / "manifest.json").write_text("{}"), "has format None"),
-        (lambda run: (run / "manifest.json").write_text("{"), "cannot read"),
+        (lambda run: (run / "manifest.json").write_text("{}"), "was not written by this version"),
+        (lambda run: (run / "manifest.json").write_text("{"), "is damaged"),
     ],
 )
 def test_what_is_not_a_whole_run_is_refused(
@@ -239,6 +239,74 @@ def test_a_run_with_older_names_of_its_cases_is_scored(tmp_path: Path) -> None:
                     task="santacoder-fim", id_field="old")  # fmt: skip
     assert score.main([str(run), "--truncate", "qwen,bigcode"]) == 0
     assert [row["metrics"]["exact_match"] for row in read_lines(run / "scores.jsonl")] == [1.0, 0.0]
+
+
+# ---- another engine's completions -----------------------------------------------------------------------------------
+
+
+def judged(out: Path, data: Path, predictions: Path, task: str, *options: str) -> int:
+    return score.main([str(out), "--predictions", str(predictions), "--data", str(data), "--task", task, *options])
+
+
+def test_predictions_of_another_engine_are_judged_as_our_own(run: Path, tmp_path: Path, capsys) -> None:
+    """The very rows that eval run leaves for an official scorer give the very same metrics."""
+    texts = {"a": "x = 1", "b": "y = 2\n", "c": "w = 3"}
+    predictions = tmp_path / "theirs.jsonl"
+    predictions.write_text("".join(json.dumps({"task_id": t, "completion": c}) + "\n" for t, c in texts.items()))
+    assert judged(tmp_path / "theirs", tmp_path / "data.jsonl", predictions, "fim", "--truncate", "raw,line") == 0
+    assert "2 of 5 completions are not in" in capsys.readouterr().err
+    assert score.main([str(run), "--truncate", "raw,line"]) == 0
+    ours, theirs = (read_lines(each / "scores.jsonl") for each in (run, tmp_path / "theirs"))
+    assert [row["metrics"] for row in ours] == [row["metrics"] for row in theirs]
+    assert [row["error"] for row in theirs[:5]] == [None, None, None, *["there is no prediction"] * 2]
+    assert report.main([str(tmp_path / "theirs")]) == 0
+    assert report.main([str(run), "--against", str(tmp_path / "theirs")]) == 0
+    # Scored again, with other rules: the same run.
+    assert judged(tmp_path / "theirs", tmp_path / "data.jsonl", predictions, "fim") == 0
+
+
+def test_samples_and_generations_of_other_engines(humaneval: Path, tmp_path: Path) -> None:
+    lists = [["    return 1\n", "    return 3\n"], ["    return 1\n", "    return 2\n"]]
+    generations, rows = tmp_path / "generations.json", tmp_path / "rows.jsonl"
+    generations.write_text(json.dumps(lists))
+    named = [{"task_id": f"H/{i}", "completion": text} for i, own in enumerate(lists) for text in own]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(named)))
+    for path, sample in ((generations, "    return 1\n"), (rows, "    return 2\n")):
+        assert (
+            judged(tmp_path / path.stem, tmp_path / "data.jsonl", path, "humaneval", "--allow_exec", "--k", "1,2") == 0
+        )
+        overall = json.loads((tmp_path / path.stem / "scores.json").read_text())["tables"]["overall"][0]
+        assert overall["metrics"]["pass@1"]["mean"] == 0.5 and overall["metrics"]["pass@2"]["mean"] == 1.0
+        assert sample in [row["completion"] for row in read_lines(tmp_path / path.stem / "scores.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "words"),
+    [
+        ('{"task_id": "a", "completion": "x"}\n{"task_id": "zz", "completion": "x"}', ".jsonl", "among them 'zz'"),
+        ('{"task_id": "a", "pred": "x"}', ".jsonl", "line 1: no field 'completion', which the scorer of task 'fim'"),
+        ('{"task_id": "a", "completion": 3}', ".jsonl", "line 1: field 'completion' must be text"),
+        ("", ".jsonl", "holds no prediction"),
+        ('[["x"]]', ".json", "has 1 cases, the data 5"),
+        ('["x"]', ".json", "must hold a list with a list of texts"),
+        ("{", ".json", "cannot read"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(
+    run: Path, tmp_path: Path, text: str, suffix: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"p{suffix}"
+    path.write_text(text)
+    assert judged(tmp_path / "new", tmp_path / "data.jsonl", path, "fim") == 2
+    assert words in capsys.readouterr().err
+    assert judged(run, tmp_path / "data.jsonl", path, "fim") == 2, "a run of eval run is not overwritten"
+
+
+def test_predictions_need_a_task_and_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main([str(run), "--predictions", "p.jsonl"]) == 2
+    assert "--predictions needs --task and --data" in capsys.readouterr().err
+    assert score.main([str(run), "--task", "fim"]) == 2
+    assert "--task goes with --predictions" in capsys.readouterr().err
 
 
 # ---- tests of the benchmark -----------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
         counted=counted,
         duration=duration,
         warning=run_on_warning(scores.tables["tables"]["overall"][0]["num_by_finish_reason"]),
-        figures=dict(_figures(scores, speed, comparisons)),
+        figures=dict(_figures(scores, comparisons)),
         speed=speed,
         percentiles=[("median", 50), ("95%", 95), ("99%", 99)],
         percentile=percentile,
@@ -223,7 +223,7 @@ def _changed_cases(scores: Scores, other: Scores) -> dict[str, list[str]]:
 # ---- figures and cases ----------------------------------------------------------------------------------------------
 
 
-def _figures(scores: Scores, speed: Row | None, comparisons: Sequence[Compared]) -> Iterator[tuple[str, Markup]]:
+def _figures(scores: Scores, comparisons: Sequence[Compared]) -> Iterator[tuple[str, Markup]]:
     columns = headline(scores.tables["columns"])
     for name, fields in shown_groupings(scores.tables).items():
         groups = scores.tables["tables"][name]
@@ -232,10 +232,6 @@ def _figures(scores: Scores, speed: Row | None, comparisons: Sequence[Compared])
         if panels:
             about = f"Mean and confidence interval of each metric per {' and '.join(fields)}, in percent"
             yield name, Markup(plots.interval_plot(f"plot-{name}", about, panels))
-    if speed is not None:
-        series = (("time to first token", speed["first_token_seconds"]), ("total time", speed["total_seconds"]))
-        about = "Distribution of the time to the first token and of the total time per completion"
-        yield "latency", Markup(plots.distribution_plot("plot-latency", about, series, "seconds"))
     panels = []
     for column in headline([compared.column for compared in comparisons if not compared.group]):
         own = [compared for compared in comparisons if compared.column == column]

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 # Colours that stand for the page's own, and are replaced by them: so one figure suits light, dark and paper.
 _INK, _GRID, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404"
@@ -78,33 +77,6 @@ def interval_plot(name: str, about: str, panels: Sequence[Panel], *, is_differen
         axes[0].set_yticks(list(places.values()), labels)
         axes[0].set_ylim(-len(labels) + 0.4, 0.6)
     return _page_svg(svg[0], name, about)
-
-
-def distribution_plot(name: str, about: str, series: Sequence[tuple[str, Sequence[float]]], unit: str) -> str:
-    """Shares of values up to a value, one panel per series, with median and 95th percentile."""
-    with _figure(name, 2.6) as (figure, svg):
-        for axis, (title, values) in zip(figure.subplots(1, len(series), squeeze=False)[0], series, strict=True):
-            ordered = sorted(max(value, 1e-6) for value in values)
-            shares = [100 * (i + 1) / len(ordered) for i in range(len(ordered))]
-            axis.plot(ordered, shares, color=_FIRST, linewidth=1.6, drawstyle="steps-post")
-            for share, color in ((50, _INK), (95, _SECOND)):
-                axis.axhline(share, color=color, linewidth=0.7, linestyle=":")
-            axis.set_title(title)
-            axis.set_xlabel(unit)
-            axis.set_ylabel("% of completions")
-            axis.set_ylim(0, 101)
-            _scale(axis)
-    return _page_svg(svg[0], name, about)
-
-
-def _scale(axis: Axes) -> None:
-    """A logarithmic axis for more than a decade; within one it would have next to no numbers."""
-    low, high = axis.get_xlim()
-    if low > 0 and high / low > 10:
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.grid()
 
 
 @contextmanager

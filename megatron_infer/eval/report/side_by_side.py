@@ -61,15 +61,10 @@ def view(case: Case, rows: Sequence[tuple[Row, str]], columns: Sequence[Row]) ->
     before = "".join(case.prompt.prefix.splitlines(keepends=True)[-_BEFORE_LINES:])[-_CONTEXT_CHARACTERS:]
     after = "".join(case.prompt.suffix.splitlines(keepends=True)[:_AFTER_LINES])[:_CONTEXT_CHARACTERS]
     return CaseView(
-        task_id=visible(case.task_id),
-        language=visible(case.language),
-        scenario=visible(case.scenario),
-        path=visible(case.prompt.path),
-        before=visible(before),
-        after=visible(after),
-        has_reference=case.reference is not None,
-        answers=tuple(_answer(case, row, raw, columns) for row, raw in rows),
-    )
+        task_id=visible(case.task_id), language=visible(case.language), scenario=visible(case.scenario),
+        path=visible(case.prompt.path), before=visible(before), after=visible(after),
+        has_reference=case.reference is not None, answers=tuple(_answer(case, row, raw, columns) for row, raw in rows),
+    )  # fmt: skip
 
 
 def outcome_column(columns: Sequence[Row]) -> str:
@@ -88,15 +83,11 @@ def _answer(case: Case, row: Row, raw: str, columns: Sequence[Row]) -> Answer:
         pieces = differences(visible(reference), visible(completion))
     test = row.get("test") or {"status": "", "error": ""}
     return Answer(
-        completion=pieces[1],
-        removed=visible(_cut(removed)),
-        finish_reason=row["finish_reason"],
-        reference=pieces[0],
-        metrics=tuple(_shown_metrics(row["metrics"], columns)),
-        outcome=_outcome(row, columns),
+        completion=pieces[1], removed=visible(_cut(removed)), finish_reason=row["finish_reason"], reference=pieces[0],
+        metrics=tuple(_shown_metrics(row["metrics"], columns)), outcome=_outcome(row, columns),
         error=visible(row["error"] or ""),
         test=visible(": ".join(part for part in (test["status"].replace("_", " "), test["error"]) if part)),
-    )
+    )  # fmt: skip
 
 
 def _outcome(row: Row, columns: Sequence[Row]) -> str:

@@ -115,13 +115,13 @@ class RunDirectory:
             foreign = sorted(p.name for p in self.path.iterdir() if p.name != _PARTS and not p.name.startswith("."))
             if foreign:
                 raise ValueError(
-                    f"{self.path} is not empty and not a run ({foreign[0]}); choose another --out"
+                    f"{self.path} is not empty and not a run ({foreign[0]}); choose another directory"
                 ) from None
             return None
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another --out") from None
+            raise ValueError(f"{path} is damaged ({error}); choose another directory") from None
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{path} was not written by this version of eval run; choose another --out")
+            raise ValueError(f"{path} was not written by this version of eval run; choose another directory")
         return raw
 
     def check(self, known: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:

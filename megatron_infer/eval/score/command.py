@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,9 +18,11 @@ from megatron_infer.eval.files import replacing, to_line, write_json
 from megatron_infer.eval.run.records import run_on_warning
 from megatron_infer.eval.score.execution import Limits
 from megatron_infer.eval.score.judging import Row, judge, run_tests
+from megatron_infer.eval.score.predictions import import_predictions
 from megatron_infer.eval.score.results import SCORES, TABLES, Run, read_run, read_run_cases, task_of
 from megatron_infer.eval.score.tables import make_tables, show_tables
 from megatron_infer.eval.tasks import truncation
+from megatron_infer.eval.tasks.registry import task as task_named
 from megatron_infer.files import sha256_of
 from megatron_infer.world import World
 
@@ -35,6 +38,12 @@ def _run(args: argparse.Namespace) -> int:
     limits = Limits(timeout_seconds=args.timeout_seconds, memory_bytes=args.memory_bytes)
     if args.num_workers < 1:
         raise ValueError(f"--num_workers must be at least 1, got {args.num_workers}")
+    if args.predictions:
+        if not (args.task and args.data):
+            raise ValueError("--predictions needs --task and --data: what was completed")
+        import_predictions(Path(args.predictions), task_named(args.task), Path(args.data), Path(args.out))
+    elif args.task:
+        raise ValueError("--task goes with --predictions; a run of eval run knows its own")
     run = read_run(args.out)
     task = task_of(run)
     ks = _ks(args.k, int(run.fingerprint["num_samples"]))
@@ -93,8 +102,16 @@ def _parser(world: World) -> Parser:
         "Judge the completions of a finished eval run: writes scores.jsonl and scores.json beside them and prints the "
         "tables. Every option may be spelled with - or _.",
     )
-    parser.add_argument("out", metavar="OUT", help="directory of a finished eval run")
+    parser.add_argument("out", metavar="OUT", help="directory of a finished eval run, or a new one with --predictions")
     add_option(parser, "data", help="the benchmark's file, if it is no longer where the run found it")
+    add_option(
+        parser,
+        "predictions",
+        metavar="FILE",
+        help="judge another engine's completions, with --task and --data: .jsonl as the benchmark's own scorer reads "
+        "it (the form of predictions.jsonl), or .json as bigcode-evaluation-harness saves it",
+    )
+    add_option(parser, "task", help="the task of --predictions")
     add_option(
         parser,
         "truncate",

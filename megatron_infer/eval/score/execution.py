@@ -195,14 +195,9 @@ def run_program(program: str, limits: Limits, isolation: Isolation, is_over: thr
         try:
             process = subprocess.Popen(
                 [*isolation.command_for(directory, limits), sys.executable, "-s", "-B", "-c", confine],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                cwd=directory,
-                env=_environment(directory),
-                pass_fds=(source.fileno(),),
-                start_new_session=True,
-            )
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=directory,
+                env=_environment(directory), pass_fds=(source.fileno(),), start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             return Outcome("refused", f"{error.filename or isolation.name}: {error.strerror}")
         theirs.close()

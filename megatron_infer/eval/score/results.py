@@ -12,16 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_infer.eval.cases import Case, Task, read_cases, read_rows
-from megatron_infer.eval.run.records import (
-    COMPLETIONS,
-    FORMAT,
-    FORMAT_VERSION,
-    GIVEN_UP,
-    MANIFEST,
-    SUCCESS,
-    TIMINGS,
-    key_of,
-)
+from megatron_infer.eval.run.records import COMPLETIONS, GIVEN_UP, MANIFEST, SUCCESS, TIMINGS, RunDirectory, key_of
 from megatron_infer.eval.tasks import registry as tasks
 from megatron_infer.eval.tasks.fields import content_id
 from megatron_infer.files import sha256_of
@@ -63,23 +54,17 @@ class Scores:
 
 def read_run(directory: str | Path) -> Run:
     """Raises ValueError: not a finished run, or completions.jsonl is not the file that the run ended with."""
-    directory = Path(directory)
-    if not directory.is_dir():
+    found = RunDirectory(directory)
+    if not found.path.is_dir():
         raise ValueError(f"there is no directory {directory}; give the --out of an eval run")
-    if not (directory / SUCCESS).is_file():
+    success, manifest = found.success, found.manifest()
+    if success is None or manifest is None:
         raise ValueError(
             f"{directory} has no {SUCCESS}, so its run is not finished; run the same eval run command again, and it "
             "goes on where it stopped"
         )
-    manifest, success = (_read_object(directory / name) for name in (MANIFEST, SUCCESS))
-    found = (manifest.get("format"), manifest.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(
-            f"{directory / MANIFEST} has format {found[0]!r}, version {found[1]!r}; this program reads {FORMAT!r}, "
-            f"version {FORMAT_VERSION}"
-        )
-    _check_hash(directory, COMPLETIONS, success)
-    return Run(directory, manifest, success, [row for _, row in read_rows(directory / COMPLETIONS)])
+    _check_hash(found.path, COMPLETIONS, success)
+    return Run(Path(directory), manifest, success, [row for _, row in read_rows(found.path / COMPLETIONS)])
 
 
 def task_of(run: Run) -> Task:
@@ -117,7 +102,10 @@ def read_scores(run: Run) -> Scores:
     remedy = f"run `eval score {run.directory}` first"
     if not (run.directory / TABLES).is_file():
         raise ValueError(f"{run.directory} has no {TABLES}; {remedy}")
-    tables = _read_object(run.directory / TABLES)
+    try:
+        tables = json.loads((run.directory / TABLES).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{run.directory / TABLES} is damaged ({error}); {remedy}") from None
     found = (tables.get("format"), tables.get("format_version"))
     if found != (SCORES_FORMAT, SCORES_FORMAT_VERSION):
         raise ValueError(f"{run.directory / TABLES} was not written by this version of eval score; {remedy}")
@@ -149,13 +137,3 @@ def _check_hash(
         raise ValueError(f"{path} is missing; {remedy}")
     if sha256_of(path) != record.get("sha256", {}).get(name):
         raise ValueError(f"{path} was changed after it was written (its sha256 differs); {remedy}")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value

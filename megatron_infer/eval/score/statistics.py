@@ -70,12 +70,11 @@ def bootstrap_mean(
     *,
     seed: int = SEED,
     num_resamples: int = NUM_RESAMPLES,
-    confidence: float = CONFIDENCE,
 ) -> Interval:
     """The mean of one value per case, weighted or not, with its percentile bootstrap interval.
 
     As many clusters as there are, each with all its cases, are drawn with replacement, `num_resamples` times; the
-    interval runs between the quantiles (1 - confidence) / 2 and (1 + confidence) / 2 of the drawn means, interpolated
+    interval runs between the quantiles (1 - CONFIDENCE) / 2 and (1 + CONFIDENCE) / 2 of the drawn means, interpolated
     linearly. clusters: what each case is of, None where every case stands for itself. Of few clusters the interval is
     too narrow. Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; Davison and Hinkley
     1997, Bootstrap Methods and their Application, section 3.8, for clusters. Raises ValueError without a value.
@@ -90,19 +89,13 @@ def bootstrap_mean(
     if num_clusters < LEAST_CLUSTERS:
         return Interval(mean, None, None, len(values), num_clusters)
     means = _resampled_means(sums, totals, np.random.default_rng(seed), num_resamples)
-    tail = (1 - confidence) / 2
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
     return Interval(mean, float(low), float(high), len(values), num_clusters)
 
 
 def compare(
-    values: Mapping[str, float],
-    against: Mapping[str, float],
-    clusters: Mapping[str, str] | None = None,
-    *,
-    seed: int = SEED,
-    num_resamples: int = NUM_RESAMPLES,
-    confidence: float = CONFIDENCE,
+    values: Mapping[str, float], against: Mapping[str, float], clusters: Mapping[str, str] | None = None
 ) -> Comparison:
     """Compare two runs on the cases that both have, pair by pair; a positive difference favours `values`.
 
@@ -118,14 +111,10 @@ def compare(
     of = None if clusters is None else [clusters[task_id] for task_id in shared]
     num_won, num_lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return Comparison(
-        difference=bootstrap_mean(differences, of, seed=seed, num_resamples=num_resamples, confidence=confidence),
-        mean=sum(ours for ours, _ in pairs) / len(pairs),
-        mean_against=sum(theirs for _, theirs in pairs) / len(pairs),
-        num_won=num_won,
-        num_lost=num_lost,
-        num_tied=len(pairs) - num_won - num_lost,
-        p_value=sign_test(num_won, num_lost),
-    )
+        difference=bootstrap_mean(differences, of), mean=sum(ours for ours, _ in pairs) / len(pairs),
+        mean_against=sum(theirs for _, theirs in pairs) / len(pairs), num_won=num_won, num_lost=num_lost,
+        num_tied=len(pairs) - num_won - num_lost, p_value=sign_test(num_won, num_lost),
+    )  # fmt: skip
 
 
 def sign_test(num_won: int, num_lost: int) -> float:
