@@ -183,6 +183,7 @@ if __name__ == "__main__":
             "megatron_infer.ending": ["*.json"],
             "megatron_infer.serve": ["*.txt", *PLAYGROUND],
             "megatron_infer.serve.dialects": ["*.json"],
+            "megatron_infer.eval": ["*.json"],
             "megatron_infer.eval.build": ["*.json"],
             "megatron_infer.eval.report": ["*.html", "*.json"],
             "megatron_infer.eval.score": ["*.json"],

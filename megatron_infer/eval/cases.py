@@ -85,9 +85,8 @@ class Task:
 def read_cases(path: str | Path, task: Task) -> list[Case]:
     """Every case of a `.jsonl`, `.jsonl.gz` or `.parquet` file, in its order.
 
-    Raises:
-        ValueError: the file cannot be read; a line is not a JSON object, lacks a field of `task` or repeats a task_id
-            (the message names the line); or there is no case at all.
+    Raises ValueError: the file cannot be read; a line is not a JSON object, lacks a field of `task` or repeats a
+    task_id (the message names the line); or there is no case at all.
     """
     cases: list[Case] = []
     lines: dict[str, int] = {}
@@ -123,8 +122,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
     Blank lines are passed over.
 
-    Raises:
-        ValueError: the file cannot be read, a line is not a JSON object in UTF-8, or pyarrow is not installed.
+    Raises ValueError: the file cannot be read, a line is not a JSON object in UTF-8, or pyarrow is not installed.
     """
     if Path(path).suffix == ".parquet":
         yield from enumerate(_parquet_rows(Path(path)), start=1)

@@ -95,7 +95,7 @@ def test_a_task_reads_its_row_and_names_what_it_needs(name: str) -> None:
     each = task(name)
     assert each.name == name and each.about
     case = each.read(row_for(name))
-    assert case.task_id and case.prompt.prefix and case.row == row_for(name)
+    assert case.task_id and case.row == row_for(name) and (case.prompt.prefix or case.reference)
     assert all(metric in METRICS for metric in each.metrics)
     finished = each.finish(case, "x = 1\n")
     output = each.predict(case, finished)
@@ -140,7 +140,7 @@ def test_every_task_of_the_field_is_there() -> None:
 
 def test_an_empty_suffix_is_still_a_hole_where_a_hole_is_asked_for(aixcoder: FimFormat) -> None:
     roles = {name: aixcoder._ids[name][0] for name in ("pre", "post", "middle")}
-    for name in TASKS:
+    for name in TASKS.keys() - {"text"}:
         each = task(name)
         row = {**row_for(name), "suffix": "", "post_mask_code": "", "right_context": ""}
         row["prompt"] = row.get("prompt", "").removesuffix("\nprint(1)\n")  # SAFIM's hole is marked in the prompt

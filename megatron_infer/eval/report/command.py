@@ -97,12 +97,9 @@ def _read_other(run: Run, scores: Scores, directory: str) -> tuple[Run, Scores]:
 def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run, Scores] | None) -> str:
     """The report as HTML. Every text from the data or the model is escaped by the template engine."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters["visible"] = visible
     source = (Path(__file__).parent / REPORT).read_text(encoding="utf-8")
     scripts = [hashlib.sha256(body.encode()).digest() for body in _SCRIPT.findall(source)]
@@ -118,7 +115,7 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
         model=Path(run.manifest["model_dir"]).name,
         data=Path(run.manifest["data"]).name,
         command=shlex.join(run.manifest["command"]),
-        attempts=[_attempt(attempt) for attempt in run.manifest["attempts"]],
+        attempts=run.manifest["attempts"],
         tables=scores.tables,
         overall=scores.tables["tables"]["overall"][0],
         columns=columns,
@@ -163,15 +160,13 @@ def measure_speed(run: Run) -> Row | None:
     if not done or seconds <= 0:
         return None
     return {
-        "num_completions": len(done),
-        "seconds": seconds,
-        "cases_per_second": len(done) / seconds,
+        "num_completions": len(done), "seconds": seconds, "cases_per_second": len(done) / seconds,
         "tokens_per_second": sum(row["num_new_tokens"] for row in done) / seconds,
         "cached_share": sum(row["num_cached_tokens"] for row in done)
         / max(1, sum(row["num_prompt_tokens"] for row in done)),
         "first_token_seconds": [row["first_token_seconds"] for row in done],
         "total_seconds": [row["total_seconds"] for row in done],
-    }
+    }  # fmt: skip
 
 
 def duration(seconds: float) -> str:
@@ -181,16 +176,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
-def _attempt(attempt: Mapping[str, Any]) -> Row:
-    size = attempt.get("tensor_parallel_size") or attempt.get("engine", {}).get("tensor_parallel_size")
-    return {**attempt, "tensor_parallel_size": size}
-
-
 def _comparisons(scores: Scores, other: Scores) -> Iterator[Compared]:
     """Every shared metric that is a share over all cases, then the headline ones per scenario and per language."""
-    known = {column["name"] for column in other.tables["columns"]}
-    shares = [column for column in scores.tables["columns"] if column["full"] is not None]
-    columns = [column for column in shares if column["name"] in known]
+    known = {column["name"] for column in other.tables["columns"]} - {"perplexity"}  # which no single case has
+    shared = [column for column in scores.tables["columns"] if column["name"] in known]
+    columns = [column for column in shared if column["full"] is not None] or shared
     for column in columns:
         yield from _compared("", column, scores.rows, other.rows)
     for field in ("scenario", "language"):
@@ -224,7 +214,7 @@ def _changed_cases(scores: Scores, other: Scores) -> dict[str, list[str]]:
 
 
 def _figures(scores: Scores, comparisons: Sequence[Compared]) -> Iterator[tuple[str, Markup]]:
-    columns = headline(scores.tables["columns"])
+    columns = [column for column in headline(scores.tables["columns"]) if column["full"] is not None]
     for name, fields in shown_groupings(scores.tables).items():
         groups = scores.tables["tables"][name]
         panels = [_panel(groups, fields, column) for column in columns]
@@ -233,7 +223,8 @@ def _figures(scores: Scores, comparisons: Sequence[Compared]) -> Iterator[tuple[
             about = f"Mean and confidence interval of each metric per {' and '.join(fields)}, in percent"
             yield name, Markup(plots.interval_plot(f"plot-{name}", about, panels))
     panels = []
-    for column in headline([compared.column for compared in comparisons if not compared.group]):
+    shares = [each.column for each in comparisons if not each.group and each.column["full"] is not None]
+    for column in headline(shares):
         own = [compared for compared in comparisons if compared.column == column]
         estimates = (_estimate(compared.group or "all", asdict(compared.result.difference), column) for compared in own)
         panels.append(plots.Panel(column["name"], tuple(estimates)))

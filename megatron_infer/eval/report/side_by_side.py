@@ -94,7 +94,7 @@ def _outcome(row: Row, columns: Sequence[Row]) -> str:
     if row["error"] is not None:
         return "error"
     value = row["metrics"].get(outcome_column(columns))
-    if value is None:
+    if value is None or columns[0]["full"] is None:
         return "unscored"
     return "right" if value >= columns[0]["full"] else "wrong"
 

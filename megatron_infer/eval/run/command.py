@@ -58,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _job(args: argparse.Namespace, world: World) -> Job:
     if not args.out:
         raise ValueError("--out is empty; name a directory for the results")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    for name in ("limit", "sample"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
     if args.source_tree and args.task != "fim":
         raise ValueError(f"--source_tree goes with --task fim; {args.task!r} brings its own context, or has none")
     fields = {name: value for name in tasks.FIELDS if (value := getattr(args, name)) is not None}
@@ -67,24 +68,25 @@ def _job(args: argparse.Namespace, world: World) -> Job:
         raise ValueError(f"--{next(iter(fields))} goes with --task fim; the fields of {args.task!r} are its own")
     task = tasks.generic_task(**fields) if fields else tasks.task(args.task)
     sampling = build(SamplingParams, args, task.sampling)
+    is_likelihood = args.metric == "likelihood"
+    if is_likelihood and sampling.n > 1:
+        raise ValueError("--metric likelihood has one value per case; leave out --n")
+    if is_likelihood:
+        sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=0, seed=sampling.seed)
+    if task.name == "text" and not is_likelihood:
+        raise ValueError("--task text has nothing to complete; give --metric likelihood")
     return Job(
-        world=world,
-        task=task,
-        fields=fields,
-        data=Path(args.data).resolve(),
-        source_tree=Path(args.source_tree) if args.source_tree else None,
-        out=RunDirectory(args.out),
-        limit=args.limit,
-        model_dir=model_dir_of(args),
-        model_name=args.model_name,
-        fim=args.fim,
-        config=build(EngineConfig, args),
+        world=world, task=task, fields=fields, data=Path(args.data).resolve(),
+        source_tree=Path(args.source_tree) if args.source_tree else None, out=RunDirectory(args.out),
+        sample=args.sample, is_shuffled=args.shuffle, limit=args.limit, model_dir=model_dir_of(args),
+        model_name=args.model_name, fim=args.fim, config=build(EngineConfig, args),
         settings=Settings(
             options=build(FimOptions, args, task.options),
             sampling=replace(sampling, seed=None),
             seed=sampling.seed or 0,
+            is_likelihood=is_likelihood,
         ),
-    )
+    )  # fmt: skip
 
 
 def _run(job: Job, command: Sequence[str]) -> int:
@@ -160,6 +162,8 @@ def _finish(job: Job, cases: Sequence[Case], counts: Mapping[str, int], seconds:
 
     def predict(key: Key, row: dict[str, Any]) -> dict[str, Any]:
         case = by_id[key[0]]
+        if job.settings.is_likelihood:
+            return {"task_id": case.task_id, "log_probability": sum(row.get("log_probabilities", ()))}
         return job.task.predict(case, job.task.finish(case, row["text"]))
 
     keys = [(case.task_id, sample_idx) for case, sample_idx in job.work(cases)]
@@ -238,8 +242,8 @@ def _parser(world: World) -> Parser:
         "any number of ranks. Every option may be spelled with - or _.",
     )
     what = parser.add_argument_group("what to run")
-    add_option(what, "task", required=True, help=f"one of {', '.join(tasks.TASKS)}")
-    add_option(what, "data", required=True, help="the benchmark's .jsonl or .jsonl.gz file")
+    add_option(what, "task", required=True, help=f"one of {', '.join(tasks.TASKS)}; eval tasks tells of each")
+    add_option(what, "data", required=True, help="the benchmark's .jsonl, .jsonl.gz or .parquet file")
     add_option(what, "out", required=True, help="directory for the results; on a disk that all hosts share")
     add_option(
         what,
@@ -247,7 +251,14 @@ def _parser(world: World) -> Parser:
         help="with --task fim: tree of the cases' files; the three most relevant pieces of other files (BM25) "
         "stand before each prefix, as in CrossCodeEval",
     )
-    add_option(what, "limit", type=int, help="only the first so many cases")
+    add_option(
+        what, "metric", choices=("completions", "likelihood"), default="completions",
+        help="what is computed: answers, or the log probability of each reference, one prefill a case (default: "
+        "completions)",
+    )  # fmt: skip
+    add_option(what, "sample", type=int, help="only so many cases, drawn at random by --seed")
+    add_option(what, "shuffle", action="store_true", help="the cases in a random order, by --seed")
+    add_option(what, "limit", type=int, help="only the first so many cases, of what is left")
     names = parser.add_argument_group("names of the data's fields, for --task fim")
     for name, text in tasks.FIELDS.items():
         add_option(names, name, help=text)

@@ -88,9 +88,8 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Create the directory and keep other runs out of it.
 
-        Raises:
-            ValueError: it cannot be written to or locked, or another run is at work there and does not end within
-                15 s, as the orphans of a killed launcher do.
+        Raises ValueError: it cannot be written to or locked, or another run is at work there and does not end within 15
+        s, as the orphans of a killed launcher do.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -168,8 +167,7 @@ class RunDirectory:
         Args:
             predict: the official output row of a key, given its completion. seconds: the last attempt took, once the
                 model was loaded.
-        Raises:
-            ValueError: a key is missing: the parts of some replica are not in this directory.
+        Raises ValueError: a key is missing: the parts of some replica are not in this directory.
         """
         state = self.state()
         missing = [key for key in keys if key not in state.done]
@@ -187,14 +185,11 @@ class RunDirectory:
                 for output, value in zip(outputs, (row["done"], row["timing"], predict(key, row["done"])), strict=True):
                     output.write(to_line(value))
         success = {
-            "num_cases": len({task_id for task_id, _ in keys}),
-            "num_completions": len(keys),
-            "num_errors": reasons["error"],
-            "num_by_finish_reason": dict(sorted(reasons.items())),
-            "num_quarantined": num_given_up,
-            "seconds": seconds,
+            "num_cases": len({task_id for task_id, _ in keys}), "num_completions": len(keys),
+            "num_errors": reasons["error"], "num_by_finish_reason": dict(sorted(reasons.items())),
+            "num_quarantined": num_given_up, "seconds": seconds,
             "sha256": {name: sha256_of(self.path / name) for name in (COMPLETIONS, TIMINGS, PREDICTIONS)},
-        }
+        }  # fmt: skip
         write_json(self.path / SUCCESS, success)
         self.drop_parts()
         return success

@@ -105,44 +105,31 @@ def _parser(world: World) -> Parser:
     parser.add_argument("out", metavar="OUT", help="directory of a finished eval run, or a new one with --predictions")
     add_option(parser, "data", help="the benchmark's file, if it is no longer where the run found it")
     add_option(
-        parser,
-        "predictions",
-        metavar="FILE",
+        parser, "predictions", metavar="FILE",
         help="judge another engine's completions, with --task and --data: .jsonl as the benchmark's own scorer reads "
         "it (the form of predictions.jsonl), or .json as bigcode-evaluation-harness saves it",
-    )
+    )  # fmt: skip
     add_option(parser, "task", help="the task of --predictions")
     add_option(
-        parser,
-        "truncate",
-        default=truncation.OFFICIAL,
+        parser, "truncate", default=truncation.OFFICIAL,
         help="rules by which completions are cut before they are judged, with commas between them; the first one's "
         f"results stand in every table: {', '.join((truncation.OFFICIAL, *truncation.GENERAL))}, or a published cut "
         "of the task, which eval tasks lists (default: %(default)s)",
-    )
+    )  # fmt: skip
     tests = parser.add_argument_group("unit tests, for benchmarks that have them")
     add_option(tests, "allow_exec", action="store_true", help="run code that the model wrote, under limits, for pass@k")
     add_option(tests, "k", help="pass@k for these, such as 1,10 (default: 1, 10 and 100 as far as there are samples)")
     limits = Limits()
     add_option(
-        tests,
-        "timeout_seconds",
-        type=float,
-        default=limits.timeout_seconds,
+        tests, "timeout_seconds", type=float, default=limits.timeout_seconds,
         help="wall time of one test program (default: %(default)s, as in HumanEval)",
-    )
+    )  # fmt: skip
     add_option(
-        tests,
-        "memory_bytes",
-        type=int,
-        default=limits.memory_bytes,
+        tests, "memory_bytes", type=int, default=limits.memory_bytes,
         help="memory of all its processes together (default: %(default)s)",
-    )
+    )  # fmt: skip
     add_option(
-        tests,
-        "num_workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
+        tests, "num_workers", type=int, default=len(os.sched_getaffinity(0)),
         help="test programs at a time (default: one per core)",
-    )
+    )  # fmt: skip
     return parser

@@ -107,12 +107,10 @@ def limit_resources(settings: dict[str, Any]) -> None:
     """Hard limits of this process and its children. RLIMIT_AS is counted per process, as there is none for a group."""
     cpu_seconds = math.ceil(settings["timeout_seconds"]) + 1
     limits = {
-        resource.RLIMIT_CPU: cpu_seconds,
-        resource.RLIMIT_AS: settings["memory_bytes"],
-        resource.RLIMIT_FSIZE: settings["file_bytes"],
-        resource.RLIMIT_NOFILE: settings["num_files"],
+        resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_AS: settings["memory_bytes"],
+        resource.RLIMIT_FSIZE: settings["file_bytes"], resource.RLIMIT_NOFILE: settings["num_files"],
         resource.RLIMIT_CORE: 0,
-    }
+    }  # fmt: skip
     if settings["namespaces"]:
         # Counted per user: within a user namespace of its own, that is this program alone (Linux 5.14 and later).
         # Elsewhere the count would take in everything else this user runs, and the guard refuses new processes anyway.

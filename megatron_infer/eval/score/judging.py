@@ -16,7 +16,7 @@ from tqdm import tqdm
 from megatron_infer.commands.options import say
 from megatron_infer.eval.cases import Case, Task
 from megatron_infer.eval.score.execution import Limits, Outcome, find_isolation, run_programs
-from megatron_infer.eval.score.metrics import METRICS
+from megatron_infer.eval.score.metrics import METRICS, likelihood
 from megatron_infer.eval.score.results import Run, is_error, is_quarantined
 from megatron_infer.eval.tasks.truncation import raw_text, truncate
 
@@ -40,26 +40,20 @@ def _judged(rule: str, task: Task, case: Case, row: Mapping[str, Any]) -> Row:
     metrics: dict[str, float | None] = {}
     for name in task.metrics:
         metric = METRICS[name]
-        values = metric.function(case, prediction)
+        scored = row.get("log_probabilities")
+        values = likelihood(scored, row["text"]) if scored else metric.function(case, prediction)
         for value, full in metric.values.items():
             known = None if values is None else values.get(value)
             metrics[value] = 0.0 if failed and full is not None and known is not None else known
     return {
-        "task_id": row["task_id"],
-        "sample_idx": row["sample_idx"],
-        "truncation": rule,
-        "language": case.language,
-        "scenario": case.scenario,
-        "cluster": case.cluster or row["task_id"],
-        "finish_reason": row["finish_reason"],
+        "task_id": row["task_id"], "sample_idx": row["sample_idx"], "truncation": rule, "language": case.language,
+        "scenario": case.scenario, "cluster": case.cluster or row["task_id"], "finish_reason": row["finish_reason"],
         "hole_lines": "" if case.reference is None else bucket(len(case.reference.splitlines()), _HOLE_LINES),
         "prompt_tokens": bucket(row["num_prompt_tokens"], _PROMPT_TOKENS) if row.get("num_prompt_tokens") else "",
         "completion": prediction,
-        "num_removed_characters": 0 if failed else max(0, len(raw_text(row)) - len(prediction)),
-        "metrics": metrics,
-        "error": row["error"] or row["finish_reason"] if failed else None,
-        "is_quarantined": is_quarantined(row),
-    }
+        "num_removed_characters": 0 if failed else max(0, len(raw_text(row)) - len(prediction)), "metrics": metrics,
+        "error": row["error"] or row["finish_reason"] if failed else None, "is_quarantined": is_quarantined(row),
+    }  # fmt: skip
 
 
 def bucket(value: int, edges: Sequence[int]) -> str:
@@ -88,12 +82,10 @@ def run_tests(rows: Sequence[Row], task: Task, cases: Mapping[str, Case], limits
         row["test"] = asdict(outcome)
     first = [row["test"] for row in rows if row["truncation"] == rows[0]["truncation"]]
     return {
-        "isolation": isolation.name,
-        "about": isolation.about,
-        "limits": asdict(limits),
+        "isolation": isolation.name, "about": isolation.about, "limits": asdict(limits),
         "num_by_status": dict(sorted(Counter(test["status"] for test in first).items())),
         "num_by_error": dict(Counter(_error_class(test["error"]) for test in first if test["error"]).most_common()),
-    }
+    }  # fmt: skip
 
 
 def _error_class(error: str) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import difflib
 import json
+import keyword
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +24,17 @@ from rapidfuzz.distance import Levenshtein
 
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.score import bleu
-from megatron_infer.eval.score.identifiers import IDENTIFIER_LANGUAGES, identifiers, match_identifiers
 from megatron_infer.eval.tasks import postprocess
 
 _SPACE = re.compile(r"\s+")
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"' + r"|'[^'\\]*(?:\\.[^'\\]*)*'")
+_WORD = re.compile(r"\w+")
+_FIRST = re.compile(r"[_a-zA-Z]")
+
+_WORDS: dict[str, str] = json.loads(Path(__file__).with_name("keywords.json").read_text(encoding="utf-8"))
+_KEYWORDS = {language: frozenset(words.split()) for language, words in _WORDS.items()}
+_KEYWORDS |= {"typescript": _KEYWORDS["javascript"], "python": frozenset(keyword.kwlist) - {"True", "False"}}
+"""The lists of CrossCodeEval (scripts/keywords, after microsoft/dpu-utils). Literals such as true are not in them."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples per case and k >= 1; there are {num_samples}")
     total = math.comb(num_samples, k)
     return (total - math.comb(num_samples - num_correct, k)) / total
+
+
+def likelihood(log_probabilities: Sequence[float], text: str) -> dict[str, float]:
+    """Of a text's tokens, one by one: their sum, that per token and, in bits, per character of `text`."""
+    total, num_tokens = math.fsum(log_probabilities), len(log_probabilities)
+    return {
+        "log_probability": total, "log_probability_per_token": total / num_tokens,
+        "bits_per_character": -total / math.log(2) / len(text), "reference_tokens": float(num_tokens),
+    }  # fmt: skip
 
 
 def edit_similarity_difflib(prediction: str, reference: str) -> float:
@@ -122,6 +139,31 @@ def _arguments(call: ast.Call) -> tuple[list[str], dict[str | None, str]]:
     return [ast.dump(item) for item in call.args], {item.arg: ast.dump(item.value) for item in call.keywords}
 
 
+def identifiers(code: str, language: str) -> list[str]:
+    """Words outside string literals that begin as an identifier and are no keyword, in order, repeated if repeated.
+
+    Raises KeyError for a language whose keywords are not known. Source: CrossCodeEval, eval_utils.py.
+    """
+    words = _WORD.findall(_STRING.sub("", code))
+    return [word for word in words if _FIRST.match(word) and word not in _KEYWORDS[language]]
+
+
+def match_identifiers(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """How far predicted identifiers agree with the expected ones, each value in [0, 1].
+
+    identifier_exact_match: 1 if both lists are equal, order and repetitions included. The rest is over the sets, and 0
+    where the divisor is 0. Source: CrossCodeEval, eval_metric.py.
+    """
+    found, wanted = set(predicted), set(expected)
+    common = len(found & wanted)
+    return {
+        "identifier_exact_match": float(list(predicted) == list(expected)),
+        "identifier_precision": common / len(found) if found else 0.0,
+        "identifier_recall": common / len(wanted) if wanted else 0.0,
+        "identifier_f1": 2 * common / (len(found) + len(wanted)) if found or wanted else 0.0,
+    }
+
+
 def _crosscodeeval(case: Case, prediction: str) -> dict[str, float] | None:
     statement = postprocess.crosscodeeval_statement(case.language, case.prompt.prefix, prediction)
     values = partial(_crosscodeeval_values, "crosscodeeval")
@@ -151,7 +193,7 @@ def _without_comments(
     case: Case, prediction: str, remove: Callable[[str, str], str], judge: Callable[[str, str, str], dict[str, float]]
 ) -> dict[str, float] | None:
     """`judge` of prediction and reference without comments; None where the keywords of the language are not known."""
-    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
+    if case.reference is None or case.language not in _KEYWORDS:
         return None
     return judge(remove(prediction, case.language), remove(case.reference, case.language), case.language)
 
@@ -170,12 +212,7 @@ def _length_ratio(case: Case, prediction: str) -> float | None:
     return len(prediction.strip()) / len(case.reference) if case.reference else None
 
 
-def _of_texts(function: Callable[[str, str], float | bool]) -> Callable[[Case, str], float | None]:
-    """A metric of one value, from the prediction and the reference alone."""
-    return lambda case, prediction: None if case.reference is None else float(function(prediction, case.reference))
-
-
-def _of_code(function: Callable[[str, str, str], float | bool | None]) -> Callable[[Case, str], float | None]:
+def _of(function: Callable[[str, str, str], float | bool | None]) -> Callable[[Case, str], float | None]:
     """A metric of one value, from the prediction, the reference and the language."""
 
     def judge(case: Case, prediction: str) -> float | None:
@@ -186,16 +223,18 @@ def _of_code(function: Callable[[str, str, str], float | bool | None]) -> Callab
 
 
 _SINGLE: dict[str, Callable[[Case, str], float | None]] = {
-    "exact_match": _of_texts(lambda prediction, reference: prediction.strip() == reference.strip()),
-    "exact_match_verbatim": _of_texts(lambda prediction, reference: prediction == reference),
-    "exact_match_no_whitespace": _of_texts(lambda a, b: _SPACE.sub("", a) == _SPACE.sub("", b)),
-    "safim_syntax_match": _of_code(safim_syntax_match),
-    "safim_syntax_match_bug_compatible": _of_code(safim_syntax_match_bug_compatible),
-    "edit_similarity_difflib": _of_texts(edit_similarity_difflib),
-    "edit_similarity_indel": _of_texts(edit_similarity_indel),
-    "edit_similarity_levenshtein": _of_texts(edit_similarity_levenshtein),
-    "bleu_4": _of_texts(bleu.bleu_4),
-    "codebleu": _of_code(bleu.codebleu),
+    "exact_match": _of(lambda prediction, reference, _: prediction.strip() == reference.strip()),
+    "exact_match_verbatim": _of(lambda prediction, reference, _: prediction == reference),
+    "exact_match_no_whitespace": _of(lambda a, b, _: _SPACE.sub("", a) == _SPACE.sub("", b)),
+    "safim_syntax_match": _of(safim_syntax_match),
+    "safim_syntax_match_bug_compatible": _of(safim_syntax_match_bug_compatible),
+    "edit_similarity_difflib": _of(lambda a, b, _: edit_similarity_difflib(a, b)),
+    "edit_similarity_indel": _of(lambda a, b, _: edit_similarity_indel(a, b)),
+    "edit_similarity_levenshtein": _of(
+        lambda prediction, reference, _: edit_similarity_levenshtein(prediction, reference)
+    ),
+    "bleu_4": _of(lambda a, b, _: bleu.bleu_4(a, b)),
+    "codebleu": _of(bleu.codebleu),
     "length_ratio": _length_ratio,
 }
 """Metrics of one value, which has the metric's own name."""
@@ -204,6 +243,7 @@ _SEVERAL = {
     "crosscodeeval": _crosscodeeval,
     "crosscodeeval_bug_compatible": _crosscodeeval_bug_compatible,
     "length": _length,
+    "likelihood": lambda case, prediction: None,  # of no text, but of what likelihood() is given
 }
 
 

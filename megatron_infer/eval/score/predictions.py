@@ -34,19 +34,15 @@ def import_predictions(path: Path, task: Task, data: Path, out: Path) -> None:
 
     A case without a prediction, or with fewer samples than others, becomes an error, worth 0.
 
-    Raises:
-        ValueError: a file cannot be read or fits neither the format nor the data, or `out` holds something else.
+    Raises ValueError: a file cannot be read or fits neither the format nor the data, or `out` holds something else.
     """
     ids = [case.task_id for case in read_cases(data, task)]
     samples = _read(path, task, ids)
     num_samples = max(map(len, samples.values()))
     fingerprint = {
-        "task": task.name,
-        "data_sha256": sha256_of(data),
-        "predictions_sha256": sha256_of(path),
-        "num_cases": len(ids),
+        "task": task.name, "data_sha256": sha256_of(data), "predictions_sha256": sha256_of(path), "num_cases": len(ids),
         "num_samples": num_samples,
-    }
+    }  # fmt: skip
     directory = RunDirectory(out)
     with directory.locked():
         if (known := directory.manifest()) is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,16 +68,18 @@ def read_run(directory: str | Path) -> Run:
 
 
 def task_of(run: Run) -> Task:
-    """The task that a run completed, with the field names it was given."""
+    """The task that a run completed, with the field names it was given; one of likelihoods has no other metric."""
     fields = run.fingerprint.get("fields") or {}
-    return tasks.generic_task(**fields) if fields else tasks.task(run.fingerprint["task"])
+    task = tasks.generic_task(**fields) if fields else tasks.task(run.fingerprint["task"])
+    if run.fingerprint.get("metric") != "likelihood":
+        return task
+    return replace(task, metrics=("likelihood",), program=None, cuts=tasks.task("text").cuts)
 
 
 def read_run_cases(run: Run, task: Task, data: str | None = None) -> dict[str, Case]:
     """The cases of a run by task_id, from `data` or from where the run found them.
 
-    Raises:
-        ValueError: the file is gone or is not what the run completed.
+    Raises ValueError: the file is gone or is not what the run completed.
     """
     path = Path(data or run.manifest["data"])
     if not path.is_file():

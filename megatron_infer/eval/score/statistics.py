@@ -64,13 +64,9 @@ def case_means(values_by_case: Mapping[str, Sequence[float | None]]) -> dict[str
 
 
 def bootstrap_mean(
-    values: Sequence[float],
-    clusters: Sequence[str] | None = None,
-    weights: Sequence[float] | None = None,
-    *,
-    seed: int = SEED,
-    num_resamples: int = NUM_RESAMPLES,
-) -> Interval:
+    values: Sequence[float], clusters: Sequence[str] | None = None, weights: Sequence[float] | None = None, *,
+    seed: int = SEED, num_resamples: int = NUM_RESAMPLES,
+) -> Interval:  # fmt: skip
     """The mean of one value per case, weighted or not, with its percentile bootstrap interval.
 
     As many clusters as there are, each with all its cases, are drawn with replacement, `num_resamples` times; the

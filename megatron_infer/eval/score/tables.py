@@ -5,6 +5,7 @@ Knows the rows of scores.jsonl, not how they came about.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -31,6 +32,10 @@ GROUPINGS: dict[str, tuple[str, ...]] = {"overall": ()} | {f.replace("/", "_"): 
 """The tables, and the fields of a row of scores.jsonl that make a row of each."""
 
 _NUM_COLUMNS = 4
+_INTERVAL = {
+    "method": "percentile bootstrap over clusters of cases, which share a problem or a file",
+    "confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "seed": SEED, "least_clusters": LEAST_CLUSTERS,
+}  # fmt: skip
 
 
 def make_tables(
@@ -48,13 +53,7 @@ def make_tables(
         "task": task.name,
         "completions_sha256": run.completions_sha256,
         "truncations": {rule: truncation.about(rule, task) for rule in rules},
-        "interval": {
-            "method": "percentile bootstrap over clusters of cases, which share a problem or a file",
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
-            "seed": SEED,
-            "least_clusters": LEAST_CLUSTERS,
-        },
+        "interval": _INTERVAL,
         "columns": columns,
         "execution": execution,
         "python_hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
@@ -77,6 +76,19 @@ def _columns(task: Task, ks: Iterable[int]) -> Iterator[Row]:
         metric = METRICS[name]
         for value, full in metric.values.items():
             yield {"name": value, "metric": name, "about": metric.about, "full": full}
+    if "likelihood" in task.metrics:
+        yield {"name": "perplexity", "metric": "", "about": "of a token, over all tokens of the cases", "full": None}
+
+
+def _perplexity(rows: Sequence[Row]) -> Row | None:
+    """Of all tokens together, long references weighing more: exp of minus the mean log probability of a token."""
+    per_token, tokens = (values_by_case(rows, name) for name in ("log_probability_per_token", "reference_tokens"))
+    if not per_token:
+        return None
+    clusters = clusters_of(rows)
+    found = bootstrap_mean(list(per_token.values()), [clusters[key] for key in per_token], list(tokens.values()))
+    low, high = (None if bound is None else math.exp(-bound) for bound in (found.high, found.low))
+    return {**asdict(found), "mean": math.exp(-found.mean), "low": low, "high": high}
 
 
 def values_by_case(rows: Iterable[Row], column: str) -> dict[str, float]:
@@ -95,20 +107,20 @@ def _summary(rows: Sequence[Row], columns: Sequence[Row]) -> Row:
     metrics: dict[str, Row | None] = {}
     clusters = clusters_of(rows)
     for column in columns:
+        if column["name"] == "perplexity":
+            metrics["perplexity"] = _perplexity(rows)
+            continue
         values = values_by_case(rows, column["name"])
         of = [clusters[task_id] for task_id in values]
         metrics[column["name"]] = asdict(bootstrap_mean(list(values.values()), of)) if values else None
     return {
-        "num_cases": len(clusters),
-        "num_clusters": len(set(clusters.values())),
-        "num_completions": len(rows),
+        "num_cases": len(clusters), "num_clusters": len(set(clusters.values())), "num_completions": len(rows),
         "num_by_finish_reason": dict(sorted(Counter(row["finish_reason"] for row in rows).items())),
         "num_cut": sum(row["num_removed_characters"] > 0 for row in rows),
         "mean_removed_characters": sum(row["num_removed_characters"] for row in rows) / len(rows),
         "num_errors": sum(row["error"] is not None for row in rows),
-        "num_quarantined": sum(row["is_quarantined"] for row in rows),
-        "metrics": metrics,
-    }
+        "num_quarantined": sum(row["is_quarantined"] for row in rows), "metrics": metrics,
+    }  # fmt: skip
 
 
 def clusters_of(rows: Iterable[Row]) -> dict[str, str]:
@@ -167,12 +179,11 @@ def show_tables(tables: Row) -> Iterator[str]:
     for rule, about in tables["truncations"].items():
         yield f"truncation {rule}: {about}"
     yield ""
-    yield f"{'overall':<44} {'mean':>9}  {'interval':<18} {'cases':>6}"
-    for column in columns:
-        cell = overall["metrics"][column["name"]]
-        if cell is not None:
-            mean, interval = shown(cell["mean"], column), shown_interval(cell, column)
-            yield f"{column['name']:<44} {mean:>9}  {interval:<18} {cell['num_cases']:>6}"
+    rows = [("overall", "mean", "interval", "cases")]
+    for c in columns:
+        if (cell := overall["metrics"][c["name"]]) is not None:
+            rows.append((c["name"], shown(cell["mean"], c), shown_interval(cell, c), str(cell["num_cases"])))
+    yield from _aligned(rows)
     for name, fields in shown_groupings(tables).items():
         yield from _show_groups(tables["tables"][name], fields, headline(columns))
     if (num_more := len(columns) - len(headline(columns))) and shown_groupings(tables):
@@ -184,19 +195,22 @@ def counted(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
-def _show_groups(groups: Sequence[Row], fields: Sequence[str], first: Sequence[Row]) -> Iterator[str]:
-    labels = [" / ".join(group[field] or "(none)" for field in fields) for group in groups]
-    width = max(map(len, [*labels, " / ".join(fields)]))
-    widths = [max(22, len(column["name"])) for column in first]
+def _show_groups(groups: Sequence[Row], fields: Sequence[str], columns: Sequence[Row]) -> Iterator[str]:
     yield ""
-    heads = "".join(f"  {column['name']:>{size}}" for column, size in zip(first, widths, strict=True))
-    yield f"{' / '.join(fields):<{width}} {'cases':>6} {'errors':>6} {'cut':>6}{heads}"
-    for label, group in zip(labels, groups, strict=True):
-        cells = "".join(
-            f"  {_show_cell(group['metrics'][column['name']], column):>{size}}"
-            for column, size in zip(first, widths, strict=True)
-        )
-        yield f"{label:<{width}} {group['num_cases']:>6} {group['num_errors']:>6} {group['num_cut']:>6}{cells}"
+    rows = [(" / ".join(fields), "cases", "errors", "cut", *(column["name"] for column in columns))]
+    for group in groups:
+        cells = (_show_cell(group["metrics"][column["name"]], column) for column in columns)
+        counts = (str(group[name]) for name in ("num_cases", "num_errors", "num_cut"))
+        rows.append((" / ".join(group[field] or "(none)" for field in fields), *counts, *cells))
+    yield from _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table's rows as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *cells])
 
 
 def _show_cell(cell: Row | None, column: Row) -> str:
@@ -222,4 +236,4 @@ def headline(columns: Sequence[Row]) -> list[Row]:
     for column in columns:
         if column["full"] is not None:
             kinds.setdefault(column["name"].removeprefix(f"{column['metric']}_").split("_")[0], column)
-    return list(kinds.values())[:_NUM_COLUMNS]
+    return list(kinds.values())[:_NUM_COLUMNS] or list(columns)[-_NUM_COLUMNS:]

@@ -186,21 +186,15 @@ def as_many_lines(text: str, reference: str) -> str:
     return "\n".join([line for line in text.split("\n") if line.strip()][:num_lines])
 
 
-def _whole(case: Case, text: str) -> str:
-    return text
-
-
-def _safim_block(case: Case, text: str) -> str:
-    return truncate_line_until_block(case.language, *parts(case.row, "eval_prompt", SAFIM_HOLE), text)
-
-
 CUTS: dict[str, Callable[[Case, str], str]] = {
-    "whole": _whole,
-    "openai": _whole,
+    "whole": lambda case, text: text,
+    "openai": lambda case, text: text,
     "bigcode": lambda case, text: cut_at(text, ("<|endoftext|>",)),
     "qwen": lambda case, text: first_line(text),
     "qwen-lines": lambda case, text: as_many_lines(text, case.reference or ""),
-    "safim-block": _safim_block,
+    "safim-block": lambda case, text: truncate_line_until_block(
+        case.language, *parts(case.row, "eval_prompt", SAFIM_HOLE), text
+    ),
     "safim-control": lambda case, text: truncate_control(case.language, text),
     "safim-api": lambda case, text: truncate_api_call(text),
     "cceval": lambda case, text: crosscodeeval_statement_bug_compatible(case.language, str(case.row["prompt"]), text),

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_infer.eval import syntax
 from megatron_infer.eval.cases import Case, Row, Task
-from megatron_infer.eval.tasks import nl2code, retrieval
+from megatron_infer.eval.tasks import retrieval
 from megatron_infer.eval.tasks.fields import content_id, id_of, language_named, optional_text_of, text_of
 from megatron_infer.eval.tasks.postprocess import CUTS, SAFIM_HOLE, cut_at, parts
 from megatron_infer.sampling_params import SamplingParams
@@ -69,14 +69,11 @@ def _read_fim(kind: str, row: Row, fields: Mapping[str, str] = MappingProxyType(
     id_field = fields.get("id_field", "task_id")
     has_id = "id_field" in fields or "task_id" in row
     return Case(
-        task_id=id_of(row, id_field) if has_id else content_id(prompt),
-        prompt=prompt,
-        reference=optional("reference"),
+        task_id=id_of(row, id_field) if has_id else content_id(prompt), prompt=prompt, reference=optional("reference"),
         language=language_named(optional("language") or syntax.language_of(prompt.path)),
-        scenario=optional("scenario") or "",
-        row=row,
+        scenario=optional("scenario") or "", row=row,
         cluster=f"{prompt.repository}/{prompt.path}" if prompt.path else "",
-    )
+    )  # fmt: skip
 
 
 def _read_humaneval_infilling(kind: str, row: Row) -> Case:
@@ -136,26 +133,54 @@ def _read_fim_eval(kind: str, row: Row) -> Case:
 
 
 def _read_text(kind: str, row: Row) -> Case:
-    prompt = FimPrompt(text_of(row, "text"), path=optional_text_of(row, None, "path") or "")
-    task_id = id_of(row, "task_id") if "task_id" in row else content_id(prompt)
-    return Case(task_id, prompt, None, language_named(syntax.language_of(prompt.path)), "", row, prompt.path)
+    text, path = text_of(row, "text"), optional_text_of(row, None, "path") or ""
+    task_id = id_of(row, "task_id") if "task_id" in row else content_id(FimPrompt(text, path=path))
+    return Case(task_id, FimPrompt(""), text, language_named(syntax.language_of(path)), "", row, path)
+
+
+def _read_humaneval(kind: str, row: Row) -> Case:
+    """HumanEval of the Codex paper."""
+    reference = optional_text_of(row, None, "canonical_solution")
+    return Case(id_of(row, "task_id"), FimPrompt(text_of(row, "prompt")), reference, "python", "function", row)
+
+
+def _humaneval_program(case: Case, completion: str) -> str:
+    """Prompt, completion and tests."""
+    row = case.row
+    return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})"
+
+
+def _infilling_program(case: Case, completion: str) -> str:
+    """The same with what follows the hole."""
+    return _humaneval_program(case, completion + case.row["suffix"])
+
+
+def _read_mbpp(kind: str, row: Row) -> Case:
+    """MBPP, the full file or the sanitized one."""
+    description = text_of(row, "text" if "text" in row else "prompt")
+    tests = row["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError("field 'test_list' must be a list of at least one assertion")
+    prompt = FimPrompt(f'"""\n{description}\n{tests[0]}\n"""\n')
+    return Case(id_of(row, "task_id"), prompt, optional_text_of(row, None, "code"), "python", "function", row)
+
+
+def _mbpp_program(case: Case, completion: str) -> str:
+    """The row's own set-up stands between the answer and all its tests."""
+    row = case.row
+    setup = [*(row.get("test_imports") or ()), row.get("test_setup_code")]
+    return "\n".join([case.prompt.prefix + completion, *(line for line in setup if line), *row["test_list"]])
 
 
 _READERS: dict[str, Callable[[str, Row], Case]] = {
-    "fim": _read_fim,
-    "humaneval-infilling": _read_humaneval_infilling,
-    "santacoder-fim": _read_santacoder_fim,
-    "safim": _read_safim,
-    "crosscodeeval": _read_crosscodeeval,
-    "fim-eval": _read_fim_eval,
-    "humaneval": nl2code.read_humaneval,
-    "mbpp": nl2code.read_mbpp,
-    "text": _read_text,
-}
+    "fim": _read_fim, "humaneval-infilling": _read_humaneval_infilling, "santacoder-fim": _read_santacoder_fim,
+    "safim": _read_safim, "crosscodeeval": _read_crosscodeeval, "fim-eval": _read_fim_eval,
+    "humaneval": _read_humaneval, "mbpp": _read_mbpp, "text": _read_text,
+}  # fmt: skip
 _PROGRAMS = {
-    "humaneval-infilling": nl2code.infilling_program,
-    "humaneval": nl2code.humaneval_program,
-    "mbpp": nl2code.mbpp_program,
+    "humaneval-infilling": _infilling_program,
+    "humaneval": _humaneval_program,
+    "mbpp": _mbpp_program,
 }
 
 
@@ -193,19 +218,13 @@ def _make(family: str, kind: str, read: Callable[[str, Row], Case]) -> Task:
         return cut_at(text, sampling.stop)
 
     return Task(
-        name=name,
-        about=entry["about"].format(variant=entry.get("variant", "")),
-        read=checked,
+        name=name, about=entry["about"].format(variant=entry.get("variant", "")), read=checked,
         options=replace(load_preset(entry["preset"]) if "preset" in entry else FimOptions(), **entry["options"]),
-        sampling=sampling,
-        cuts={cut: CUTS.get(cut, at_stop_strings) for cut in entry["cuts"]},
-        metrics=tuple(entry["metrics"]),
-        output=tuple(entry.get("output", ("completion",))),
-        program=_PROGRAMS.get(family),
-        source=entry["source"],
-        licence=entry.get("licence", ""),
+        sampling=sampling, cuts={cut: CUTS.get(cut, at_stop_strings) for cut in entry["cuts"]},
+        metrics=tuple(entry["metrics"]), output=tuple(entry.get("output", ("completion",))),
+        program=_PROGRAMS.get(family), source=entry["source"], licence=entry.get("licence", ""),
         files=entry.get("files", {}),
-    )
+    )  # fmt: skip
 
 
 TASKS: dict[str, Task] = {
