@@ -130,18 +130,14 @@ def reference_ids(llm: LLM, case: Case, options: FimOptions) -> tuple[list[int],
     """
     if case.reference is None:
         raise ValueError("the case has no reference, of which a likelihood could be told")
+    own, context = llm.tokenizer.encode(case.reference, dummy_prefix=False), llm.max_model_len
+    if not 0 < len(own) < context:
+        raise ValueError(f"the reference has {len(own)} tokens, which must be at least 1 and less than {context}")
     if not (case.prompt.prefix or case.prompt.suffix or options.frame_empty_suffix):
         plain = llm.fim.encode(FimPrompt(case.reference), options=options)
-        ids, num_scored = plain.ids, len(plain.ids) - max(1, plain.prefix.start)
-    else:
-        own = llm.tokenizer.encode(case.reference, dummy_prefix=False)
-        room = max(1, llm.max_model_len - len(own))
-        ids, num_scored = llm.fim.encode(case.prompt, budget_tokens=room, options=options).ids + own, len(own)
-    if len(ids) > llm.max_model_len or num_scored < 1:
-        raise ValueError(
-            f"the reference is empty, or exceeds the context of {llm.max_model_len} tokens with its prompt"
-        )
-    return ids, num_scored
+        return plain.ids, len(plain.ids) - max(1, plain.prefix.start)
+    ids = llm.fim.encode(case.prompt, budget_tokens=context - len(own), options=options).ids
+    return ids + own, len(own)
 
 
 class Replica:
