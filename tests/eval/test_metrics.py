@@ -350,3 +350,29 @@ def test_likelihood_is_of_the_tokens_and_per_character() -> None:
     assert values["log_probability_per_token"] == pytest.approx(math.log(0.25))
     assert values["bits_per_character"] == pytest.approx(6 / 4)
     assert values["reference_tokens"] == 3
+
+
+def repoeval_by_hand(prediction: str, reference: str) -> dict[str, float]:
+    """RepoCoder's two scores, by the published steps."""
+    target = [line.strip() for line in reference.splitlines() if line.strip()]
+    predicted = [line.strip() for line in prediction.splitlines() if line.strip()][: len(target)]
+    a, b = "\n".join(target), "\n".join(predicted)
+    similarity = 1 - distance(a, b, substitution=1) / max(len(a), len(b))
+    return {
+        "repoeval_exact_match": float(len(target) == len(predicted) and target == predicted),
+        "repoeval_edit_similarity": pytest.approx(100 * similarity),
+    }
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference"),
+    [
+        ("  call(a)\n\n  more()\nrest\n", "call(a)\nmore()"),
+        ("call(a)", "call(a)\n  more()"),
+        ("x = 2\ny", "x = 1"),
+        ("", "x"),
+        *PAIRS[:4],
+    ],
+)
+def test_repoevals_scores_are_of_as_many_lines_as_the_reference_has(prediction: str, reference: str) -> None:
+    assert values_of("repoeval", reference, prediction) == repoeval_by_hand(prediction, reference)

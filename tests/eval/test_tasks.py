@@ -41,6 +41,11 @@ CROSSCODEEVAL = {
         ],
     },
 }  # fmt: skip
+REPOEVAL = {
+    "prompt": "import b\n\nx = 1", "metadata": {
+        "task_id": "pytorch_rl/7", "ground_truth": "y = b.call(x)", "fpath_tuple": ["pytorch_rl", "a.py"], "line_no": 3,
+    },
+}  # fmt: skip
 FIM_EVAL = {
     "task_id": "python_1", "task_type": "method_body", "pre_mask_code": "def f():\n", "post_mask_code": "\n",
     "canonical_solution": "    return 1",
@@ -55,7 +60,7 @@ FIM = {"prefix": "a = ", "suffix": "\n", "path": "src/m.rs", "reference": "1", "
 ROWS: dict[str, dict[str, Any]] = {
     "humaneval-infilling": INFILLING, "santacoder-fim": SANTACODER, "safim": SAFIM, "crosscodeeval": CROSSCODEEVAL,
     "fim-eval": {**FIM_EVAL, "language": "python"}, "humaneval": HUMANEVAL, "mbpp": MBPP, "fim": FIM,
-    "text": {"task_id": "t", "text": "x = 1\n", "path": "a.py"},
+    "repoeval": REPOEVAL, "text": {"task_id": "t", "text": "x = 1\n", "path": "a.py"},
 }  # fmt: skip
 IDS = {
     "humaneval-infilling-single-line": "SingleLineInfilling/HumanEval/0/L0",
@@ -148,7 +153,7 @@ def test_an_empty_suffix_is_still_a_hole_where_a_hole_is_asked_for(aixcoder: Fim
         assert case.prompt.suffix == ""
         ids = aixcoder.encode(case.prompt, options=each.options).ids
         framed = [role for i in ids for role, token in roles.items() if i == token]
-        if name.startswith(("crosscodeeval-left", "mbpp")) or name == "humaneval" or name == "text":
+        if name.startswith(("crosscodeeval-left", "mbpp", "repoeval")) or name == "humaneval" or name == "text":
             assert framed == []
         elif each.options.order == "psm":
             assert framed == ["pre", "post", "middle"] and ids[-1] == roles["middle"]
@@ -324,6 +329,16 @@ def test_crosscodeeval_prompts_with_and_without_context() -> None:
         task("crosscodeeval").read({**CROSSCODEEVAL, "metadata": {"task_id": "1", "file": "a.go"}})
     with pytest.raises(ValueError, match="must be an object"):
         task("crosscodeeval").read({**CROSSCODEEVAL, "metadata": "x"})
+
+
+def test_repoeval_goes_on_below_its_prompt() -> None:
+    for kind in ("line", "api"):
+        case = task(f"repoeval-{kind}").read(REPOEVAL)
+        assert case.prompt == FimPrompt("import b\n\nx = 1\n") and case.reference == "y = b.call(x)"
+        assert (case.task_id, case.scenario, case.cluster) == ("pytorch_rl/7", kind, "pytorch_rl/a.py")
+        assert (task(f"repoeval-{kind}").sampling.max_new_tokens, case.language) == (100, "python")
+    with pytest.raises(ValueError, match="must be an object"):
+        task("repoeval-line").read({**REPOEVAL, "metadata": []})
 
 
 # ---- post-processing -----------------------------------------------------------------------------------------------

@@ -208,57 +208,50 @@ def _length(case: Case, prediction: str) -> dict[str, float] | None:
     return {"prediction_characters": float(len(prediction.strip())), "reference_characters": float(len(case.reference))}
 
 
-def _length_ratio(case: Case, prediction: str) -> float | None:
-    return len(prediction.strip()) / len(case.reference) if case.reference else None
+def _repoeval(case: Case, prediction: str) -> dict[str, float] | None:
+    if case.reference is None:
+        return None
+    found, wanted = ([line for each in t.splitlines() if (line := each.strip())] for t in (prediction, case.reference))
+    found = found[: len(wanted)]
+    similarity = edit_similarity_levenshtein("\n".join(found), "\n".join(wanted))
+    return {"repoeval_exact_match": float(found == wanted), "repoeval_edit_similarity": similarity}
 
 
-def _of(function: Callable[[str, str, str], float | bool | None]) -> Callable[[Case, str], float | None]:
-    """A metric of one value, from the prediction, the reference and the language."""
+def _of(
+    name: str, function: Callable[[str, str, str], float | bool | None]
+) -> Callable[[Case, str], dict[str, float] | None]:
+    """A metric of one value, which has its own name, from the prediction, the reference and the language."""
 
-    def judge(case: Case, prediction: str) -> float | None:
+    def judge(case: Case, prediction: str) -> dict[str, float] | None:
         value = None if case.reference is None else function(prediction, case.reference, case.language)
-        return None if value is None else float(value)
+        return None if value is None else {name: float(value)}
 
     return judge
 
 
-_SINGLE: dict[str, Callable[[Case, str], float | None]] = {
-    "exact_match": _of(lambda prediction, reference, _: prediction.strip() == reference.strip()),
-    "exact_match_verbatim": _of(lambda prediction, reference, _: prediction == reference),
-    "exact_match_no_whitespace": _of(lambda a, b, _: _SPACE.sub("", a) == _SPACE.sub("", b)),
-    "safim_syntax_match": _of(safim_syntax_match),
-    "safim_syntax_match_bug_compatible": _of(safim_syntax_match_bug_compatible),
-    "edit_similarity_difflib": _of(lambda a, b, _: edit_similarity_difflib(a, b)),
-    "edit_similarity_indel": _of(lambda a, b, _: edit_similarity_indel(a, b)),
-    "edit_similarity_levenshtein": _of(
-        lambda prediction, reference, _: edit_similarity_levenshtein(prediction, reference)
-    ),
-    "bleu_4": _of(lambda a, b, _: bleu.bleu_4(a, b)),
-    "codebleu": _of(bleu.codebleu),
-    "length_ratio": _length_ratio,
+_SINGLE: dict[str, Callable[[str, str, str], float | bool | None]] = {
+    "exact_match": lambda prediction, reference, _: prediction.strip() == reference.strip(),
+    "exact_match_verbatim": lambda prediction, reference, _: prediction == reference,
+    "exact_match_no_whitespace": lambda a, b, _: _SPACE.sub("", a) == _SPACE.sub("", b),
+    "safim_syntax_match": safim_syntax_match,
+    "safim_syntax_match_bug_compatible": safim_syntax_match_bug_compatible,
+    "edit_similarity_difflib": lambda a, b, _: edit_similarity_difflib(a, b),
+    "edit_similarity_indel": lambda a, b, _: edit_similarity_indel(a, b),
+    "edit_similarity_levenshtein": lambda a, b, _: edit_similarity_levenshtein(a, b),
+    "bleu_4": lambda a, b, _: bleu.bleu_4(a, b),
+    "codebleu": bleu.codebleu,
+    "length_ratio": lambda prediction, reference, _: len(prediction.strip()) / len(reference) if reference else None,
 }
-"""Metrics of one value, which has the metric's own name."""
-_SEVERAL = {
+_FUNCTIONS: dict[str, Callable[[Case, str], dict[str, float] | None]] = {
+    **{name: _of(name, function) for name, function in _SINGLE.items()},
     "identifier_match": _identifier_match,
     "crosscodeeval": _crosscodeeval,
     "crosscodeeval_bug_compatible": _crosscodeeval_bug_compatible,
+    "repoeval": _repoeval,
     "length": _length,
     "likelihood": lambda case, prediction: None,  # of no text, but of what likelihood() is given
 }
-
-
-def _function(name: str) -> Callable[[Case, str], dict[str, float] | None]:
-    if name in _SEVERAL:
-        return _SEVERAL[name]
-
-    def judge(case: Case, prediction: str) -> dict[str, float] | None:
-        value = _SINGLE[name](case, prediction)
-        return None if value is None else {name: value}
-
-    return judge
-
-
 _DATA: dict[str, Any] = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))
 
-METRICS: dict[str, Metric] = {name: Metric(name, function=_function(name), **entry) for name, entry in _DATA.items()}
+METRICS: dict[str, Metric] = {name: Metric(name, function=_FUNCTIONS[name], **entry) for name, entry in _DATA.items()}
 """Every metric by its name; metrics.json has their definitions in words, and the value of a perfect prediction."""

@@ -101,11 +101,23 @@ def _read_safim(kind: str, row: Row) -> Case:
     return Case(id_of(row, "task_id"), FimPrompt(prefix, suffix), text_of(row, "ground_truth"), language, kind, row)
 
 
+def _metadata_of(row: Row) -> Row:
+    metadata: object = row["metadata"]
+    if not isinstance(metadata, Mapping):
+        raise ValueError("field 'metadata' must be an object, with task_id and more")
+    return metadata
+
+
+def _read_repoeval(kind: str, row: Row) -> Case:
+    metadata = _metadata_of(row)
+    prompt, path = FimPrompt(text_of(row, "prompt") + "\n"), "/".join(metadata.get("fpath_tuple") or ())
+    task_id, reference = id_of(metadata, "task_id"), text_of(metadata, "ground_truth")
+    return Case(task_id, prompt, reference, "python", kind, row, path)
+
+
 def _read_crosscodeeval(kind: str, row: Row) -> Case:
     """Also the cross-file context that comes with the row, as a comment block before its prompt."""
-    metadata = row["metadata"]
-    if not isinstance(metadata, Mapping):
-        raise ValueError("field 'metadata' must be an object with task_id and file")
+    metadata = _metadata_of(row)
     path = text_of(metadata, "file")
     language = language_named(syntax.language_of(path))
     if language not in ("python", "java", "typescript", "csharp"):
@@ -174,7 +186,7 @@ def _mbpp_program(case: Case, completion: str) -> str:
 
 _READERS: dict[str, Callable[[str, Row], Case]] = {
     "fim": _read_fim, "humaneval-infilling": _read_humaneval_infilling, "santacoder-fim": _read_santacoder_fim,
-    "safim": _read_safim, "crosscodeeval": _read_crosscodeeval, "fim-eval": _read_fim_eval,
+    "safim": _read_safim, "crosscodeeval": _read_crosscodeeval, "repoeval": _read_repoeval, "fim-eval": _read_fim_eval,
     "humaneval": _read_humaneval, "mbpp": _read_mbpp, "text": _read_text,
 }  # fmt: skip
 _PROGRAMS = {
