@@ -126,9 +126,7 @@ class Call:
     def tell(self, is_news: bool = True) -> None:
         """Wake whoever waits for updates; without news, to say so, if there was none since that was said last."""
         was_quiet, self._is_quiet = self._is_quiet, not is_news
-        if not (is_news or was_quiet):
-            return
-        if self._waiter is not None and not self._waiter.done():
+        if self._waiter is not None and not self._waiter.done() and (is_news or was_quiet):
             self._waiter.set_result(is_news)
         elif is_news:
             self._has_news = True
