@@ -299,7 +299,8 @@ def test_predictions_of_another_engine_are_judged_as_our_own(run: Path, tmp_path
     assert [row["error"] for row in theirs[:5]] == [None, None, None, *["there is no prediction"] * 2]
     assert report.main([str(tmp_path / "theirs")]) == 0
     assert report.main([str(run), "--against", str(tmp_path / "theirs")]) == 0
-    # Scored again, with other rules: the same run.
+    # Scored again, with other rules, and after an interruption: the same run.
+    (tmp_path / "theirs" / "_SUCCESS").unlink()
     assert judged(tmp_path / "theirs", tmp_path / "data.jsonl", predictions, "fim") == 0
 
 
