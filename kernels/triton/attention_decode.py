@@ -285,8 +285,7 @@ def cut_work(row_tiles: int, table_tiles: int, num_sms: int, *, is_prompt: bool 
     """Fewer partials are fewer to write and read: single tiles only while spans keep less than every other SM busy.
 
     Args:
-        row_tiles: of the launch, over all KV heads and sequences. One on every SM needs no splitting at all:
-            programs for keys that a short sequence has not would cost more than they save.
+        row_tiles: of the launch, over all KV heads and sequences. One on every SM needs no splitting at all.
         table_tiles: of the longest sequence that the block table has room for.
         is_prompt: too many rows for partial results.
     """
