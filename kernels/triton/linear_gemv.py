@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from megatron_infer.kernels.triton import target
 from megatron_infer.kernels.triton.linear_storage import k_of_word, weight_of_word
-from megatron_infer.kernels.triton.target import has_dependent_launch
 from megatron_infer.ops import PackedLinear
 
 MAX_TOKENS = 4
@@ -237,7 +237,7 @@ def operands(
     num_tokens, vector = x_TK.shape[0], min(8, 16 // data.element_size())
     num_vectors = data.shape[2] // vector
     tile = tile_of(num_tokens, num_outputs, num_vectors, parts, storage.planes, storage.fields)
-    overlaps = has_dependent_launch()
+    overlaps = target.has_dependent_launch()
     return {
         "x_ptr": x_TK.contiguous(), "w_ptr": data, "scales_ptr": storage.scales_NG,
         "row_scales_ptr": storage.scales_N, "bias_ptr": packed.bias, "norm_ptr": norm_K,

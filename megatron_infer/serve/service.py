@@ -15,7 +15,7 @@ from megatron_infer.completion import Completion, GrowingCompletion
 from megatron_infer.llm import LLM, EngineDeadError, Handle, Prompt
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.serve.admission import Admission
-from megatron_infer.serve.context import Snippet, with_context
+from megatron_infer.serve.context import with_context
 from megatron_infer.serve.engine_thread import EngineThread
 from megatron_infer.serve.errors import Refusal
 from megatron_infer.serve.metrics import Metrics
@@ -33,7 +33,6 @@ class Part:
     prompt: Prompt
     sampling: SamplingParams
     options: FimOptions | None = None
-    context: tuple[Snippet, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -231,8 +230,8 @@ class Service:
         handles, num_dropped = [], 0
         for part in call.ask.parts:
             prompt = part.prompt
-            if isinstance(prompt, FimPrompt):
-                prompt, num_more = with_context(self.llm, prompt, part.context, part.sampling.max_new_tokens)
+            if isinstance(prompt, FimPrompt) and prompt.extra_files:
+                prompt, num_more = with_context(self.llm, prompt, part.sampling.max_new_tokens)
                 num_dropped += num_more
             elif isinstance(prompt, str):
                 ids, bos = self.tokenize(prompt, is_marked=True), self.llm.tokenizer.bos_id
