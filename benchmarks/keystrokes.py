@@ -35,7 +35,7 @@ SOURCES = ("argparse.py", "asyncio/streams.py", "json/decoder.py", "tarfile.py",
 """Of the standard library: what is typed into, one place each."""
 BEFORE, AFTER, HOLE = 150, 120, 4
 """Lines before and after the cursor at the first keystroke, and lines that are typed."""
-START_SECONDS, ANSWER_SECONDS = 300.0, 600.0
+START_SECONDS, ANSWER_SECONDS = 600.0, 600.0
 
 
 @dataclass(frozen=True)
