@@ -5,7 +5,7 @@ python benchmarks/keystrokes.py --model_dir DIR --gguf FILE --llama_server PROGR
 Each side is a server of its own with `--threads` threads, and every keystroke goes to all of them in turn as the same
 POST /infill, for at most `--n_predict` tokens. Ours may end an answer before, where the hole ends; llama.cpp does not.
 Ends with one JSON line. With `--whole_text`, llama.cpp runs a second time with a batch that cuts no prompt, and the
-files are named keystrokes_whole_text; `--places 2 --keys 10` is enough of that, since every keystroke takes seconds.
+files are named keystrokes_whole_text; `--places 2 --keys 9` is enough of that, since every keystroke takes seconds.
 (A file named typing.py would shadow Python's own for every script beside it.)
 """
 
