@@ -27,6 +27,8 @@ from megatron_infer.text.fim_prompt import FimPrompt
 from megatron_infer.world import World
 
 _MAX_HEADER_BYTES = 32 << 10
+_KEEP_ALIVE_SECONDS = 75
+"""Longer than clients keep an idle connection: whoever closes it while the other speaks breaks a request."""
 _CLIENTS = Path(__file__).with_name("clients.txt")
 
 
@@ -53,9 +55,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
             return 0
         service = Service(llm, settings, defaults, args.ending)
         # Proves that all ranks compute, and sorts the vocabulary for token healing: the first keystroke need not wait.
-        warm_up = llm.session.submit(FimPrompt("x"), SamplingParams(max_new_tokens=1), service.for_typing)
-        while not warm_up.is_finished:
-            llm.session.step()
+        llm.complete(FimPrompt("x"), SamplingParams(max_new_tokens=1), service.for_typing)
         Server(service, keys).run_until_told(listening)
         if not service.stop():
             options.say("a step did not come back; the ranks are ended by force")
@@ -94,7 +94,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 make_app(service, keys), log_config=None, access_log=False, http="h11", ws="none", proxy_headers=False,
                 server_header=False, h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
-                timeout_graceful_shutdown=service.settings.drain_seconds,
+                timeout_graceful_shutdown=service.settings.drain_seconds, timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             )
         )  # fmt: skip
         self._service = service

@@ -305,3 +305,33 @@ def test_what_goes_wrong_inside_stays_inside(
 def test_wrong_routes(running: Running, method: str, path: str, status: int) -> None:
     answer = running.client.request(method, path)
     assert answer.status_code == answer.json()["error"]["code"] == status
+
+
+def test_a_whole_number_may_be_written_with_a_point(running: Running) -> None:
+    """As clients in Lua or Java write it; a number that is not whole is refused."""
+    given = {"prompt": PREFIX, "max_tokens": 3.0, "top_k": 5.0, "n": 1.0}
+    assert running.post("/v1/completions", **given)["usage"]["completion_tokens"] == 3
+    assert running.client.post("/v1/completions", json={**given, "max_tokens": 3.5}).status_code == 400
+
+
+@pytest.mark.parametrize("bias", [{"the": 1.0}, [[1]], [[1, 2, 3]], {"-1": 1.0}])
+def test_a_bias_that_is_none_is_refused_by_its_name(running: Running, bias: Any) -> None:
+    answer = running.client.post("/v1/completions", json={"prompt": PREFIX, "logit_bias": bias})
+    assert answer.status_code == 400
+    assert "logit_bias" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/"])
+def test_head_is_get_without_the_body(running: Running, path: str) -> None:
+    answer = running.client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_wrong_path_is_not_found_and_a_wrong_method_not_allowed(running: Running) -> None:
+    for path in ("/v1/completions/", "/v1/v1/completions", "/infil"):
+        assert running.client.post(path, json={"prompt": PREFIX}).status_code == 404, path
+    assert running.client.delete("/v1/completions").status_code == 405
+
+
+def test_segments_that_are_null_are_none(running: Running) -> None:
+    assert running.post("/v1/completions", segments=None, prompt=PREFIX, max_tokens=1)["usage"]

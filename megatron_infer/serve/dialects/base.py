@@ -14,11 +14,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import Request, Response
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic.json_schema import models_json_schema
 from pydantic_core import from_json
+from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 from typing_extensions import Self
 
@@ -32,6 +34,8 @@ from megatron_infer.text.fim_prompt import FimOptions, FimPrompt
 _UNSUPPORTED = json.loads(Path(__file__).with_name("unsupported.json").read_text(encoding="utf-8"))
 _SAMPLING = {field.name for field in fields(SamplingParams)}
 _OUR_NAMES = {"repeat_penalty": "repetition_penalty", "min_tokens": "min_new_tokens"}
+_TokenId = Annotated[str, Field(pattern="^[0-9]{1,9}$")]
+_Pair = Annotated[list[float | bool], Field(min_length=2, max_length=2)]
 _OFF_THE_LOOP_BYTES = 64 << 10
 """A longer body is parsed in a thread."""
 
@@ -46,12 +50,17 @@ class Fields(BaseModel):
     def _check(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             raise ValueError("must be a JSON object")
-        # null is as good as absent.
-        given = {name: value for name, value in given.items() if value is not None}
+        # null is as good as absent, and 16.0 is a whole number.
+        is_whole = {name: isinstance(value, float) and value.is_integer() for name, value in given.items()}
+        given = {name: int(v) if is_whole[name] else v for name, v in given.items() if v is not None}
         for name, neutral in _UNSUPPORTED.get(cls.refuses, {}).items():
             if name in given and given[name] not in neutral:
                 raise ValueError(f"{name} is not supported")
         return given
+
+    @classmethod
+    async def read(cls, request: Request) -> Self:
+        return cls.model_validate(await read_json(request))
 
 
 class Body(Fields):
@@ -84,7 +93,7 @@ class Body(Fields):
     repeat_penalty: float | None = None
     min_tokens: int | None = None
     deadline_ms: int | None = None
-    logit_bias: dict[str, float] | list[list[float | bool]] | None = None
+    logit_bias: dict[_TokenId, float] | list[_Pair] | None = None
 
     def sampling(self, service: Service, ending: str, **others: Any) -> SamplingParams:
         """The server's defaults, then the fields that SamplingParams has, then `others`. Raises ValueError."""
@@ -97,19 +106,16 @@ class Body(Fields):
             given["seed"] = None if given["seed"] == -1 else given["seed"] % 2**63
         return replace(service.defaults, **{"ending": service.ending or ending, **given})
 
-    @classmethod
-    async def read(cls, request: Request) -> Self:
-        return cls.model_validate(await read_json(request))
-
-    def part(self, prompt: Prompt, sampling: SamplingParams, usual: FimOptions | None = None, **more: Any) -> Part:
+    def part(self, prompt: Prompt, sampling: SamplingParams, usual: FimOptions | None = None) -> Part:
         """`prompt`, laid out as was asked for, or else as `usual`."""
         usual = usual or FimOptions()
         healing = usual.token_healing if self.token_healing is None else self.token_healing
-        return Part(prompt, sampling, replace(usual, order=self.order or usual.order, token_healing=healing), **more)
+        return Part(prompt, sampling, replace(usual, order=self.order or usual.order, token_healing=healing))
 
-    def hole(self, prefix: str, suffix: str = "", path: str = "") -> FimPrompt:
-        """The prompt, with what was said of the code."""
-        return FimPrompt(prefix, suffix, path or self.path, repository=self.repository, language=self.language)
+    def hole(self, prefix: str, suffix: str = "", path: str = "", more: Iterable[tuple[str, str]] = ()) -> FimPrompt:
+        """The prompt, with what was said of the code. `more`: other files, path and text, the most relevant last."""
+        files = tuple((" ".join(name.split()), text) for name, text in more)
+        return FimPrompt(prefix, suffix, path or self.path, files, self.repository, self.language)
 
     def continued(self, service: Service, text: str) -> Prompt:
         """Text without suffix: as it is, with control tokens in it, where that was asked for."""
@@ -120,6 +126,18 @@ class Body(Fields):
         patience = {} if self.deadline_ms is None else {"patience_seconds": self.deadline_ms / 1000}
         ask = Ask(wire.dialect, tuple(parts), session_id=self.session_id, **{**patience, **limits})
         return Reply(ask, wire, is_stream=self.stream)
+
+
+def takes(*bodies: type[Fields], streams: str = "") -> dict[str, Any]:
+    """What the OpenAPI document says of a route that reads one of `bodies`, and may answer in the media type `streams`.
+
+    Definitions come along as $defs of the body; `make_app` moves them to the document's components.
+    """
+    place = "#/components/schemas/{model}"
+    found, definitions = models_json_schema([(body, "validation") for body in bodies], ref_template=place)
+    content = {"application/json": {"schema": {"anyOf": list(found.values())}}}
+    described: dict[str, Any] = {"requestBody": {"required": True, "content": content, **definitions}}
+    return {**described, "responses": {"200": {"content": {streams: {}}}}} if streams else described
 
 
 async def read_json(request: Request) -> Any:
@@ -171,17 +189,13 @@ class Reply(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._wire.service.call(self._ask) as call:
             if self._is_stream:
-                await send(_start([(b"content-type", self._wire.media_type.encode()), (b"cache-control", b"no-cache")]))
-                async for chunk in self._chunks(call):
-                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
+                now = {"cache-control": "no-cache"}
+                answer: Response = StreamingResponse(self._chunks(call), headers=now, media_type=self._wire.media_type)
             else:
                 async for _ in call.updates():
                     pass
-                body = compact(self._wire.whole(call, call.completions))
-                length = str(len(body)).encode()
-                await send(_start([(b"content-type", b"application/json"), (b"content-length", length)]))
-                await send({"type": "http.response.body", "body": body})
+                answer = Response(compact(self._wire.whole(call, call.completions)), media_type="application/json")
+            await answer(scope, receive, send)
 
     async def _chunks(self, call: Call) -> AsyncIterator[bytes]:
         wire = self._wire
@@ -192,10 +206,6 @@ class Reply(Response):
         except (EngineDeadError, Refusal) as error:
             yield wire.frame(envelope(wire.dialect, Refusal.of(error)))
         yield wire.last.encode()
-
-
-def _start(headers: list[tuple[bytes, bytes]]) -> dict[str, Any]:
-    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 def compact(value: Any) -> bytes:

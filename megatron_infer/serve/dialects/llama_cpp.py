@@ -12,8 +12,7 @@ from starlette.concurrency import run_in_threadpool
 
 from megatron_infer.completion import Completion, TokenLogprob
 from megatron_infer.sampling_params import SamplingParams
-from megatron_infer.serve.context import Snippet
-from megatron_infer.serve.dialects.base import Body, Fields, Reply, Wire, report
+from megatron_infer.serve.dialects.base import Body, Fields, Reply, Wire, report, takes
 from megatron_infer.serve.errors import Refusal
 from megatron_infer.serve.service import Call, Part, Service, Update
 
@@ -67,18 +66,19 @@ class InfillBody(AnyBody):
     prompt: str = ""
 
 
-class CompletionBody(AnyBody):
+class PromptBody(AnyBody):
     prompt: str | list[int]
 
 
-class TokenizeBody(Body):  # with vLLM's names beside llama.cpp's
+class TokenizeBody(Fields):  # with vLLM's names beside llama.cpp's
     content: str = ""
     prompt: str = ""
+    parse_special: bool = False
     add_special: bool = False
     add_special_tokens: bool = False
 
 
-class DetokenizeBody(Body):
+class DetokenizeBody(Fields):
     tokens: list[Annotated[int, Field(ge=0, lt=2**31)]]
 
 
@@ -150,32 +150,31 @@ def project(answer: dict[str, Any], fields: list[str]) -> dict[str, Any]:
 def add_routes(app: FastAPI, service: Service) -> None:
     llm = service.llm
 
-    @app.post("/infill")
+    @app.post("/infill", openapi_extra=takes(InfillBody, streams="text/event-stream"))
     async def infill(request: Request) -> Response:
         body = await InfillBody.read(request)
         if not llm.fim.orders:
             raise Refusal(501, f"the model's FIM family {llm.fim.name!r} has no format for code before and after")
-        prompt = body.hole(body.input_prefix + body.prompt, body.input_suffix)
-        extra = tuple(Snippet(item.filename, item.text) for item in body.input_extra)
-        usual = service.for_typing
-        parts = [body.part(prompt, sampling, usual, context=extra) for sampling in body.samplings(service, "auto")]
+        extra = ((item.filename, item.text) for item in body.input_extra)
+        prompt = body.hole(body.input_prefix + body.prompt, body.input_suffix, more=extra)
+        parts = [body.part(prompt, sampling, service.for_typing) for sampling in body.samplings(service, "auto")]
         return body.within_limits(service, parts)
 
-    @app.post("/completion")
+    @app.post("/completion", openapi_extra=takes(PromptBody, streams="text/event-stream"))
     async def completion(request: Request) -> Response:
-        body = await CompletionBody.read(request)
+        body = await PromptBody.read(request)
         prompt = body.continued(service, body.prompt) if isinstance(body.prompt, str) else body.prompt
         return body.within_limits(service, [body.part(prompt, s) for s in body.samplings(service, "raw")])
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", openapi_extra=takes(TokenizeBody))
     async def tokenize(request: Request) -> Any:
         body = await TokenizeBody.read(request)
-        ids = await run_in_threadpool(service.tokenize, body.content or body.prompt, is_marked=bool(body.parse_special))
+        ids = await run_in_threadpool(service.tokenize, body.content or body.prompt, is_marked=body.parse_special)
         if (body.add_special or body.add_special_tokens) and llm.tokenizer.adds_bos:
             ids = [llm.tokenizer.bos_id or 0, *ids]
         return {"tokens": ids, "count": len(ids), "max_model_len": llm.max_model_len}
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", openapi_extra=takes(DetokenizeBody))
     async def detokenize(request: Request) -> Any:
         body = await DetokenizeBody.read(request)
         text = await run_in_threadpool(llm.tokenizer.decode, body.tokens)

@@ -9,7 +9,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from megatron_infer.completion import Completion
-from megatron_infer.serve.dialects.base import Body, Wire, finish_reason, report, usage
+from megatron_infer.serve.dialects.base import Body, Wire, finish_reason, report, takes, usage
 from megatron_infer.serve.service import Call, Service, Update
 
 
@@ -47,7 +47,7 @@ class FimWire(Wire):
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/fim/completions")
+    @app.post("/v1/fim/completions", openapi_extra=takes(FimBody, streams="text/event-stream"))
     async def completions(request: Request) -> Response:
         body = await FimBody.read(request)
         limit = body.max_completion_tokens if body.max_tokens is None else body.max_tokens

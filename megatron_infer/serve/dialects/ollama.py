@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 
 import megatron_infer
 from megatron_infer.completion import Completion
-from megatron_infer.serve.dialects.base import Body, Wire, compact, finish_reason, read_json, report
+from megatron_infer.serve.dialects.base import Body, Wire, compact, finish_reason, read_json, report, takes
 from megatron_infer.serve.service import Call, Service, Update
 
 
@@ -22,7 +22,7 @@ class GenerateBody(Body):
     prompt: str = ""
     suffix: str = ""
     stream: bool = True
-    num_predict: int | None = None
+    num_predict: int = -1
     options: dict[str, Any] = Field({})
 
 
@@ -64,17 +64,16 @@ def add_routes(app: FastAPI, service: Service) -> None:
     }  # fmt: skip
     about = {"model": service.model_name, "modified_at": _time(service.created), "details": details}
 
-    @app.post("/api/generate")
+    @app.post("/api/generate", openapi_extra=takes(GenerateBody, streams="application/x-ndjson"))
     async def generate(request: Request) -> Response:
         raw = await read_json(request)
         if isinstance(raw, dict) and isinstance(options := raw.get("options"), dict):
             raw = {**options, **raw}  # litellm has the suffix among them
-        body, limit = GenerateBody.model_validate(raw), None
+        body = GenerateBody.model_validate(raw)
         if not body.prompt and not body.suffix:  # how clients have a model loaded
             loaded = {"model": service.model_name, "created_at": _time(time.time()), "response": "", "done": True}
             return JSONResponse({**loaded, "done_reason": "load"})
-        if body.num_predict is not None and body.num_predict >= 0:
-            limit = body.num_predict
+        limit = body.num_predict if body.num_predict >= 0 else None
         sampling = body.sampling(service, "raw", max_new_tokens=limit)
         return body.reply(GenerateWire(service), [body.part(body.hole(body.prompt, body.suffix), sampling)])
 

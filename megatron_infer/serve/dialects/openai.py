@@ -12,7 +12,7 @@ from pydantic import Field
 from megatron_infer.completion import Completion, TokenLogprob
 from megatron_infer.llm import LLM
 from megatron_infer.serve.dialects import tabby
-from megatron_infer.serve.dialects.base import Body, Wire, finish_reason, read_json, report, usage
+from megatron_infer.serve.dialects.base import Body, Wire, finish_reason, read_json, report, takes, usage
 from megatron_infer.serve.errors import Refusal
 from megatron_infer.serve.service import Call, Part, Service, Update
 
@@ -41,7 +41,9 @@ class CompletionBody(Body):
         of_prompt = self.logprobs if self.echo else None
         sampling = self.sampling(service, "raw", max_new_tokens=self.max_tokens, prompt_logprobs=of_prompt)
         if self.logprobs is not None and self.token_healing:
-            raise ValueError("logprobs is not supported together with token_healing")
+            raise ValueError(
+                "logprobs begin at the cursor, but with token_healing tokens begin before; see n_probs of /infill"
+            )
         if not self.suffix:
             prompts = [self.continued(service, p) if isinstance(p, str) else p for p in self.prompts()]
             return [self.part(prompt, sampling) for prompt in prompts]
@@ -123,12 +125,14 @@ def token_text(llm: LLM, token_id: int) -> str:
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/completions")
-    @app.post("/beta/completions")
-    @app.post("/v1/beta/completions")
+    described = takes(CompletionBody, tabby.SegmentsBody, streams="text/event-stream")
+
+    @app.post("/v1/completions", openapi_extra=described)
+    @app.post("/beta/completions", openapi_extra=described)
+    @app.post("/v1/beta/completions", openapi_extra=described)
     async def completions(request: Request) -> Response:
         raw = await read_json(request)
-        if isinstance(raw, dict) and "segments" in raw:
+        if isinstance(raw, dict) and raw.get("segments") is not None:
             return tabby.completions(request, service, raw)
         body = CompletionBody.model_validate(raw)
         return body.reply(CompletionWire(service, body), body.parts(service))

@@ -11,7 +11,6 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field
 
 from megatron_infer.completion import Completion
-from megatron_infer.serve.context import Snippet
 from megatron_infer.serve.dialects.base import Body, Fields, Wire, report
 from megatron_infer.serve.service import Call, Service
 
@@ -33,11 +32,11 @@ class Segments(Fields):
     relevant_snippets_from_changed_files: list[CodeSnippet] = Field([])
     relevant_snippets_from_recently_opened_files: list[CodeSnippet] = Field([])
 
-    def context(self) -> tuple[Snippet, ...]:
+    def context(self) -> list[tuple[str, str]]:
         """The most relevant last: declarations of what the code uses, before them what was edited, or looked at."""
         changed = sorted(self.relevant_snippets_from_changed_files, key=lambda snippet: snippet.score)
         found = [*self.relevant_snippets_from_recently_opened_files, *changed, *self.declarations]
-        return tuple(Snippet(snippet.filepath, snippet.body) for snippet in found)
+        return [(snippet.filepath, snippet.body) for snippet in found]
 
 
 class SegmentsBody(Body):
@@ -64,13 +63,14 @@ def completions(request: Request, service: Service, raw: dict[str, Any]) -> Resp
     wire, segments = SegmentsWire(service), body.segments
     prefix, suffix = segments.prefix.replace("\r\n", "\n"), segments.suffix.replace("\r\n", "\n")
     wire.has_crlf = (prefix, suffix) != (segments.prefix, segments.suffix)
-    hole = body.hole(prefix, suffix, segments.filepath)
+    hole = body.hole(prefix, suffix, segments.filepath, segments.context())
     sampling = body.sampling(service, "auto")
-    return body.reply(wire, [body.part(hole, sampling, service.for_typing, context=segments.context())])
+    return body.reply(wire, [body.part(hole, sampling, service.for_typing)])
 
 
 def add_routes(app: FastAPI, service: Service) -> None:
-    @app.api_route("/v1/health", methods=["GET", "POST"])
+    @app.get("/v1/health")
+    @app.post("/v1/health")
     async def health() -> Any:
         service.check_health()
         return {
@@ -83,7 +83,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     async def server_setting() -> Any:
         return {"disable_client_side_telemetry": True}
 
-    @app.post("/v1/events")
+    @app.post("/v1/events", response_class=Response)
     async def events() -> Response:
         """What users did with a suggestion is not kept."""
         return Response()
