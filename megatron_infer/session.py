@@ -208,6 +208,7 @@ class Session:
                     # A loop of steps would take the lock again before anyone else wakes up, were it not for the turn.
                     with self._turn:
                         is_held = self._lock.acquire()
+                    self._do_due()  # who released the lock a moment ago may not have come to it
                     yield
                 finally:
                     if is_held:
@@ -235,8 +236,7 @@ class Session:
         with interrupt_deferred():
             while self._due and self._lock.acquire(blocking=False):
                 try:
-                    while self._due:
-                        self._due.popleft()()
+                    self._do_due()
                 finally:
                     self._lock.release()
             while True:
@@ -248,6 +248,10 @@ class Session:
                     notify()
                 except Exception:  # it must not fail the call of somebody else
                     log.exception("the notify of a prompt failed")
+
+    def _do_due(self) -> None:
+        while self._due:
+            self._due.popleft()()
 
     def _end_late(self) -> bool:
         """End what has passed its deadline; whether there was any."""

@@ -93,7 +93,8 @@ MAY_IMPORT_KERNELS = (
     "tensor_parallel.symmetric_memory",
 )
 OPTIONAL_IMPORTS_INSIDE_FUNCTIONS = (
-    "dispatch.select", "tensor_parallel.symmetric_memory", "eval.command", "hub", "model.gguf_file", "__main__"
+    "dispatch.select", "tensor_parallel.symmetric_memory", "eval.command", "eval.cases", "hub", "model.gguf_file",
+    "__main__",
 )  # fmt: skip
 
 
@@ -188,6 +189,7 @@ def test_no_folders_import_each_other_in_a_circle() -> None:
 APPLICATIONS = ("eval", "serve", "commands", "__main__")
 FACADE = (
     "llm",
+    "ending",
     "model_config",
     "completion",
     "text.fim",

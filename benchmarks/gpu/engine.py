@@ -8,9 +8,10 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -19,6 +20,7 @@ from benchmarks.gpu.workload import COMPLETION_TOKENS, Workload
 from megatron_infer.cache.block_pool import BlockPool
 from megatron_infer.commands.options import percentile
 from megatron_infer.config import EngineConfig
+from megatron_infer.dispatch import select
 from megatron_infer.engine.bring_up import build_runner
 from megatron_infer.engine.engine import Engine
 from megatron_infer.engine.request import Request
@@ -32,13 +34,25 @@ from megatron_infer.world import World
 _KEYSTROKES = 7
 
 
+@contextmanager
+def without_dependent_launch() -> Iterator[None]:
+    """Every kernel of ours then starts after the one before it has ended."""
+    from megatron_infer.kernels.triton import target
+
+    with mock.patch.object(target, "has_dependent_launch", return_value=False):
+        yield
+
+
 @dataclass(frozen=True)
 class Variant:
-    """A way to run the engine: the weights' format, who implements the ops, whether CUDA graphs may be captured."""
+    """A way to run the engine: the weights' format, who implements the ops, whether CUDA graphs may be captured,
+    whether kernels overlap, and whether faulty ops are replaced."""
 
     quantization: str
     ops: str
     has_graphs: bool = True
+    has_overlap: bool = True
+    is_checked: bool = True
 
 
 class Run:
@@ -149,6 +163,17 @@ def running(
         asked = replace(asked, cuda_graph_memory_bytes=0)
     # Not among what is asked for: on the CPU it would be refused.
     config = replace(resolve(asked, work.model, World()), ops=variant.ops)
+    with ExitStack() as stack:
+        if not variant.has_overlap:
+            stack.enter_context(without_dependent_launch())
+        if not variant.is_checked:
+            stack.enter_context(mock.patch.object(select, "find_faults", return_value=()))
+        yield from _built(weights, work, device, variant, config)
+
+
+def _built(
+    weights: SharedWeights, work: Workload, device: torch.device, variant: Variant, config: EngineConfig
+) -> Iterator[Run]:
     runner = build_runner(weights, config, World(), TPGroup.single(device))  # type: ignore[arg-type]
     scheduler = Scheduler(
         BlockPool(runner.kv.num_blocks, runner.kv.block_size, True),

@@ -57,18 +57,22 @@ def markdown(results: Results, work: Workload) -> str:
     lines = [f"# GPU: {results['device']}", ""]
     if results["device_type"] == "cpu":
         lines += ["A tiny model on the CPU, to try the suite: the figures say nothing.", ""]
-    lines += [*_targets(sections, work), "", *_course(results)]
+    lines += [*targets_table(sections, work), "", *_course(results)]
     if "ceilings" in sections:
         lines += ["", "## Ceilings", "", *_ceilings(sections["ceilings"])]
     for name, figures in sections.items():
         if "quantization" in figures:
             lines += ["", f"## {name}", "", *_engine(figures, sections.get("ceilings", {}))]
+        elif "linear" in figures:
+            lines += ["", f"## {name}", "", *_kernels(figures, sections.get("ceilings", {}))]
     lines += _others(sections)
-    lines += ["", "## Provenance", "", *(f"- {name}: {value}" for name, value in results["provenance"].items())]
+    for provenance in (results["provenance"], *reversed(results["earlier"])):
+        lines += ["", "## Provenance", "", *(f"- {name}: {value}" for name, value in provenance.items())]
     return "\n".join(lines) + "\n"
 
 
-def _targets(sections: Mapping[str, Any], work: Workload) -> Iterator[str]:
+def targets_table(sections: Mapping[str, Any], work: Workload) -> Iterator[str]:
+    """What was to be reached, and how far the run got."""
     yield "| target | goal | measured | |"
     yield "|---|---:|---:|---|"
     for target in targets(sections, work):
@@ -84,6 +88,9 @@ def _course(results: Results) -> Iterator[str]:
         yield f"\n- Skipped: {name}: {reason}"
     for name, error in results["failed"].items():
         yield f"\n- FAILED: {name}: {error.strip().splitlines()[-1]}"
+    for name, warnings in results["warnings"].items():
+        for warning in warnings:
+            yield f"\n- Warning: {name}: {warning.splitlines()[0]}"
 
 
 def _ceilings(figures: Mapping[str, Any]) -> Iterator[str]:
@@ -124,6 +131,29 @@ def _engine(figures: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Iterator
     if figures.get("memory"):
         weights, cache = (f"{figures['memory'][f'{name}_bytes'] / MIB:,.0f} MiB" for name in ("without_cache", "cache"))
         yield f"After loading: {weights}, and a KV cache of {cache}."
+
+
+def _kernels(figures: Mapping[str, Any], ceilings: Mapping[str, Any]) -> Iterator[str]:
+    """Single kernels of one weight format."""
+    read = ceilings.get("read_gb_per_second")
+
+    def table(head: str, rows: Iterator[tuple[str, Mapping[str, Any]]]) -> Iterator[str]:
+        yield from ("", f"| {head} | microseconds | GB/s | of read |", "|---|---:|---:|---:|")
+        for what, row in rows:
+            share = f"{row['gb_per_second'] / read:.0%}" if read else ""
+            yield f"| {what} | {row['microseconds']:.1f} | {row['gb_per_second']:,.0f} | {share} |"
+
+    linear, layers = figures["linear"], figures["layers"]
+    shapes = ((f"{row['layer']} {row['rows']} x {row['columns']}, {row['tokens']} tokens", row) for row in linear)
+    yield from table("linear layer", shapes)
+    switches = ((f"dependent launch {row['dependent_launch']}, context {row['context']}", row) for row in layers)
+    yield from table("decoder layer of one token", switches)
+    if "attention" in figures:
+        yield from table("decode attention", ((f"{r['batch']} x {r['context']}", r) for r in figures["attention"]))
+        yield from ("", "| prefill attention, queries of context | microseconds | TFLOP/s |", "|---|---:|---:|")
+        for row in figures["prefill_attention"]:
+            speed = f"{row['microseconds']:.1f} | {row['tflop_per_second']:.1f}"
+            yield f"| {row['queries']} of {row['context']} | {speed} |"
 
 
 def _decode_table(rows: list[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> Iterator[str]:

@@ -19,7 +19,8 @@ class Workload:
     contexts: of batch-1 decoding, in tokens. prefills: prompt lengths. keystroke_context: a warm prompt to which a few
     tokens are appended. batches: sequences decoded together at batch_context. peer_contexts: where peers are timed, the
     first one also where greedy ids are compared. matmul: of the ceiling's square matrices. prefill_rows: tokens of the
-    ceiling's products in the shapes of the model's own layers.
+    ceiling's products in the shapes of the model's own layers. kernel_tokens: of single linear layers.
+    evicting_bytes: read between two uses of a weight or cache, so that no cache of the device still has it.
     """
 
     model: ModelConfig
@@ -34,6 +35,8 @@ class Workload:
     ceiling_bytes: int
     matmul: int
     prefill_rows: int
+    kernel_tokens: tuple[int, ...]
+    evicting_bytes: int
 
     @property
     def max_model_len(self) -> int:
@@ -64,6 +67,8 @@ FULL = Workload(
     ceiling_bytes=4 << 30,
     matmul=8192,
     prefill_rows=2048,
+    kernel_tokens=(1, 2, 4, 16),
+    evicting_bytes=256 << 20,
 )
 
 SMALL = Workload(
@@ -88,6 +93,8 @@ SMALL = Workload(
     ceiling_bytes=1 << 22,
     matmul=128,
     prefill_rows=64,
+    kernel_tokens=(1, 3),
+    evicting_bytes=1 << 18,
 )
 
 

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from megatron_infer.kernels.triton.target import has_dependent_launch
+from megatron_infer.kernels.triton import target
 
 MAX_QUERIES = 16
 """Of a sequence whose keys several programs share: each writes that many rows of partial results at most."""
@@ -285,11 +285,11 @@ def cut_work(row_tiles: int, table_tiles: int, num_sms: int, *, is_prompt: bool 
     """Fewer partials are fewer to write and read: single tiles only while spans keep less than every other SM busy.
 
     Args:
-        row_tiles: of the launch, over all KV heads and sequences. Two on every SM need no splitting at all.
+        row_tiles: of the launch, over all KV heads and sequences. One on every SM needs no splitting at all.
         table_tiles: of the longest sequence that the block table has room for.
         is_prompt: too many rows for partial results.
     """
-    if is_prompt or row_tiles >= 2 * num_sms:
+    if is_prompt or row_tiles >= num_sms:
         return WorkCut(partials=1, single_tiles=0, tiles_per_partial=table_tiles)
     single_tiles = FOLD * (triton.cdiv(num_sms, 2 * row_tiles) - 1)
     return WorkCut(max(min(single_tiles, table_tiles), triton.cdiv(table_tiles, FOLD)), single_tiles, FOLD)
@@ -336,7 +336,7 @@ def decode_attention(
         partial_softmax = torch.empty((*shape, 2), dtype=torch.float32, device=device)
         if row_tiles > counters.numel():
             counters = torch.zeros(row_tiles, dtype=torch.int32, device=device)
-    overlaps, block_h = has_dependent_launch(), max(16, triton.next_power_of_2(head_dim))
+    overlaps, block_h = target.has_dependent_launch(), max(16, triton.next_power_of_2(head_dim))
     # Of 8 floats per thread FOLD partials fit the registers; of more, the compiler spills unless it chooses the order.
     batch = FOLD if rows * block_h <= 2048 else 1
     # Split or not, products and sums must round alike: none are fused but the explicit FMAs.

@@ -6,14 +6,16 @@ GPU, what is not torch itself is used only after dispatch.selfcheck has found no
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
-from megatron_infer.dispatch.selfcheck import find_fault
+from megatron_infer.dispatch.selfcheck import find_faults
 from megatron_infer.dispatch.selfcheck_inputs import CheckShape as CheckShape
 from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.ops import OP_NAMES, Ops
@@ -25,6 +27,10 @@ CANDIDATES = ("native", "triton", "vendor", "reference")
 """In the order in which they are wanted."""
 _REPLACED = {"flash-attn": ("paged_attention",), "apex": ("rms_norm", "add_rms_norm")}
 """Ops of torch's own that a package replaces."""
+_LAYERS = ("attention_layer", "feed_forward_layer")
+_LINEAR = ("allocate_linear", "pack_rows", "pack_quantized", "linear")
+
+log = logging.getLogger("megatron_infer")
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,33 @@ class Candidate:
     detail: str = ""
     ops: Ops | None = None
     refusal: str = ""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Op -> why torch's is in its place."""
 
     def proven(self, device: torch.device, shape: CheckShape | None, deterministic: bool) -> Candidate:
-        """This candidate, or its refusal for a fault that shows when its ops are run."""
+        """With torch's ops in place of faulty ones; refused where these would break the promise of `deterministic`, and
+        where neither linear layers nor attention are left."""
         if self.ops is None or shape is None:
             return self
-        names = _REPLACED.get(self.name)
-        fault = find_fault(self.ops, VendorOps(), device, shape, names=names, deterministic=deterministic)
-        return self if fault is None else Candidate(self.name, refusal=fault)
+        faults: dict[str, str] = {}
+        for fault in find_faults(
+            self.ops, VendorOps(), device, shape, names=_REPLACED.get(self.name), deterministic=deterministic
+        ):
+            log.warning("%s ops: %s. Please report this.\n%s", self.name, fault.reason, fault.details)
+            if self.name != "triton" or deterministic or {"linear", "paged_attention"} <= {*faults, fault.op}:
+                return Candidate(self.name, refusal=next(iter(faults.values()), fault.reason))
+            faults |= dict.fromkeys(_mend(self.ops, fault.op), fault.reason)
+        return replace(self, faults=faults)
+
+
+def _mend(ops: Ops, faulty: str) -> tuple[str, ...]:
+    """Put torch's ops in the place of a faulty one and of what shares its layout of weights, single ops in that of half
+    a layer; the names of all."""
+    torchs, names = VendorOps(), (*_LINEAR, *_LAYERS) if faulty == "linear" else (faulty,)
+    for name in names:
+        setattr(ops, name, partial(getattr(Ops, name), ops) if name in _LAYERS else getattr(torchs, name))
+    ops.is_recordable = ops.is_recordable and faulty != "paged_attention"
+    return names
 
 
 def _native(device: torch.device, num_threads: int, isa: str) -> Candidate:
@@ -134,6 +159,8 @@ def _assembled(chosen: Candidate, refused: list[Candidate], replacing: list[Cand
     report = []
     for op in OP_NAMES:
         line = f"{chosen.name} ({chosen.detail}){because}"
+        if op in chosen.faults:
+            line = f"vendor (torch){because}; {chosen.name} refused: {chosen.faults[op]}"
         for other in replacing:
             if op not in _REPLACED[other.name]:
                 continue

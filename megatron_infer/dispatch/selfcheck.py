@@ -5,6 +5,7 @@ Owns which cases are run and the bounds; keeps nothing. Knows no candidates: dis
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator
 from itertools import product
 from typing import NamedTuple
@@ -52,40 +53,50 @@ class _Comparison(NamedTuple):
 _Comparisons = Iterator[_Comparison]
 
 
-def find_fault(
+class Fault(NamedTuple):
+    """An op that fails or differs: the reason in one line, and everything known, a traceback or all differences."""
+
+    op: str
+    reason: str
+    details: str
+
+
+def find_faults(
     candidate: Ops, trusted: Ops, device: torch.device, shape: CheckShape, *, names: tuple[str, ...] | None = None,
     deterministic: bool = False,
-) -> str | None:  # fmt: skip
-    """The first op among `names`, or of all, that fails or differs from the trusted one by more than BOUNDS, if any.
+) -> Iterator[Fault]:  # fmt: skip
+    """Each op among `names`, or of all, that fails or differs from the trusted one by more than BOUNDS.
 
-    Halves of a layer that are launches of their own are compared with the candidate's single ops. The cost, beside
-    compiling kernels: the weights of one layer and of the head, twice, and a few hundred launches.
+    Halves of a layer that are launches of their own are compared with the candidate's single ops; they come last, so
+    that whoever replaces a faulty op before asking for the next fault has them compared with what it put there. The
+    cost, beside compiling kernels: the weights of one layer and of the head, twice, and a few hundred launches.
 
     Args:
         deterministic: also that no row's bits depend on the rows beside it, of its own sequence or others.
     Raises:
         RuntimeError: a kernel left the GPU unusable to this process, so that nothing can be chosen any more.
     """
-    fault = _first_fault(_Check(candidate, trusted, device, shape, deterministic), device, names)
+    for compare in _Check(candidate, trusted, device, shape, deterministic).all():
+        if names is None or compare.__name__ in names:
+            fault = _fault_of(compare, device)
+            if fault is not None:
+                yield fault
     if device.type == "cuda":
         torch.cuda.empty_cache()
-    return fault
 
 
-def _first_fault(check: _Check, device: torch.device, names: tuple[str, ...] | None) -> str | None:
-    for compare in check.all():
-        name = compare.__name__
-        if names is not None and name not in names:
-            continue
-        try:
-            for what, actual, expected, bound, whose in compare():
-                error = _difference(actual, expected)
-                if not error <= bound:
-                    return f"{name} of {what} differs from {whose} by {error:.1e} on {device}"
-        except Exception as error:
-            _require_alive(device, name, error)
-            return f"{name} fails on {device}: {type(error).__name__}: {error}".partition("\n")[0]
-    return None
+def _fault_of(compare: Callable[[], _Comparisons], device: torch.device) -> Fault | None:
+    name, found = compare.__name__, []
+    try:
+        for what, actual, expected, bound, whose in compare():
+            error = _difference(actual, expected)
+            if not error <= bound:
+                found.append(f"{name} of {what} differs from {whose} by {error:.1e} on {device}")
+    except Exception as error:
+        _require_alive(device, name, error)
+        found.append(f"{name} fails on {device}: {type(error).__name__}: {error}".partition("\n")[0])
+        return Fault(name, found[0], "\n".join((*found, traceback.format_exc())))
+    return Fault(name, found[0], "\n".join(found)) if found else None
 
 
 def _difference(actual: Tensor, expected: Tensor) -> float:

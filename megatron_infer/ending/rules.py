@@ -10,7 +10,7 @@ import re
 from itertools import takewhile
 
 from megatron_infer.ending.hole import Hole, Line, Seen
-from megatron_infer.ending.scanner import PAIRS, columns, first_word
+from megatron_infer.ending.scanner import PAIRS, TAB_COLUMNS, columns, first_word
 
 _DISTINCTIVE_CHARACTERS = 8
 _MAX_BLANK_LINES = 2
@@ -129,6 +129,14 @@ class LineBelow(Rule):
         others = [line.strip() for line in (*map(_comparable, hole.above), *self.below)]
         self.is_distinctive = len(first) >= _DISTINCTIVE_CHARACTERS and others.count(first) == 1
 
+    def on_character(self, seen: Seen) -> int | None:
+        """A line that closes more than the text may cannot be completed: it is the suffix's if it begins as that."""
+        hole, own = seen.hole, seen.line
+        if len(seen.scanner.closed) <= hole.num_closes or (seen.is_first_line and not hole.is_whole_lines):
+            return None
+        is_below = bool(hole.below) and hole.below[0].startswith(own) and re.search(r"\w", own)
+        return seen.start if is_below else None
+
     def on_line(self, seen: Seen, line: Line) -> int | None:
         shown = _comparable(line.shown)
         if not shown:
@@ -157,7 +165,8 @@ class LineBelow(Rule):
 
 
 def _comparable(line: str) -> str:
-    return line.rstrip(" \t,;")
+    """Models often indent by spaces in a file that has tabs, and the reverse."""
+    return line.rstrip(" \t,;").expandtabs(TAB_COLUMNS)
 
 
 class Leave(Rule):

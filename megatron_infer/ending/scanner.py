@@ -14,7 +14,7 @@ from typing import Any
 
 PAIRS = {")": "(", "]": "[", "}": "{"}
 
-_TAB_COLUMNS = 4
+TAB_COLUMNS = 4
 _WORD = re.compile(r"\s*(@?\w*)")
 
 
@@ -91,7 +91,7 @@ def columns(line: str) -> int:
     for character in line:
         if character not in " \t":
             break
-        count += _TAB_COLUMNS - count % _TAB_COLUMNS if character == "\t" else 1
+        count += TAB_COLUMNS - count % TAB_COLUMNS if character == "\t" else 1
     return count
 
 

@@ -5,6 +5,7 @@ What can be refused without reading a weight is refused before, in resolve.py an
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import sys
@@ -30,6 +31,7 @@ from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import Ops
 from megatron_infer.profile import Profile
 from megatron_infer.tensor_parallel.group import TPGroup
+from megatron_infer.tensor_parallel.symmetric_memory import gpu_uuid
 from megatron_infer.world import World
 
 _OF_ONE_RANK = {
@@ -71,7 +73,9 @@ def build_runner(
     use_device(group.device)
     model_config = checkpoint.config
     _check_agreement(group, {**asdict(config), **asdict(model_config), "bytes of the checkpoint": checkpoint.num_bytes})
-    ops = _agreed_ops(config, model_config, group)
+    if config.device == "cuda" and len(gpus := group.gather_text(gpu_uuid(group.device))) > len(set(gpus)):
+        raise ValueError("ranks share a GPU; have the launcher give each its own, or put all on one with 'cuda:0'")
+    ops = _agreed_ops(config, model_config, group, is_first_here=not world.local_rank)
     if group.rank == 0:
         for chosen, names in _grouped(ops.report).items():
             log.info("ops: %s: %s", chosen, ", ".join(names))
@@ -103,21 +107,33 @@ def _check_agreement(group: TPGroup, own: Mapping[str, Any]) -> None:
                 )
 
 
-def _agreed_ops(config: EngineConfig, model: ModelConfig, group: TPGroup) -> Ops:
-    """The same implementation on every rank: where one cannot use what others can, none does."""
+def _agreed_ops(config: EngineConfig, model: ModelConfig, group: TPGroup, *, is_first_here: bool) -> Ops:
+    """The same implementation on every rank: where one cannot use what others can, none does.
+
+    The first rank of a host compiles the kernels of a GPU; the others find them in Triton's cache.
+    """
     select = partial(
         select_ops, group.device, num_threads=config.num_threads or 1, isa=config.cpu_isa,
         deterministic=config.deterministic, shape=_check_shape(config, model, group),
     )  # fmt: skip
-    ops = select(force=None if config.ops == "auto" else config.ops)
-    told = group.gather_text(ops.chosen)
-    least = max(told, key=CANDIDATES.index)
-    if set(told) != {least}:
-        log.warning("rank %d has %s ops, but rank %d only %s: all take these", group.rank, ops.chosen,
-                    told.index(least), least)  # fmt: skip
+    for is_my_turn in (is_first_here, not is_first_here):
+        if is_my_turn:
+            ops = select(force=None if config.ops == "auto" else config.ops)
+        group.gather_text("")
+    told = group.gather_text(json.dumps(_choices(ops)))
+    if len(set(told)) > 1:
+        names = [[name for name in json.loads(text).values() if name in CANDIDATES] for text in told]
+        least = max(itertools.chain(*names), key=CANDIDATES.index)
+        rank = next(rank for rank, those in enumerate(names) if least in those)
+        log.warning("rank %d has %s ops, but rank %d only %s: all take these", group.rank, ops.chosen, rank, least)
         ops = select(force=least)
-    _check_agreement(group, dict(line.split(" (", 1)[0].split(": ") for line in ops.report))
+    _check_agreement(group, _choices(ops))
     return ops
+
+
+def _choices(ops: Ops) -> dict[str, str]:
+    """Op -> the name of who implements it."""
+    return dict(line.split(" (", 1)[0].split(": ") for line in ops.report)
 
 
 def _load(checkpoint: Checkpoint, config: EngineConfig, group: TPGroup, ops: Ops) -> Transformer:

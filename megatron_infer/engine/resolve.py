@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from megatron_infer.config import EngineConfig
-from megatron_infer.engine.topology import usable_cores
+from megatron_infer.engine.topology import has_own_gpu, usable_cores
 from megatron_infer.model_config import ModelConfig
 from megatron_infer.ops import fp8
 from megatron_infer.world import World
@@ -33,7 +33,7 @@ def resolve(config: EngineConfig, model: ModelConfig, world: World) -> EngineCon
         raise ValueError(
             f"device {device!r} was asked for, but torch sees no GPU; use device='cpu' or a CUDA build of torch"
         )
-    if device == "cuda" and sharing > torch.cuda.device_count():
+    if device == "cuda" and sharing > torch.cuda.device_count() and not has_own_gpu(world):
         raise ValueError(
             f"{sharing} ranks on this host but only {torch.cuda.device_count()} GPUs; start fewer ranks, use "
             "device='cpu', or put all ranks on one GPU with device='cuda:0' (slower than one rank)"

@@ -22,9 +22,15 @@ def usable_cores() -> int:
     return cores
 
 
+def has_own_gpu(world: World) -> bool:
+    """Whether the launcher shows each process its own GPU alone, as number 0: Slurm's --gpus-per-task does."""
+    return world.local_size > 1 and torch.cuda.device_count() == 1 and "CUDA_VISIBLE_DEVICES" in os.environ
+
+
 def rank_device(config: EngineConfig, world: World) -> torch.device:
     """The device of this rank."""
-    return torch.device("cuda", world.local_rank) if config.device == "cuda" else torch.device(config.device)
+    own = 0 if has_own_gpu(world) else world.local_rank
+    return torch.device("cuda", own) if config.device == "cuda" else torch.device(config.device)
 
 
 def use_device(device: torch.device) -> None:

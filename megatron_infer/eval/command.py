@@ -10,6 +10,7 @@ from megatron_infer.commands.options import say
 
 _COMMANDS = {
     "run": "complete the cases of a benchmark, on any number of ranks; given again, it continues an interrupted run",
+    "tasks": "list the benchmarks, their settings, and where their data is",
     "build": "make a benchmark from source code",
     "score": "judge the completions of a finished run",
     "report": "write one HTML page about a scored run, or about two",
@@ -31,9 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if arguments in (["-h"], ["--help"]) else 2
     try:
         command = importlib.import_module(f"megatron_infer.eval.{arguments[0]}.command")
+        return int(command.main(arguments[1:]))
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("megatron_infer"):
             raise
         say(f"error: eval needs the package {error.name!r}; pip install 'megatron_infer[eval]'")
         return 2
-    return int(command.main(arguments[1:]))

@@ -27,8 +27,7 @@ _FLUSH_SECONDS = 2.0
 def replacing(path: Path) -> Iterator[IO[str]]:
     """A text file that appears as `path` complete and flushed when the block succeeds; until then `path` is untouched.
 
-    Raises:
-        OSError: as the system does (a full disk, say); nothing half-written is kept.
+    Raises OSError: as the system does (a full disk, say); nothing half-written is kept.
     """
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}{_UNFINISHED}", dir=path.parent)
     try:
@@ -79,8 +78,7 @@ class LineFile:
     def append(self, value: Any) -> None:
         """Write a JSON value as a line.
 
-        Raises:
-            OSError: the disk is full or broken; what was torn is cut off again, so that the file stays whole.
+        Raises OSError: the disk is full or broken; what was torn is cut off again, so that the file stays whole.
         """
         data = to_line(value).encode()
         end = os.fstat(self._descriptor).st_size

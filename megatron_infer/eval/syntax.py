@@ -1,4 +1,4 @@
-"""Syntax trees: a tree-sitter parser per language, languages by file extension, offsets between bytes and characters.
+"""Syntax trees: a tree-sitter parser per language, languages by file extension.
 
 Owns the names of the languages that the rest of eval speaks of. Knows no benchmark and no scenario.
 """
@@ -6,34 +6,18 @@ Owns the names of the languages that the rest of eval speaks of. Knows no benchm
 from __future__ import annotations
 
 import functools
-from pathlib import PurePath
+import importlib
+import json
+from pathlib import Path, PurePath
 
-import tree_sitter_c_sharp
-import tree_sitter_cpp
-import tree_sitter_go
-import tree_sitter_java
-import tree_sitter_javascript
-import tree_sitter_python
-import tree_sitter_rust
-import tree_sitter_typescript
 from tree_sitter import Language, Parser, Tree
 
-_GRAMMARS = {
-    "python": (tree_sitter_python.language, ".py .pyw"),
-    "java": (tree_sitter_java.language, ".java"),
-    "cpp": (tree_sitter_cpp.language, ".cc .cpp .cxx .c++ .h .hh .hpp .hxx .inl .ipp .tpp"),
-    "javascript": (tree_sitter_javascript.language, ".js .jsx .mjs .cjs"),
-    "typescript": (tree_sitter_typescript.language_typescript, ".ts .mts .cts"),
-    "tsx": (tree_sitter_typescript.language_tsx, ".tsx"),
-    "csharp": (tree_sitter_c_sharp.language, ".cs"),
-    "go": (tree_sitter_go.language, ".go"),
-    "rust": (tree_sitter_rust.language, ".rs"),
-}
+_GRAMMARS: dict[str, dict[str, str]] = json.loads(Path(__file__).with_name("grammars.json").read_text(encoding="utf-8"))
 
 LANGUAGES = tuple(_GRAMMARS)
 """Every name that `parser` takes. "tsx" is TypeScript with JSX, a grammar of its own."""
 
-_EXTENSIONS = {extension: name for name, (_, extensions) in _GRAMMARS.items() for extension in extensions.split()}
+_EXTENSIONS = {extension: name for name, entry in _GRAMMARS.items() for extension in entry["extensions"].split()}
 
 
 def language_of(path: str | PurePath) -> str:
@@ -46,8 +30,8 @@ def parser(language: str) -> Parser:
     """The parser of a language, one per process. Raises ValueError for a name that is not in LANGUAGES."""
     if language not in _GRAMMARS:
         raise ValueError(f"there is no grammar for {language!r}; known are {', '.join(LANGUAGES)}")
-    grammar, _ = _GRAMMARS[language]
-    return Parser(Language(grammar()))
+    entry = _GRAMMARS[language]
+    return Parser(Language(getattr(importlib.import_module(entry["module"]), entry["function"])()))
 
 
 def encode(text: str) -> bytes:
@@ -56,15 +40,5 @@ def encode(text: str) -> bytes:
 
 
 def parse(language: str, text: str) -> Tree:
-    """The syntax tree of a text. Its offsets count bytes of `encode(text)`; see `char_offset`."""
+    """The syntax tree of a text. Its offsets count bytes of `encode(text)`."""
     return parser(language).parse(encode(text))
-
-
-def parses(language: str, text: str) -> bool:
-    """Whether a text has a tree without ERROR and MISSING nodes."""
-    return not parse(language, text).root_node.has_error
-
-
-def char_offset(source: bytes, byte_offset: int) -> int:
-    """The character at a tree's byte offset, as an index into the text that `source` encodes."""
-    return byte_offset if source.isascii() else len(source[:byte_offset].decode("utf-8"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from megatron_infer.engine.resolve import resolve
 from megatron_infer.engine.topology import rank_device
 from megatron_infer.kernels.cpu import abi, native
 from megatron_infer.model_config import ModelConfig
+from megatron_infer.ops.reference import ReferenceOps
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.world import World
 from tests.session.test_torchrun import run, torchrun
@@ -42,6 +44,40 @@ def test_a_gpu_for_each_rank_or_one_for_all() -> None:
     shared = resolve(EngineConfig(tensor_parallel_size=4, device="cuda:1"), MODEL, ALONE)
     assert {str(rank_device(shared, World(rank, 4, rank, 4))) for rank in range(4)} == {"cuda:1"}
     assert resolve(EngineConfig(quantization="fp8"), MODEL, ALONE).quantization == "fp8"
+
+
+@pytest.mark.usefixtures("two_gpus")
+def test_a_launcher_may_show_each_rank_its_own_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    world = World(5, 8, 5, 8, "host:1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(ValueError, match="8 ranks on this host but only 1 GPUs"):
+        resolve(EngineConfig(), MODEL, world)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5")
+    assert str(rank_device(resolve(EngineConfig(), MODEL, world), world)) == "cuda:0"
+
+
+def compile_in_turn(me: Rank, backend: str) -> list[float]:
+    """When a rank began to choose its ops, and when it had them."""
+    group = me.join("turns", backend)
+    config = resolve(EngineConfig(device="cpu", tensor_parallel_size=me.size), MODEL, ALONE)
+    times = []
+
+    def select(*_: object, **__: object) -> ReferenceOps:
+        times.append(time.monotonic())
+        time.sleep(0.2)
+        times.append(time.monotonic())
+        return ReferenceOps()
+
+    bring_up.select_ops = select  # type: ignore[assignment]
+    bring_up._agreed_ops(config, MODEL, group, is_first_here=me.rank == 0)
+    return times
+
+
+def test_the_first_rank_of_a_host_compiles_for_the_others() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, *others = Ranks(store, compile_in_turn, 2, "gloo").results()
+    assert all(began >= first[1] for began, _ in others)
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -117,7 +153,7 @@ def choose_ops(me: Rank, backend: str) -> tuple[str, str]:
         native.CpuKernels = unavailable  # type: ignore[assignment, misc]
     group = me.join("ops", backend)
     config = resolve(EngineConfig(device="cpu", tensor_parallel_size=me.size), MODEL, ALONE)
-    ops = bring_up._agreed_ops(config, MODEL, group)
+    ops = bring_up._agreed_ops(config, MODEL, group, is_first_here=True)
     return ops.chosen, type(ops).__name__
 
 

@@ -39,10 +39,15 @@ def write_run(
     timing: Mapping[str, Any] | None = None,
     attempts: int = 1,
     id_field: str = "task_id",
+    ended: Mapping[str, str] | None = None,
+    raw: Mapping[str, str] | None = None,
     **fingerprint: Any,
 ) -> Path:
-    """A finished run over `rows` with the samples of each task_id in `texts`; returns its directory."""
-    errors = errors or {}
+    """A finished run over `rows` with the samples of each task_id in `texts`; returns its directory.
+
+    ended: finish reasons by task_id, where not "stop". raw: what was written before the run's own ending cut it.
+    """
+    errors, raw = errors or {}, raw or {}
     out.mkdir()
     data_sha256 = write_lines(data, rows)
     keys = [(str(row[id_field]), sample_idx) for row in rows for sample_idx in range(len(texts[str(row[id_field])]))]
@@ -55,11 +60,12 @@ def write_run(
                 **name,
                 "text": "" if error else texts[task_id][sample_idx],
                 "token_ids": [1, 2],
-                "finish_reason": "error" if error else "stop",
+                "finish_reason": "error" if error else (ended or {}).get(task_id, "stop"),
                 "num_prompt_tokens": 10,
                 "num_dropped_tokens": 0,
                 "prompt_sha256": "00",
                 "error": error,
+                **({"raw_text": raw[task_id]} if task_id in raw else {}),
             }
         )
         timings.append(

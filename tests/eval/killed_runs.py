@@ -1,6 +1,6 @@
 """A run of `eval run` that is killed again and again, with another number of ranks each time, until it is finished.
 
-python -m tests.eval.killed_runs --kills 50      # by hand: where it strikes is left to chance; test_run.py chooses
+python -m tests.eval.killed_runs --kills 50 --seed 0     # by hand: chance says where it strikes; test_run.py chooses
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -21,6 +24,9 @@ import psutil
 from tests.session.test_torchrun import ROOT, torchrun
 
 PYTHON = [sys.executable, "-m", "megatron_infer"]
+_MARK = "KILLED_RUNS_ATTEMPT"
+_LIMIT_SECONDS = 10.0
+"""So long after a kill none of an attempt's processes may be left."""
 QUICK = ["--device", "cpu", "--num_threads", "1", "--max_num_seqs", "4", "--kv_cache_memory_bytes", str(16 << 20)]
 
 
@@ -56,48 +62,96 @@ def write_cases(path: Path, count: int) -> Path:
     return path
 
 
-def kill_until_finished(arguments: list[str], out: Path, kills: int, seed: int = 0) -> int:
-    """Kill a rank or the launcher of so many attempts, then let one finish; returns how many were killed."""
+def worlds(*program: str) -> dict[str, list[str]]:
+    """All shapes, three replicas, and one replica whose second rank is a follower of its own."""
+    alone, split, replicas, both = shapes(*program)
+    return {
+        "1 process": alone,
+        "1 process and a follower, tp 2": [*alone, "--tensor_parallel_size=2"],
+        "torchrun, 2 ranks, tp 2": split,
+        "torchrun, 2 ranks, tp 1": replicas,
+        "torchrun, 3 ranks, tp 1": [*torchrun(3, *program), "--tensor_parallel_size=1"],
+        "torchrun, 4 ranks, tp 2": both,
+    }
+
+
+@dataclass(frozen=True)
+class Death:
+    """How an attempt was ended. `seconds`: until the last of its processes was gone."""
+
+    victim: str
+    is_start_up: bool
+    seconds: float
+    num_processes: int
+
+
+def kill_until_finished(arguments: list[str], out: Path, kills: int, seed: int = 0) -> list[Death]:
+    """Kill so many attempts, then let one finish; raises AssertionError where that one fails."""
     rng = random.Random(seed)
-    killed = 0
+    deaths: list[Death] = []
     while True:
-        command = command_of(rng.choice(shapes("-m", "megatron_infer")), *arguments, "--out", str(out))
+        name, shape = rng.choice(list(worlds("-m", "megatron_infer").items()))
+        command = command_of(shape, *arguments, "--out", str(out))
+        mark = f"{os.getpid()}.{time.monotonic_ns()}"
         with tempfile.TemporaryFile() as log:
-            process = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-            was_killed = killed < kills and _kill_after_progress(process, out, rng)
-            status = process.wait(timeout=120)
-            killed += was_killed
-            if not was_killed:
+            process = psutil.Popen(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, _MARK: mark})
+            death = _kill(process, mark, out, rng) if len(deaths) < kills else None
+            status = process.wait(timeout=300)
+            if death is not None:
+                deaths.append(death)
+                print(f"{len(deaths)}: {name}: {death}", flush=True)
+            else:
                 log.seek(0)
+                assert len(deaths) == kills, f"finished before it was killed {kills} times; give it more cases"
                 assert status == 0, log.read().decode()
-                return killed
+                return deaths
 
 
-def _kill_after_progress(process: psutil.Popen, out: Path, rng: random.Random) -> bool:
-    """SIGKILL one of an attempt's processes once it has written some lines; False where it ended before."""
-    wanted = _num_lines(out) + rng.randrange(1, 9)
+def _kill(process: psutil.Popen, mark: str, out: Path, rng: random.Random) -> Death | None:
+    """End an attempt at a moment left to chance; None where it ended by itself before."""
+    victim = rng.choice(("a rank", "the launcher", "the launcher, by SIGTERM", "all at once"))
+    is_start_up = rng.random() < 0.4
+    wanted = 0 if is_start_up else _num_lines(out) + rng.randrange(1, 9)
     while _num_lines(out) < wanted:
-        if process.poll() is not None or (out / "_SUCCESS").exists():
-            return False
+        if process.poll() is not None:
+            return None
         time.sleep(0.01)
-    family = [process, *process.children(recursive=True)]
-    try:
-        rng.choice(family).send_signal(signal.SIGKILL)
-    except psutil.NoSuchProcess:
-        return False
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert not alive, f"outlived a killed rank or launcher: {alive}"
-    return True
+    time.sleep(rng.uniform(0, 8) if is_start_up else rng.uniform(0, 0.3))
+    family = _marked(mark)
+    ranks = [one for one in family if one != process] or [process]
+    doomed = {"a rank": [rng.choice(ranks)], "all at once": family}.get(victim, [process])
+    if process.poll() is not None:
+        return None
+    for one in doomed:
+        with suppress(psutil.NoSuchProcess):
+            one.send_signal(signal.SIGTERM if "SIGTERM" in victim else signal.SIGKILL)
+    began = time.monotonic()
+    while left := _marked(mark):  # also those that were born meanwhile
+        assert time.monotonic() - began < 120, f"outlived {victim} by two minutes: {left}"
+        process.poll()
+        time.sleep(0.05)
+    return Death(victim, is_start_up, time.monotonic() - began, len(family))
+
+
+def _marked(mark: str) -> list[psutil.Process]:
+    """The living processes of an attempt: what it starts inherits its environment."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(_MARK) == mark:
+                found.append(process)
+    return found
 
 
 def _num_lines(out: Path) -> int:
     return sum(part.read_bytes().count(b"\n") for part in (out / "parts").glob("*.jsonl"))
 
 
-def main() -> None:
+def main() -> int:
     """Kill as often as asked with the bundled demo, then compare with an undisturbed run."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tests.eval.killed_runs", description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
@@ -105,14 +159,19 @@ def main() -> None:
         arguments = ["--task", "fim", "--data", str(data), "--max_new_tokens", "8", "--max_model_len", "512"]
         calm, troubled = Path(folder) / "calm", Path(folder) / "troubled"
         subprocess.run(command_of(PYTHON, *arguments, "--out", str(calm)), cwd=ROOT, check=True)
-        killed = kill_until_finished(arguments, troubled, args.kills)
-        same = all(
-            (calm / n).read_bytes() == (troubled / n).read_bytes() for n in ("completions.jsonl", "predictions.jsonl")
+        deaths = kill_until_finished(arguments, troubled, args.kills, args.seed)
+        names = ("completions.jsonl", "predictions.jsonl")
+        same = all((calm / name).read_bytes() == (troubled / name).read_bytes() for name in names)
+        num_survived = sum(death.seconds > _LIMIT_SECONDS for death in deaths)
+        victims = Counter(death.victim for death in deaths)
+        print(
+            f"{len(deaths)} attempts killed ({', '.join(f'{victim} {n}' for victim, n in sorted(victims.items()))}; "
+            f"{sum(death.is_start_up for death in deaths)} while starting), seed {args.seed}; all gone after at most "
+            f"{max(death.seconds for death in deaths):.1f} s, {num_survived} after more than {_LIMIT_SECONDS:g} s; "
+            f"files equal to the undisturbed run's: {same}"
         )
-        attempts = json.loads((troubled / "manifest.json").read_text())["attempts"]
-        print(f"{killed} attempts killed of {len(attempts)}; files equal to the undisturbed run's: {same}")
-        sys.exit(0 if same else 1)
+        return 0 if same and not num_survived else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

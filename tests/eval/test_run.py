@@ -12,11 +12,13 @@ from pathlib import Path
 import pytest
 
 from megatron_infer.eval import command
+from megatron_infer.eval.cases import read_cases
 from megatron_infer.eval.run import command as run_command
+from megatron_infer.eval.run import replica
 from megatron_infer.eval.run.records import GIVEN_UP, LONE_CRASHES, SHARED_CRASHES
-from megatron_infer.eval.run.replica import in_prefix_order, seed_of
+from megatron_infer.eval.run.replica import Progress, in_prefix_order, seed_of
 from megatron_infer.eval.run.work_queue import WorkQueue
-from megatron_infer.eval.tasks.registry import task
+from megatron_infer.eval.tasks.registry import TASKS, task
 from megatron_infer.world import World
 from tests.eval.killed_runs import PYTHON, command_of, shapes, write_cases
 from tests.session.test_torchrun import ROOT, run, torchrun
@@ -27,6 +29,7 @@ DEADLY = f"""
 import os, signal, sys
 from megatron_infer.engine.runner import ModelRunner
 from megatron_infer.eval import command
+from megatron_infer.eval.cases import read_cases
 
 start = ModelRunner.start
 
@@ -42,6 +45,7 @@ sys.exit(command.main(sys.argv[1:]))
 DYING = """
 import os, signal, sys
 from megatron_infer.eval import command
+from megatron_infer.eval.cases import read_cases
 from megatron_infer.eval.files import LineFile
 
 append, appended = LineFile.append, []
@@ -340,13 +344,95 @@ def test_a_damaged_archive_is_refused(tmp_path: Path, capsys) -> None:
 def test_commands_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([]) == 2
     assert command.main(["--help"]) == 0
-    assert "{run,build,score,report}" in capsys.readouterr().err
-    for name in ("run", "build", "score", "report"):
+    assert "{run,tasks,build,score,report}" in capsys.readouterr().err
+    for name in ("run", "tasks", "build", "score", "report"):
         with pytest.raises(SystemExit) as ended:
             command.main([name, "--help"])
         assert ended.value.code == 0
     help_text = subprocess.run([*PYTHON, "--help"], cwd=ROOT, capture_output=True, text=True, check=True).stderr
     assert "eval" in help_text
+
+
+def test_a_sample_is_drawn_by_the_seed_and_stays_in_the_datas_order(
+    arguments: list[str], calm: Path, tmp_path: Path, capsys
+) -> None:
+    everything = {row["task_id"]: row for row in rows(calm / "completions.jsonl")}
+    order = list(everything)
+    chosen = {}
+    for name, extra in {
+        "a": ["--sample", "5"], "again": ["--sample", "5"], "other": ["--sample", "5", "--seed", "1"],
+        "shuffled": ["--shuffle", "--limit", "5"], "all": ["--sample", "99", "--limit", "3"],
+    }.items():  # fmt: skip
+        status, _, err = evaluate(capsys, *arguments, *extra, "--out", str(tmp_path / name))
+        assert status == 0, err
+        found = rows(tmp_path / name / "completions.jsonl")
+        assert all(row == everything[row["task_id"]] for row in found), "greedy answers do not depend on the others"
+        chosen[name] = [row["task_id"] for row in found]
+    assert chosen["a"] == chosen["again"] == sorted(chosen["a"], key=order.index) != order[:5]
+    assert len(chosen["a"]) == len(chosen["shuffled"]) == 5
+    assert chosen["a"] != chosen["other"]
+    assert chosen["shuffled"] != sorted(chosen["shuffled"], key=order.index)
+    assert chosen["all"] == order[:3]
+
+
+def test_a_line_tells_where_a_run_without_a_terminal_stands(
+    arguments: list[str], tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replica, "LINE_SECONDS", 0.0)
+    status, _, err = evaluate(capsys, *arguments, "--limit", "6", "--out", str(tmp_path / "out"))
+    assert status == 0
+    lines = [line for line in err.splitlines() if line.startswith("eval: ")]
+    assert "eval: 0 of 6 done, 4 in hand, 0 tokens/s, 0% of prompts cached, time left unknown" in lines
+    assert any(line.startswith("eval: 6 of 6 done, 0 in hand") and line.endswith("time left 0:00:00") for line in lines)
+    assert "ended by length: 6" in err and "warning: 6 of 6 completions ended at max_new_tokens" in err
+
+
+def test_progress_is_what_was_counted() -> None:
+    progress = Progress(WorkQueue(World()), total=100, already_done=20, is_shown=False)
+    counts = {"begun": 30, "completions": 20, "new_tokens": 600, "prompt_tokens": 400, "cached_tokens": 100}
+    assert progress.line(counts, 10.0) == (
+        "eval: 40 of 100 done, 10 in hand, 60 tokens/s, 25% of prompts cached, time left 0:00:30"
+    )
+
+
+def test_what_an_ending_cut_off_is_saved(arguments: list[str], calm: Path, tmp_path: Path, capsys) -> None:
+    status, _, err = evaluate(capsys, *arguments, "--ending", "line", "--limit", "8", "--out", str(tmp_path / "out"))
+    assert status == 0, err
+    whole = {row["task_id"]: row["text"] for row in rows(calm / "completions.jsonl")}
+    found = rows(tmp_path / "out" / "completions.jsonl")
+    assert all(whole[row["task_id"]].startswith(row["raw_text"]) for row in found)
+    assert all(row["raw_text"].lstrip(" ").startswith(row["text"].lstrip(" ")) for row in found)
+
+
+def test_parquet_is_read_as_jsonl_is(data: Path, tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "cases.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(rows(data)), path)
+    assert read_cases(path, task("fim")) == read_cases(data, task("fim"))
+    path.write_bytes(b"no table")
+    with pytest.raises(ValueError, match="cannot read"):
+        read_cases(path, task("fim"))
+
+
+def test_parquet_without_its_package_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'megatron_infer\[parquet\]'"):
+        read_cases(tmp_path / "cases.parquet", task("fim"))
+
+
+def test_tasks_are_listed_with_settings_sources_and_cuts(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["tasks"]) == 0
+    everything = capsys.readouterr().out
+    assert all(f"\n{name}\n" in f"\n{everything}" for name in TASKS)
+    assert command.main(["tasks", "humaneval-infilling-single-line", "santacoder-fim"]) == 0
+    some = capsys.readouterr().out
+    assert "licence: MIT" in some and "sha256 of HumanEval-SingleLineInfilling.jsonl.gz: 1277073e" in some
+    assert "--max_new_tokens 512" in some and "--order psm" in some and "--truncate bigcode (official)" in some
+    assert "mbpp" not in some
+    assert command.main(["tasks", "nonsense"]) == 2
 
 
 def test_neighbours_in_the_order_of_work_share_a_beginning(data: Path) -> None:

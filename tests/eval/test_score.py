@@ -14,9 +14,12 @@ import pytest
 
 from megatron_infer.eval.report import command as report
 from megatron_infer.eval.score import command as score
+from megatron_infer.eval.score.judging import bucket
 from megatron_infer.eval.score.results import is_quarantined, read_run
 from megatron_infer.eval.score.statistics import bootstrap_mean, case_means, compare, sign_test
 from megatron_infer.eval.score.tables import GROUPINGS
+from megatron_infer.eval.tasks.fields import content_id
+from megatron_infer.text.fim import FimPrompt
 from tests.eval.finished_runs import GIVEN_UP, fim_row, sha256, write_run
 
 
@@ -97,6 +100,43 @@ def test_tables_by_language_and_scenario(run: Path) -> None:
     }
 
 
+def printed_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert score.main([str(run)]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if "  cases" in line]
+    return [head.split("  ")[0] for head in heads]
+
+
+def test_a_table_that_says_nothing_new_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {
+        "one": [("python", "single_line")] * 3,
+        "languages": [("python", "single_line"), ("go", "single_line")],
+        "pairs": [("python", "single_line"), ("go", "method_body")],
+        "both": [("python", "single_line"), ("go", "single_line"), ("go", "method_body")],
+    }
+    found = {}
+    for name, cases in kinds.items():
+        rows = [fim_row(str(i), language=lang, scenario=scenario) for i, (lang, scenario) in enumerate(cases)]
+        texts = {row["task_id"]: ["x"] for row in rows}
+        found[name] = printed_tables(write_run(tmp_path / name, tmp_path / f"{name}.jsonl", rows, texts), capsys)
+    assert found == {
+        "one": ["overall"],
+        "languages": ["overall", "language"],
+        "pairs": ["overall", "language", "scenario"],
+        "both": ["overall", "language", "scenario", "language / scenario"],
+    }
+
+
+def test_groups_by_size_stand_in_the_order_of_their_size(tmp_path: Path) -> None:
+    assert [bucket(n, (0, 1, 2, 4, 16)) for n in (0, 1, 3, 9, 99)] == ["0", "1", "2-3", "4-15", "16 or more"]
+    rows = [fim_row(str(n), "\n".join(["x"] * n)) for n in (20, 3, 9, 1)]
+    run = write_run(tmp_path / "o", tmp_path / "d.jsonl", rows, {row["task_id"]: ["x"] for row in rows})
+    assert score.main([str(run)]) == 0
+    groups = json.loads((run / "scores.json").read_text())["tables"]["hole_lines"]
+    assert [(group["hole_lines"], group["num_cases"]) for group in groups] == [
+        ("1", 1), ("2-3", 1), ("8-15", 1), ("16 or more", 1),
+    ]  # fmt: skip
+
+
 def test_a_metric_that_does_not_apply_is_null_and_averaged_over_the_others(run: Path) -> None:
     score.main([str(run)])
     # Identifiers are matched in Python, Java, TypeScript and C# only: the case in Go has none.
@@ -125,8 +165,8 @@ def change_line(path: Path) -> None:
         (lambda run: (run / "completions.jsonl").unlink(), "is missing"),
         (lambda run: change_line(run.parent / "data.jsonl"), "is not the data"),
         (lambda run: (run.parent / "data.jsonl").unlink(), "--data"),
-        (lambda run: (run / "manifest.json").write_text("{}"), "has format None"),
-        (lambda run: (run / "manifest.json").write_text("{"), "cannot read"),
+        (lambda run: (run / "manifest.json").write_text("{}"), "was not written by this version"),
+        (lambda run: (run / "manifest.json").write_text("{"), "is damaged"),
     ],
 )
 def test_what_is_not_a_whole_run_is_refused(
@@ -163,6 +203,149 @@ def test_lone_surrogates_in_data_are_scored_and_reported(tmp_path: Path, capfd: 
 
 def test_a_prompt_given_up_is_told_from_other_errors(run: Path) -> None:
     assert [is_quarantined(row) for row in read_run(run).completions] == [False, False, False, False, True]
+
+
+# ---- truncations ----------------------------------------------------------------------------------------------------
+
+
+def test_several_truncations_stand_side_by_side(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main([str(run), "--truncate", "line, raw,official"]) == 0
+    rows = read_lines(run / "scores.jsonl")
+    assert [row["truncation"] for row in rows] == ["line"] * 5 + ["raw"] * 5 + ["official"] * 5
+    assert [row["completion"] for row in rows if row["task_id"] == "b"] == ["y = 2", "y = 2\n", "y = 2\n"]
+    tables = json.loads((run / "scores.json").read_text())
+    assert list(tables["truncations"]) == ["line", "raw", "official"]
+    assert [(group["truncation"], group["num_cut"]) for group in tables["tables"]["truncation"]] == [
+        ("line", 1), ("raw", 0), ("official", 0),
+    ]  # fmt: skip
+    assert tables["tables"]["overall"][0]["num_completions"] == 5, "the other tables are about the first rule"
+    out = capsys.readouterr().out
+    assert "truncation official: whole: nothing is cut" in out
+    assert report.main([str(run)]) == 0
+
+
+def test_an_unknown_truncation_is_refused_with_the_names_there_are(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert score.main([str(run), "--truncate", "raw,qwen"]) == 2
+    assert "there is no truncation 'qwen' for task 'fim'; known are official, raw, line" in capsys.readouterr().err
+
+
+def test_a_run_that_ran_on_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [fim_row(name) for name in "abcdef"]
+    texts = {name: ["x = 1\nmore\n"] for name in "abcdef"}
+    for number, ended in enumerate(({"a": "length"}, {"a": "length", "b": "length"})):
+        run = write_run(tmp_path / f"o{number}", tmp_path / "d.jsonl", rows, texts, ended=ended)
+        assert score.main([str(run)]) == 0
+        captured = capsys.readouterr()
+        assert f"ended by {len(ended)} length, {6 - len(ended)} stop" in captured.out
+        assert ("2 of 6 completions ended at max_new_tokens" in captured.err) == (len(ended) == 2), "above a fifth"
+        assert "finish_reason" in captured.out, "a table by reason"
+
+
+def test_failed_tests_are_grouped_by_their_error(humaneval: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main([str(humaneval), "--allow_exec", "--timeout_seconds", "20"]) == 0
+    counts = json.loads((humaneval / "scores.json").read_text())["execution"]["num_by_error"]
+    assert counts == {"AssertionError": 2, "the program exited before its last line": 2}
+    assert "errors of failed tests: 2 AssertionError, 2 the program exited" in capsys.readouterr().out
+
+
+def test_tests_are_run_under_every_truncation(tmp_path: Path) -> None:
+    row = {
+        "task_id": "SingleLineInfilling/HumanEval/0/L0", "prompt": "def f(x):\n", "suffix": "    return y\n",
+        "canonical_solution": "    y = 2 * x\n", "entry_point": "f", "test": "def check(f):\n    assert f(2) == 4\n",
+    }  # fmt: skip
+    texts = {row["task_id"]: ["    y = 2 * x\n    return y\n\nprint(unknown)\n"]}
+    task = "humaneval-infilling-single-line"
+    run = write_run(tmp_path / "o", tmp_path / "d.jsonl", [row], texts, task=task, ended={row["task_id"]: "length"})
+    assert score.main([str(run), "--allow_exec", "--truncate", "raw,line,suffix,ending,official"]) == 0
+    passed = {each["truncation"]: each["metrics"]["passed"] for each in read_lines(run / "scores.jsonl")}
+    assert passed == {"raw": 0.0, "line": 1.0, "suffix": 1.0, "ending": 1.0, "official": 0.0}
+
+
+def test_what_an_ending_of_the_run_cut_off_is_judged_as_raw(tmp_path: Path) -> None:
+    rows = [fim_row("a", "x = 1")]
+    run = write_run(tmp_path / "o", tmp_path / "d.jsonl", rows, {"a": ["x = 1"]}, raw={"a": "x = 1\ny"})
+    assert score.main([str(run), "--truncate", "official,raw"]) == 0
+    assert [row["completion"] for row in read_lines(run / "scores.jsonl")] == ["x = 1", "x = 1\ny"]
+
+
+def test_a_run_with_older_names_of_its_cases_is_scored(tmp_path: Path) -> None:
+    row = {"name": "p-L3", "language": "py", "prompt": "a", "suffix": "b", "canonical_solution": "x", "old": "o"}
+    old = f"python/{content_id(FimPrompt('a', 'b'))}"
+    run = write_run(tmp_path / "o", tmp_path / "d.jsonl", [{**row, "old": old}], {old: ["x\ny"]},
+                    task="santacoder-fim", id_field="old")  # fmt: skip
+    assert score.main([str(run), "--truncate", "qwen,bigcode"]) == 0
+    assert [row["metrics"]["exact_match"] for row in read_lines(run / "scores.jsonl")] == [1.0, 0.0]
+
+
+# ---- another engine's completions -----------------------------------------------------------------------------------
+
+
+def judged(out: Path, data: Path, predictions: Path, task: str, *options: str) -> int:
+    return score.main([str(out), "--predictions", str(predictions), "--data", str(data), "--task", task, *options])
+
+
+def test_predictions_of_another_engine_are_judged_as_our_own(run: Path, tmp_path: Path, capsys) -> None:
+    """The very rows that eval run leaves for an official scorer give the very same metrics."""
+    texts = {"a": "x = 1", "b": "y = 2\n", "c": "w = 3"}
+    predictions = tmp_path / "theirs.jsonl"
+    predictions.write_text("".join(json.dumps({"task_id": t, "completion": c}) + "\n" for t, c in texts.items()))
+    assert judged(tmp_path / "theirs", tmp_path / "data.jsonl", predictions, "fim", "--truncate", "raw,line") == 0
+    assert "2 of 5 completions are not in" in capsys.readouterr().err
+    assert score.main([str(run), "--truncate", "raw,line"]) == 0
+    ours, theirs = (read_lines(each / "scores.jsonl") for each in (run, tmp_path / "theirs"))
+    assert [row["metrics"] for row in ours] == [row["metrics"] for row in theirs]
+    assert [row["error"] for row in theirs[:5]] == [None, None, None, *["there is no prediction"] * 2]
+    assert report.main([str(tmp_path / "theirs")]) == 0
+    assert report.main([str(run), "--against", str(tmp_path / "theirs")]) == 0
+    # Scored again, with other rules, and after an interruption: the same run.
+    (tmp_path / "theirs" / "_SUCCESS").unlink()
+    assert judged(tmp_path / "theirs", tmp_path / "data.jsonl", predictions, "fim") == 0
+
+
+def test_samples_and_generations_of_other_engines(humaneval: Path, tmp_path: Path) -> None:
+    lists = [["    return 1\n", "    return 3\n"], ["    return 1\n", "    return 2\n"]]
+    generations, rows = tmp_path / "generations.json", tmp_path / "rows.jsonl"
+    generations.write_text(json.dumps(lists))
+    named = [{"task_id": f"H/{i}", "completion": text} for i, own in enumerate(lists) for text in own]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in reversed(named)))
+    for path, sample in ((generations, "    return 1\n"), (rows, "    return 2\n")):
+        assert (
+            judged(tmp_path / path.stem, tmp_path / "data.jsonl", path, "humaneval", "--allow_exec", "--k", "1,2") == 0
+        )
+        overall = json.loads((tmp_path / path.stem / "scores.json").read_text())["tables"]["overall"][0]
+        assert overall["metrics"]["pass@1"]["mean"] == 0.5 and overall["metrics"]["pass@2"]["mean"] == 1.0
+        assert sample in [row["completion"] for row in read_lines(tmp_path / path.stem / "scores.jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("text", "suffix", "words"),
+    [
+        ('{"task_id": "a", "completion": "x"}\n{"task_id": "zz", "completion": "x"}', ".jsonl", "among them 'zz'"),
+        ('{"task_id": "a", "pred": "x"}', ".jsonl", "line 1: no field 'completion', which the scorer of task 'fim'"),
+        ('{"task_id": "a", "completion": 3}', ".jsonl", "line 1: field 'completion' must be text"),
+        ("", ".jsonl", "holds no prediction"),
+        ('[["x"]]', ".json", "has 1 cases, the data 5"),
+        ('["x"]', ".json", "must hold a list with a list of texts"),
+        ("{", ".json", "cannot read"),
+    ],
+)
+def test_predictions_that_do_not_fit_are_refused(
+    run: Path, tmp_path: Path, text: str, suffix: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / f"p{suffix}"
+    path.write_text(text)
+    assert judged(tmp_path / "new", tmp_path / "data.jsonl", path, "fim") == 2
+    assert words in capsys.readouterr().err
+    assert judged(run, tmp_path / "data.jsonl", path, "fim") == 2, "a run of eval run is not overwritten"
+
+
+def test_predictions_need_a_task_and_data(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert score.main([str(run), "--predictions", "p.jsonl"]) == 2
+    assert "--predictions needs --task and --data" in capsys.readouterr().err
+    assert score.main([str(run), "--task", "fim"]) == 2
+    assert "--task goes with --predictions" in capsys.readouterr().err
 
 
 # ---- tests of the benchmark -----------------------------------------------------------------------------------------
@@ -203,12 +386,48 @@ def test_a_task_without_tests_refuses_to_run_them(run: Path, capsys: pytest.Capt
 
 
 def test_the_interval_is_that_of_all_possible_resamples() -> None:
-    values = [0.0, 1.0, 1.0, 4.0]
-    means = sorted(sum(drawn) / 4 for drawn in itertools.product(values, repeat=4))  # every resample there is
-    found = bootstrap_mean(values, num_resamples=200_000)
-    assert found.mean == 1.5 and found.num_cases == 4
+    values = [0.0, 1.0, 1.0, 4.0, 9.0]
+    means = sorted(sum(drawn) / 5 for drawn in itertools.product(values, repeat=5))  # every resample there is
+    found = bootstrap_mean(values, num_resamples=400_000)
+    assert found.mean == 3.0 and found.num_cases == found.num_clusters == 5
     assert found.low == means[math.floor(0.025 * len(means))]
     assert found.high == means[math.floor(0.975 * len(means))]
+
+
+def test_clusters_are_drawn_whole_and_weights_count() -> None:
+    values, clusters, weights = (
+        [0.0, 1.0, 1.0, 4.0, 9.0, 2.0, 2.0],
+        list("aabcdee"),
+        [1.0, 3.0, 2.0, 1.0, 1.0, 5.0, 1.0],
+    )
+    sums: dict[str, list[float]] = {name: [0.0, 0.0] for name in "abcde"}
+    for value, cluster, weight in zip(values, clusters, weights, strict=True):
+        sums[cluster][0] += weight * value
+        sums[cluster][1] += weight
+    drawn = itertools.product(sums.values(), repeat=5)
+    means = sorted(sum(total for total, _ in each) / sum(weight for _, weight in each) for each in drawn)
+    found = bootstrap_mean(values, clusters, weights, num_resamples=400_000)
+    assert found.mean == sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
+    assert (found.num_cases, found.num_clusters) == (7, 5)
+    assert found.low == pytest.approx(means[math.floor(0.025 * len(means))], rel=1e-12)
+    assert found.high == pytest.approx(means[math.floor(0.975 * len(means))], rel=1e-12)
+
+
+def test_cases_of_one_problem_count_as_one_observation() -> None:
+    """Ten equal cases of each of 20 problems say no more than one of each."""
+    generator = random.Random(3)
+    problems = [float(generator.random() < 0.5) for _ in range(20)]
+    values = [value for value in problems for _ in range(10)]
+    clusters = [str(i) for i in range(20) for _ in range(10)]
+    whole, naive = bootstrap_mean(values, clusters), bootstrap_mean(values)
+    assert whole.low is not None and whole.high is not None and naive.low is not None and naive.high is not None
+    assert whole.high - whole.low > 2.5 * (naive.high - naive.low)
+
+
+def test_there_is_no_interval_from_fewer_than_five() -> None:
+    assert bootstrap_mean([0.0, 1.0, 1.0, 0.0]).low is None
+    assert bootstrap_mean([0.0, 1.0] * 30, ["a", "b"] * 30).high is None
+    assert compare({"a": 1.0, "b": 0.0}, {"a": 0.0, "b": 0.0}).difference.low is None
 
 
 def test_intervals_cover_the_true_mean_about_as_often_as_they_say() -> None:

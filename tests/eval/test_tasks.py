@@ -41,6 +41,11 @@ CROSSCODEEVAL = {
         ],
     },
 }  # fmt: skip
+REPOEVAL = {
+    "prompt": "import b\n\nx = 1", "metadata": {
+        "task_id": "pytorch_rl/7", "ground_truth": "y = b.call(x)", "fpath_tuple": ["pytorch_rl", "a.py"], "line_no": 3,
+    },
+}  # fmt: skip
 FIM_EVAL = {
     "task_id": "python_1", "task_type": "method_body", "pre_mask_code": "def f():\n", "post_mask_code": "\n",
     "canonical_solution": "    return 1",
@@ -55,11 +60,21 @@ FIM = {"prefix": "a = ", "suffix": "\n", "path": "src/m.rs", "reference": "1", "
 ROWS: dict[str, dict[str, Any]] = {
     "humaneval-infilling": INFILLING, "santacoder-fim": SANTACODER, "safim": SAFIM, "crosscodeeval": CROSSCODEEVAL,
     "fim-eval": {**FIM_EVAL, "language": "python"}, "humaneval": HUMANEVAL, "mbpp": MBPP, "fim": FIM,
+    "repoeval": REPOEVAL, "text": {"task_id": "t", "text": "x = 1\n", "path": "a.py"},
+}  # fmt: skip
+IDS = {
+    "humaneval-infilling-single-line": "SingleLineInfilling/HumanEval/0/L0",
+    "humaneval-infilling-multi-line": "MultiLineInfilling/HumanEval/0/L0_L1",
+    "humaneval-infilling-random-span": "RandomSpanInfilling/HumanEval/0/1",
+    "humaneval-infilling-random-span-light": "RandomSpanInfillingLight/HumanEval/0/1",
+    "safim-block": "block_completion_000001", "safim-control": "control_completion_000001",
+    "safim-api": "api_completion_000001",
 }  # fmt: skip
 
 
 def row_for(name: str) -> dict[str, Any]:
-    return ROWS[max((key for key in ROWS if name.startswith(key)), key=len)]
+    row = ROWS[max((key for key in ROWS if name.startswith(key)), key=len)]
+    return {**row, "task_id": IDS[name]} if name in IDS else row
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +100,7 @@ def test_a_task_reads_its_row_and_names_what_it_needs(name: str) -> None:
     each = task(name)
     assert each.name == name and each.about
     case = each.read(row_for(name))
-    assert case.task_id and case.prompt.prefix and case.row == row_for(name)
+    assert case.task_id and case.row == row_for(name) and (case.prompt.prefix or case.reference)
     assert all(metric in METRICS for metric in each.metrics)
     finished = each.finish(case, "x = 1\n")
     output = each.predict(case, finished)
@@ -130,7 +145,7 @@ def test_every_task_of_the_field_is_there() -> None:
 
 def test_an_empty_suffix_is_still_a_hole_where_a_hole_is_asked_for(aixcoder: FimFormat) -> None:
     roles = {name: aixcoder._ids[name][0] for name in ("pre", "post", "middle")}
-    for name in TASKS:
+    for name in TASKS.keys() - {"text"}:
         each = task(name)
         row = {**row_for(name), "suffix": "", "post_mask_code": "", "right_context": ""}
         row["prompt"] = row.get("prompt", "").removesuffix("\nprint(1)\n")  # SAFIM's hole is marked in the prompt
@@ -138,7 +153,7 @@ def test_an_empty_suffix_is_still_a_hole_where_a_hole_is_asked_for(aixcoder: Fim
         assert case.prompt.suffix == ""
         ids = aixcoder.encode(case.prompt, options=each.options).ids
         framed = [role for i in ids for role, token in roles.items() if i == token]
-        if name.startswith(("crosscodeeval-left", "mbpp")) or name == "humaneval":
+        if name.startswith(("crosscodeeval-left", "mbpp", "repoeval")) or name == "humaneval" or name == "text":
             assert framed == []
         elif each.options.order == "psm":
             assert framed == ["pre", "post", "middle"] and ids[-1] == roles["middle"]
@@ -196,8 +211,9 @@ def test_generic_fields_can_be_named_and_are_then_needed() -> None:
 def test_infilling_programs_join_prompt_completion_suffix_and_test() -> None:
     for name in ("single-line", "multi-line", "random-span", "random-span-light"):
         each = task(f"humaneval-infilling-{name}")
-        case = each.read(INFILLING)
+        case = each.read(row_for(each.name))
         assert case.prompt == FimPrompt(INFILLING["prompt"], INFILLING["suffix"]) and case.scenario == name
+        assert case.cluster == "HumanEval/0"
         expected = "".join(INFILLING[f] for f in ("prompt", "canonical_solution", "suffix"))
         assert each.program is not None and case.reference is not None
         assert each.program(case, case.reference) == f"{expected}\n{INFILLING['test']}\ncheck(double)"
@@ -235,19 +251,38 @@ def test_mbpp_asks_with_a_docstring_and_one_test_and_runs_all() -> None:
         each.read({**MBPP, "test_list": []})
 
 
-def test_santacoder_rows_get_ids_that_do_not_depend_on_their_place() -> None:
+def test_santacoder_rows_are_named_by_language_and_name() -> None:
     each = task("santacoder-fim")
-    case = each.read(SANTACODER)
-    assert case.language == "python" and case.task_id.startswith("python/sha256-")
-    assert each.read({**SANTACODER, "suffix": "    return 2\n"}).task_id != case.task_id
+    case = each.read({**SANTACODER, "name": "humaneval-HumanEval_75.json-L24"})
+    assert (case.task_id, case.cluster) == (
+        "python/humaneval-HumanEval_75.json-L24",
+        "python/humaneval-HumanEval_75.json",
+    )
     assert each.predict(case, "y") == {"task_id": case.task_id, "completion": "y", "language": "python"}
     assert {each.read({**SANTACODER, "language": name}).language for name in ("js", "java")} == {"javascript", "java"}
+    nameless = {name: value for name, value in SANTACODER.items() if name != "name"}
+    first, second = (each.read({**nameless, "suffix": suffix}).task_id for suffix in ("a", "b"))
+    assert first.startswith("python/sha256-") and first != second
+
+
+def test_data_of_another_task_is_refused() -> None:
+    """The fields of these are the same; only their ids tell."""
+    for name, row in (
+        ("humaneval-infilling-single-line", row_for("humaneval-infilling-multi-line")),
+        ("humaneval-infilling-random-span", row_for("humaneval-infilling-random-span-light")),
+        ("humaneval", row_for("humaneval-infilling-single-line")),
+        ("safim-block", row_for("safim-api")),
+    ):
+        with pytest.raises(ValueError, match=rf"is of the task '.*', not of '{name}'; check --data"):
+            task(name).read(row)
+    assert task("humaneval-infilling-multi-line").read({**INFILLING, "task_id": "mine/1"}).task_id == "mine/1"
+    assert task("fim").read({**FIM, "task_id": "HumanEval/1"}).task_id == "HumanEval/1"
 
 
 def test_safim_prompts_are_split_at_the_placeholder_of_their_language() -> None:
     case = task("safim-block").read(SAFIM)
     assert case.prompt == FimPrompt("for i in x:\n    ", "\nprint(1)\n")
-    java = {**SAFIM, "lang": "java", "prompt": "f(/* TODO: Your code here */);"}
+    java = {**SAFIM, "task_id": IDS["safim-api"], "lang": "java", "prompt": "f(/* TODO: Your code here */);"}
     assert task("safim-api").read(java).prompt == FimPrompt("f(", ");")
     for wrong in ({"prompt": "no hole"}, {"eval_prompt": "{{completion}}{{completion}}"}, {"lang": "rust"}):
         with pytest.raises(ValueError, match=r"once|must be one of"):
@@ -294,6 +329,16 @@ def test_crosscodeeval_prompts_with_and_without_context() -> None:
         task("crosscodeeval").read({**CROSSCODEEVAL, "metadata": {"task_id": "1", "file": "a.go"}})
     with pytest.raises(ValueError, match="must be an object"):
         task("crosscodeeval").read({**CROSSCODEEVAL, "metadata": "x"})
+
+
+def test_repoeval_goes_on_below_its_prompt() -> None:
+    for kind in ("line", "api"):
+        case = task(f"repoeval-{kind}").read(REPOEVAL)
+        assert case.prompt == FimPrompt("import b\n\nx = 1\n") and case.reference == "y = b.call(x)"
+        assert (case.task_id, case.scenario, case.cluster) == ("pytorch_rl/7", kind, "pytorch_rl/a.py")
+        assert (task(f"repoeval-{kind}").sampling.max_new_tokens, case.language) == (100, "python")
+    with pytest.raises(ValueError, match="must be an object"):
+        task("repoeval-line").read({**REPOEVAL, "metadata": []})
 
 
 # ---- post-processing -----------------------------------------------------------------------------------------------

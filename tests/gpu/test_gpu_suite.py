@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import ceilings, engine, report, sections, worker
+from benchmarks.gpu import ceilings, engine, report, sections, single_kernels, worker
 from benchmarks.gpu.engine import Variant
 from benchmarks.gpu.sections import Section
 from benchmarks.gpu.targets import targets
@@ -53,6 +53,7 @@ def figures(weights: SharedWeights) -> dict[str, Any]:
         "bf16": engine.measure(weights, SMALL, CPU, plain),
         "int8": engine.measure(weights, SMALL, CPU, Variant("int8", "native")),
         "bf16 batches": engine.measure_batches(weights, SMALL, CPU, plain),
+        "kernels bf16": single_kernels.measure(SMALL, CPU, "none"),
     }
 
 
@@ -60,6 +61,7 @@ def results_of(figures: dict[str, Any]) -> dict[str, Any]:
     return {
         "device": "CPU", "device_type": "cpu", "provenance": {"commit": "abc"}, "seconds": {"bf16": 1.0},
         "sections": figures, "skipped": {"fp8": "no time"}, "failed": {"tests": "Traceback\nValueError: bad"},
+        "earlier": [{"commit": "before"}], "warnings": {"int8": ["argmax differs\nand more"]},
     }  # fmt: skip
 
 
@@ -159,6 +161,9 @@ def test_report_and_plot(figures: dict[str, Any], tmp_path: Path) -> None:
         "Skipped: fp8: no time",
         "FAILED: tests: ValueError: bad",
         "## int8",
+        "Warning: int8: argmax differs",
+        "- commit: before",
+        "## kernels bf16",
         "not measured",
         "gpu_cpu.png",
     ):
@@ -174,16 +179,16 @@ class FakeWorker:
     def __init__(self) -> None:
         self.asked: list[tuple[str, float]] = []
 
-    def run(self, name: str, timeout_seconds: float) -> str:
+    def run(self, name: str, timeout_seconds: float) -> worker.Answer:
         self.asked.append((name, timeout_seconds))
         if name == "bad":
-            raise worker.SectionError("it broke")
-        return f"figures of {name}"
+            raise worker.SectionError("it broke", ["an op was wrong"])
+        return worker.Answer(f"figures of {name}", [])
 
 
 def test_a_section_beyond_the_budget_is_skipped_and_results_are_written_after_each() -> None:
     planned = [Section(name, seconds, print) for name, seconds in (("a", 10), ("long", 95), ("bad", 10), ("b", 60))]
-    results: dict[str, Any] = {"seconds": {}, "sections": {}, "skipped": {}, "failed": {}}
+    results: dict[str, Any] = {"seconds": {}, "sections": {}, "skipped": {}, "failed": {}, "warnings": {}}
     written: list[int] = []
     fake = FakeWorker()
     clock = itertools.count(0, 5)
@@ -191,7 +196,7 @@ def test_a_section_beyond_the_budget_is_skipped_and_results_are_written_after_ea
         patch.setattr(time, "perf_counter", lambda: next(clock))
         gpu_suite.run_sections(planned, fake, 95, results, lambda: written.append(len(results["sections"])))  # type: ignore[arg-type]
     assert list(results["sections"]) == ["a", "b"] and list(results["failed"]) == ["bad"]
-    assert "95 s" in results["skipped"]["long"]
+    assert "95 s" in results["skipped"]["long"] and results["warnings"] == {"bad": ["an op was wrong"]}
     assert written == [1, 1, 1, 2]
     assert fake.asked[0] == ("a", 60) and fake.asked[-1] == ("b", 65), "patience ends with the budget"
 
@@ -205,10 +210,10 @@ def test_a_lost_or_hanging_process_costs_one_section(monkeypatch: pytest.MonkeyP
         "    if name == 'dies': os._exit(3)\n"
         "    if name == 'hangs': time.sleep(100)\n"
         "    error = {'error': 'boom'} if name == 'faults' else {'figures': os.getpid()}\n"
-        "    print(json.dumps({**error, 'is_usable': name != 'faults'}), flush=True)\n"
+        "    print(json.dumps({**error, 'warnings': [], 'is_usable': name != 'faults'}), flush=True)\n"
     )
     monkeypatch.setattr(handle, "_command", [sys.executable, "-c", script])
-    pids = [handle.run("fine", 20)]
+    pids = [handle.run("fine", 20).figures]
     for name, message, patience in (
         ("dies", "ended", 20),
         ("hangs", "not done after 0 s", 0.3),
@@ -216,29 +221,174 @@ def test_a_lost_or_hanging_process_costs_one_section(monkeypatch: pytest.MonkeyP
     ):
         with pytest.raises(worker.SectionError, match=message):
             handle.run(name, patience)
-        pids.append(handle.run("fine", 20))
-    assert handle.run("fine", 20) == pids[-1]
+        pids.append(handle.run("fine", 20).figures)
+    assert handle.run("fine", 20).figures == pids[-1]
     assert len(set(pids)) == 4, "each was replaced"
     handle.close()
 
 
+def test_a_section_tells_what_was_logged_and_why_it_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    handle = worker.Worker("cpu", None)
+    script = (
+        "import logging, torch\n"
+        "from benchmarks.gpu import worker\n"
+        "from benchmarks.gpu.sections import Section\n"
+        "def warn(bench): logging.getLogger('megatron_infer').warning('silu_mul fails\\nTraceback'); return 7\n"
+        "def fail(bench): warn(bench); raise ValueError('no triton')\n"
+        "worker.plan = lambda *_: [Section('warns', 1, warn), Section('fails', 1, fail)]\n"
+        "worker.serve(torch.device('cpu'), None, is_checked=True)\n"
+    )
+    monkeypatch.setattr(handle, "_command", [sys.executable, "-c", script])
+    assert handle.run("warns", 60) == worker.Answer(7, ["silu_mul fails\nTraceback"])
+    with pytest.raises(worker.SectionError, match=r"(?s)Traceback.*in fail.*ValueError: no triton") as failed:
+        handle.run("fails", 60)
+    assert failed.value.warnings == ["silu_mul fails\nTraceback"]
+    handle.close()
+
+
+def run_suite(out: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit status, the results as saved, and what was printed."""
+    status = gpu_suite.main(["--device", "cpu", "--out", str(out), *arguments])
+    return status, json.loads((out / "gpu_cpu.json").read_text()), capsys.readouterr().out
+
+
 def test_the_command_runs_a_section_in_its_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu_suite.main(["--device", "cpu", "--out", str(tmp_path), "--only", "ceilings"]) == 0
-    printed = json.loads(capsys.readouterr().out)
-    assert printed["sections"]["ceilings"]["read_gb_per_second"] > 0
-    assert json.loads((tmp_path / "gpu_cpu.json").read_text())["sections"] == printed["sections"]
+    status, saved, printed = run_suite(tmp_path, capsys, "--sections", "ceilings")
+    assert status == 0 and saved["sections"]["ceilings"]["read_gb_per_second"] > 0
+    assert printed.splitlines()[-1].startswith("| int4, device memory"), "the table of targets comes last"
     with pytest.raises(SystemExit):
-        gpu_suite.main(["--device", "cpu", "--out", str(tmp_path), "--only", "nonsense"])
+        run_suite(tmp_path, capsys, "--sections", "nonsense")
     assert "there are 'ceilings'" in capsys.readouterr().err
 
 
-def test_sections_come_in_order_of_importance() -> None:
+class Recorded:
+    """Stands in for the worker: answers what a real run gave, but one section fails."""
+
+    def __init__(self, figures: dict[str, Any], broken: str) -> None:
+        self.figures, self.broken, self.asked = figures, broken, []
+
+    def __call__(self, *_: object, **__: object) -> Recorded:
+        return self
+
+    def run(self, name: str, timeout_seconds: float) -> worker.Answer:
+        self.asked.append(name)
+        if name == self.broken:
+            raise worker.SectionError("Traceback\nRuntimeError: forced", [])
+        return worker.Answer(self.figures[name], [])
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def every_section(figures: dict[str, Any], weights: SharedWeights) -> dict[str, Any]:
+    """Figures of all sections of a run on the CPU; those that take other processes as they come."""
+    other = {"transformers eager": {"decode": figures["bf16"]["decode"], "greedy_ids": figures["bf16"]["greedy_ids"]}}
+    agreement = {"ids_agreeing": [3], "of": [3], "logprobs_equal": True}
+    other |= {"two ranks": {"default": agreement}, "tests": {"tests/gpu/test_gpu.py": "9 skipped"}}
+    other["bf16 vendor"] = engine.measure(weights, SMALL, CPU, Variant("none", "vendor"))
+    for quantization in ("int4", "int8"):
+        other[f"kernels {quantization}"] = single_kernels.measure(SMALL, CPU, quantization)
+    other["int4"] = engine.measure(weights, SMALL, CPU, Variant("int4", "native"))
+    return json.loads(json.dumps({**figures, **other}))
+
+
+@pytest.mark.parametrize("broken", [section.name for section in sections.plan("cpu", SMALL, None)])
+def test_a_failure_of_any_section_leaves_the_others_and_the_files_whole(
+    broken: str, every_section: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(gpu_suite, "Worker", Recorded(every_section, broken))
+    status, saved, printed = run_suite(tmp_path, capsys)
+    assert status == 1 and saved["failed"] == {broken: "Traceback\nRuntimeError: forced"}
+    assert saved["sections"] == {name: told for name, told in every_section.items() if name != broken}
+    assert f"FAILED: {broken}: RuntimeError: forced" in (tmp_path / "gpu_cpu.md").read_text()
+    assert len(printed.splitlines()) == 2 + len(targets({}, SMALL))
+
+
+def test_a_second_call_adds_to_the_first(
+    every_section: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_suite, "Worker", asked := Recorded(every_section, "int8"))
+    _, first, _ = run_suite(tmp_path / "a", capsys, "--sections", "int8", "bf16", "ceilings")
+    assert asked.asked == ["int8", "bf16", "ceilings"], "in the order that was asked for"
+    result = str(tmp_path / "a" / "gpu_cpu.json")
+    monkeypatch.setattr(gpu_suite, "Worker", asked := Recorded(every_section, ""))
+    status, merged, _ = run_suite(tmp_path / "b", capsys, "--resume", result)
+    assert status == 0 and merged["sections"] == every_section and not merged["failed"]
+    assert "bf16" not in asked.asked and "int8" in asked.asked, "what there is is not measured again, what failed is"
+    assert merged["earlier"] == [first["provenance"]] and merged["seconds"].keys() == every_section.keys()
+    assert "int8 decode against bf16" in str([t for t in merged["targets"] if t["verdict"] != "not measured"])
+    # A failure takes nothing away that an earlier call measured.
+    monkeypatch.setattr(gpu_suite, "Worker", Recorded(every_section, "bf16"))
+    _, again, _ = run_suite(tmp_path / "c", capsys, "--resume", result, "--sections", "bf16")
+    assert again["failed"].keys() == {"bf16", "int8"} and again["sections"] == first["sections"]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", None])
+def test_what_is_no_result_cannot_be_resumed(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "earlier.json"
+    path.write_text(content or "") if content is not None else None
+    with pytest.raises(SystemExit):
+        run_suite(tmp_path, capsys, "--resume", str(path))
+    assert f"--resume {path}" in capsys.readouterr().err
+
+
+def test_sections_come_in_order_of_worth() -> None:
     names = [section.name for section in sections.plan("cuda", FULL, Path("somewhere"))]
-    assert names[:4] == ["ceilings", "bf16", "transformers eager", "transformers compiled"]
-    assert len(names) == len(set(names)) == 14
-    assert sections.plan("cuda", FULL, None)[4].name == "int8"
+    assert names[:4] == ["ceilings", "bf16", "kernels bf16", "int4"]
+    assert len(names) == len(set(names)) == 19 and "gpt-fast" in names
+    assert "gpt-fast" not in [section.name for section in sections.plan("cuda", FULL, None)]
+    for section in sections.plan("cuda", FULL, Path("somewhere")):
+        is_peer = section.name.startswith(("transformers", "gpt-fast"))
+        assert section.patience == (1 if is_peer else 3), "peers must not take the time of what comes after them"
     for name in sections.TESTS:
         assert (sections._ROOT / name).is_file()
+
+
+def test_a_dry_run_counts_what_the_arithmetic_says() -> None:
+    """docs/gpu.md: launches, bytes and messages of a token, on one rank and on eight."""
+    pytest.importorskip("triton")
+    script = (
+        "import json; from benchmarks.gpu.plan import *; from dataclasses import asdict\n"
+        "model = ModelConfig.aixcoder_7b()\n"
+        "asked = (('none', 0, 1), ('int4', 0, 1), ('none', 7, 8))\n"
+        "print(json.dumps([asdict(plan_rank(model, *each)) for each in asked]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=sections._ROOT, check=True, capture_output=True, text=True
+    )
+    one, int4, eight = json.loads(done.stdout)
+    assert one["weight_bytes"] == streamed_bytes(FULL.model, "none")
+    assert one["cache_bytes_per_position"] == 131_072 == 8 * eight["cache_bytes_per_position"]
+    assert sum(one["launches"].values()) == 5 * 32 + 14 and one["sent"] == []
+    assert int4["weight_bytes"] == pytest.approx(streamed_bytes(FULL.model, "int4"), rel=1e-3)
+    assert eight["weight_bytes"] == pytest.approx(one["weight_bytes"] / 8, rel=1e-3)
+    ours = sum(count for name, count in eight["launches"].items() if name.endswith(("_kernel", "all_reduce")))
+    # An all-reduce of the embedding, a second argmax over the ranks' best, the last norm and the head.
+    assert ours == 7 * 32 + 1 + 4 + 2
+    assert eight["sent"] == [["all_reduce", 8192]] * (2 * 32 + 1) + [["all_gather", 8]]
+
+
+def test_the_switch_turns_dependent_launch_off_in_every_kernel() -> None:
+    pytest.importorskip("triton")
+    script = (
+        "from benchmarks.gpu.engine import without_dependent_launch\n"
+        "from benchmarks.gpu.absent import compiling\n"
+        "from tests.triton.launches_attention import LAUNCHES as attention\n"
+        "from tests.triton.launches_linear import LAUNCHES as linear\n"
+        "from contextlib import nullcontext\n"
+        "for switch in (nullcontext, without_dependent_launch):\n"
+        "    found = []\n"
+        "    with switch(), compiling(90, lambda kernel: found.append(kernel.metadata.launch_pdl)):\n"
+        "        linear['decode fp16'](), attention['decode aixcoder']()\n"
+        "    assert found == [switch is nullcontext] * 2, found\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", script], env=environment, cwd=sections._ROOT, check=True)
 
 
 def test_first_difference() -> None:

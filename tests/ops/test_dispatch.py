@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from importlib.machinery import ModuleSpec
 from types import ModuleType, SimpleNamespace
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from megatron_infer.dispatch import select as dispatch
 from megatron_infer.dispatch.select import select_ops
-from megatron_infer.dispatch.selfcheck import find_fault
+from megatron_infer.dispatch.selfcheck import Fault, find_faults
 from megatron_infer.dispatch.selfcheck_inputs import CheckInputs, CheckShape
 from megatron_infer.ops import OP_NAMES, BatchView, LayerKV, NormWeight, Ops, Stream
 from megatron_infer.ops.optional import ApexOps, FlashAttentionOps
@@ -73,11 +73,11 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(dispatch, "find_spec", lambda name: sys.modules[name].__spec__ if name in sys.modules else None)
 
-    def on_the_cpu(candidate: Ops, trusted: Ops, device: torch.device, shape: CheckShape, **options) -> str | None:
+    def on_the_cpu(candidate: Ops, trusted: Ops, device: torch.device, shape: CheckShape, **options) -> Iterator[Fault]:
         assert device == CUDA
-        return find_fault(candidate, trusted, CPU, shape, **options)
+        return find_faults(candidate, trusted, CPU, shape, **options)
 
-    monkeypatch.setattr(dispatch, "find_fault", on_the_cpu)
+    monkeypatch.setattr(dispatch, "find_faults", on_the_cpu)
     found.install("triton")
     found.offer()
     return found
@@ -99,24 +99,66 @@ def test_on_a_gpu_triton_comes_first(machine: Machine) -> None:
     assert lines(deterministic=True)["linear"].startswith("triton (sm_90, 132 SMs, deterministic); native refused")
 
 
-def test_a_faulty_table_is_refused_with_the_reason_and_torchs_is_taken(machine: Machine) -> None:
+def test_a_faulty_op_costs_that_op(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     machine.offer(silu_mul=lambda gate_up: VENDOR.silu_mul(gate_up) * 1.1)
-    report = lines(shape=SHAPE)
-    assert all(line.startswith("vendor (torch); native refused") for line in report.values())
-    assert "; triton refused: silu_mul of 1 tokens differs from torch's by 9.9e-02" in report["linear"]
-    with pytest.raises(ValueError, match="triton ops cannot be used on cuda:0: silu_mul of 1 tokens differs"):
-        select_ops(CUDA, num_threads=1, force="triton", shape=SHAPE)
+    ops = select_ops(CUDA, num_threads=1, force="triton", shape=SHAPE)
+    report = dict(line.split(": ", 1) for line in ops.report)
+    reason = "silu_mul of 1 tokens differs from torch's by 9.9e-02"
+    assert report.pop("silu_mul").startswith(f"vendor (torch); triton refused: {reason}")
+    assert all(line.startswith("triton (sm_90, 132 SMs)") for line in report.values())
+    assert ops.chosen == "triton" and ops.is_recordable
+    assert torch.equal(ops.silu_mul(gate_up := normal(2, 16)), VENDOR.silu_mul(gate_up))
+    assert reason in caplog.text and "silu_mul of 130 tokens differs" in caplog.text
     # Unchecked, for whoever wants to see the fault.
     assert lines(force="triton")["silu_mul"].startswith("triton")
+
+
+def test_linear_layers_go_together(machine: Machine) -> None:
+    """Torch's product knows only torch's layout of weights, and what fuses products knows only its own."""
+    machine.offer(linear=failing, feed_forward_layer=forgetful)
+    ops = select_ops(CUDA, num_threads=1, shape=SHAPE)
+    whose = {line.partition(": ")[0]: line.partition(": ")[2].partition(" ")[0] for line in ops.report}
+    theirs = {"allocate_linear", "pack_rows", "pack_quantized", "linear"}
+    assert {name for name, who in whose.items() if who == "vendor"} == theirs
+    x_TK, weight = normal(3, 64), packed(VENDOR, normal(64, 64, seed=1))
+    assert torch.equal(ops.linear(x_TK, weight), VENDOR.linear(x_TK, weight))
+    norm, gate_up, down = NormWeight(torch.ones(64), 1e-5), packed(ops, normal(48, 64)), packed(ops, normal(64, 24))
+    mine, expected = Stream(x_TK.clone()), Stream(x_TK.clone())
+    ops.feed_forward_layer(mine, norm, gate_up, down, True)
+    VENDOR.feed_forward_layer(expected, norm, gate_up, down, True)
+    assert torch.equal(mine.settle(), expected.settle())
+
+
+def test_without_attention_of_its_own_no_step_is_recorded(machine: Machine) -> None:
+    """Torch's reads lengths on the host."""
+    machine.offer(paged_attention=failing)
+    ops = select_ops(CUDA, num_threads=1, shape=SHAPE)
+    assert ops.chosen == "triton" and not ops.is_recordable
+
+
+def test_a_table_with_faulty_products_and_attention_is_refused(machine: Machine) -> None:
+    machine.offer(linear=failing, paged_attention=failing)
+    report = lines(shape=SHAPE)
+    assert all(line.startswith("vendor (torch); native refused") for line in report.values())
+    assert "; triton refused: linear fails on cpu: RuntimeError: no kernel image" in report["silu_mul"]
+    with pytest.raises(ValueError, match="triton ops cannot be used on cuda:0: linear fails on cpu"):
+        select_ops(CUDA, num_threads=1, force="triton", shape=SHAPE)
+
+
+def failing(*_: object) -> None:
+    raise RuntimeError("no kernel image\nis available")
 
 
 def forgetful(stream: Stream, *rest: object) -> None:
     stream.pending_TD = torch.zeros_like(stream.residual_TD)
 
 
-def test_layer_ops_are_checked_too(machine: Machine) -> None:
+def test_layer_ops_are_checked_too(machine: Machine, caplog: pytest.LogCaptureFixture) -> None:
     machine.offer(feed_forward_layer=forgetful)
-    assert "triton refused: feed_forward_layer of 1 tokens" in lines(shape=SHAPE)["linear"]
+    ops = select_ops(CUDA, num_threads=1, shape=SHAPE)
+    assert all(": triton (sm_90" in line for line in ops.report), "single ops are made a layer of"
+    assert ops.feed_forward_layer.func is Ops.feed_forward_layer  # type: ignore[attr-defined]
+    assert "feed_forward_layer of 1 tokens" in caplog.text
 
 
 def test_deterministic_refuses_what_depends_on_the_batch(machine: Machine) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_infer.dispatch.selfcheck import find_fault
+from megatron_infer.dispatch.selfcheck import TOKENS, find_faults
 from megatron_infer.dispatch.selfcheck_inputs import CheckInputs as Inputs
 from megatron_infer.dispatch.selfcheck_inputs import CheckShape
 from megatron_infer.ops import INT4, OP_NAMES, LayerKV, Ops
@@ -34,7 +34,13 @@ def shape_of(dtype: torch.dtype, linear: torch.dtype, head: torch.dtype, tp: int
 
 
 def fault_of(candidate: Ops, shape: CheckShape = SHAPE, *, deterministic: bool = False) -> str | None:
-    return find_fault(candidate, VENDOR, CPU, shape, deterministic=deterministic)
+    return first_fault(candidate, CPU, shape, deterministic=deterministic)
+
+
+def first_fault(candidate: Ops, device: torch.device = CPU, shape: CheckShape = SHAPE, **options) -> str | None:
+    """The reason of the first one."""
+    fault = next(find_faults(candidate, VENDOR, device, shape, **options), None)
+    return None if fault is None else fault.reason
 
 
 class HonestOps(VendorOps):
@@ -202,11 +208,21 @@ def test_layers_that_break_their_contract_are_found() -> None:
     assert fault is not None and fault.startswith("attention_layer of") and "differs from its single ops'" in fault
 
 
-def test_a_kernel_that_fails_is_a_fault_in_one_line() -> None:
+def test_a_kernel_that_fails_is_a_fault_in_one_line_and_a_traceback() -> None:
     def silu_mul(gate_up_T2F):
         raise RuntimeError("no kernel image\nis available")
 
     assert fault_of(changed(HonestOps, silu_mul=silu_mul)) == "silu_mul fails on cpu: RuntimeError: no kernel image"
+    (fault,) = (f for f in find_faults(changed(HonestOps, silu_mul=silu_mul), VENDOR, CPU, SHAPE) if f.op == "silu_mul")
+    assert "no kernel image\nis available" in fault.details and "in silu_mul" in fault.details
+
+
+def test_every_op_is_tried_whatever_was_wrong_before() -> None:
+    faulty = changed(HonestOps, linear=spoiled("linear"), argmax=spoiled("argmax"))
+    linear, argmax, *_ = find_faults(faulty, VENDOR, CPU, SHAPE)
+    assert (linear.op, argmax.op) == ("linear", "argmax")
+    told = linear.details.splitlines()
+    assert told[0] == linear.reason and sum("(down)" in line for line in told) == len(TOKENS)
 
 
 def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() -> None:
@@ -218,7 +234,7 @@ def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() 
         return torch.nextafter(y_TN, torch.tensor(9.0)) if len(x_TK) == 5 else y_TN
 
     mended = changed(VendorOps, linear=row_by_row)
-    assert find_fault(mended, VENDOR, CPU, SHAPE, names=("linear",), deterministic=True) is None
+    assert first_fault(mended, names=("linear",), deterministic=True) is None
     assert "differs from its rows alone" in str(fault_of(changed(VendorOps, linear=linear), deterministic=True))
     assert fault_of(changed(VendorOps, linear=linear)) is None
 
@@ -234,9 +250,9 @@ def test_bits_that_depend_on_the_batch_are_a_fault_of_deterministic_mode_only() 
         names = ("paged_attention",)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("megatron_infer.dispatch.selfcheck.BATCHES", (batch,))
-            assert find_fault(exact, VENDOR, CPU, SHAPE, names=names, deterministic=True) is None
+            assert first_fault(exact, names=names, deterministic=True) is None
             faulty = changed(ReferenceOps, paged_attention=attention)
-            fault = find_fault(faulty, VENDOR, CPU, SHAPE, names=names, deterministic=True)
+            fault = first_fault(faulty, names=names, deterministic=True)
         assert fault is not None and whose in fault
 
 
@@ -244,8 +260,8 @@ def test_only_the_named_ops_are_run_and_nobody_elses_random_numbers_change() -> 
     torch.manual_seed(5)
     state = torch.get_rng_state()
     faulty = changed(HonestOps, linear=spoiled("linear"), silu_mul=spoiled("silu_mul"))
-    assert "silu_mul" in str(find_fault(faulty, VENDOR, CPU, SHAPE, names=("silu_mul",)))
-    assert find_fault(faulty, VENDOR, CPU, SHAPE, names=("rms_norm", "argmax")) is None
+    assert "silu_mul" in str(first_fault(faulty, names=("silu_mul",)))
+    assert first_fault(faulty, names=("rms_norm", "argmax")) is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -260,8 +276,8 @@ def test_a_lost_gpu_is_not_mistaken_for_a_refusal(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("megatron_infer.dispatch.selfcheck.CheckInputs", lambda _, *rest: Inputs(CPU, *rest))
     monkeypatch.setattr(torch.cuda, "synchronize", lost)
     with pytest.raises(RuntimeError, match=r"the kernel of rms_norm left cuda:0 unusable .* with ops='vendor'"):
-        find_fault(changed(HonestOps, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))
+        first_fault(changed(HonestOps, rms_norm=lost), device, names=("rms_norm",))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    fault = find_fault(changed(HonestOps, rms_norm=lost), VENDOR, device, SHAPE, names=("rms_norm",))
+    fault = first_fault(changed(HonestOps, rms_norm=lost), device, names=("rms_norm",))
     assert fault == "rms_norm fails on cuda:0: RuntimeError: an illegal memory access was encountered"

@@ -190,4 +190,4 @@ WORDS: list[Case] = [
     ("unknown: deeper", "", "  a\n    ▮\n", "b\nc\n", "b", "dedent"),
 ]  # fmt: skip
 
-CASES = PYTHON + BRACES + WORDS
+FIRST_CASES = PYTHON + BRACES + WORDS

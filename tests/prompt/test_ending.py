@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -14,11 +16,13 @@ from megatron_infer.ending import ending as ending_module
 from megatron_infer.ending.ending import Ending, find_end
 from megatron_infer.ending.scanner import Scanner, Syntax, columns, first_word, syntax_of
 from megatron_infer.languages import load_languages
-from tests.prompt.ending_cases import CASES, Case
+from tests.prompt.ending_cases import FIRST_CASES, Case
+from tests.prompt.ending_kinds import KINDS
 
 LANGUAGES = ("python", "javascript", "java", "c", "rust", "ruby", "lua", "shell", "klingon")
 WORDS = ("a", "b1", "return x", "if a:", "else", "end", "} else {", "longer_line = 1", "é", " ", "    ", "\t")
 MARKS = ("\n", "\n\n", "\r\n", "\r", *"()[]{}\"'`\\#,;:", '"""', "//", "/*", "*/", "--")
+CASES = [*FIRST_CASES, *chain(*KINDS.values())]
 CODE = st.lists(st.sampled_from(WORDS + MARKS), max_size=24).map("".join)
 
 
@@ -45,11 +49,24 @@ def test_table(case: Case) -> None:
     (prefix, suffix, language, mode), text, answer, reason = parts(case)
     assert find_end(prefix, suffix, text, language, mode) == (answer, reason)
     assert stream(Ending(prefix, suffix, language, mode), list(text)) == (answer, reason)
+    for cut in range(len(text) + 1):
+        pieces = [text[:cut], text[cut:]]
+        assert stream(Ending(prefix, suffix, language, mode), pieces) == (answer, reason), pieces
 
 
 def test_the_table_is_broad() -> None:
-    assert len(CASES) >= 115
-    assert len({case[1].split(" ")[-1] for case in CASES}) >= 20
+    languages = Counter(case[1].split(" ")[-1] for case in CASES)
+    assert len(CASES) == len({case[2:4] for case in CASES}) == sum(languages.values()) >= 195
+    assert len(languages) >= 22
+    assert sum(count >= 5 for count in languages.values()) >= 10, languages
+    others = [case for case in CASES if case[1] != "python"]
+    assert len(others) >= 100
+    assert {case[5] for case in others} == {case[5] for case in CASES} - {"repeat"}
+    for kind, cases in KINDS.items():
+        assert len(cases) >= 4, kind
+    for mark in ("\r\n", "\t"):
+        assert sum(mark in case[2] for case in CASES) >= 10
+    assert sum(case[2].endswith("▮") for case in CASES) >= 10, "an empty suffix"
 
 
 @settings(max_examples=300, deadline=None)

@@ -72,6 +72,19 @@ def test_cancelling_gives_the_blocks_back_and_disturbs_nobody(llm, expected, pro
     assert free_blocks(llm) == before
 
 
+def test_a_cancel_during_a_step_comes_before_the_next_step_of_anyone(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the thread of that step has not come to it: among busy threads it might never get the lock again."""
+    handle = llm.session.submit(PROMPT, SAMPLING)
+    with llm.session._lock:
+        llm.session.cancel(handle)
+        assert not handle.is_finished
+    seen = []
+    monkeypatch.setattr(llm.session._engine, "step", lambda: seen.append(handle.is_finished) or [])
+    llm.session.step()
+    assert seen == [True]
+    assert not llm.session.has_work
+
+
 def test_a_stop_string_that_names_a_control_token_ends_the_answer_there(llm: LLM) -> None:
     sampling = SamplingParams(max_new_tokens=200, temperature=100.0, seed=3, ignore_eos=True)
     whole = llm.complete(PROMPT, sampling)

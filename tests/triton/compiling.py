@@ -14,29 +14,14 @@ import json
 import re
 import subprocess
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu.absent import compiling
 
 _CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-
-class Absent:
-    """Stands in for the CUDA driver; the number of the device is its compute capability."""
-
-    arch = 0
-
-    def get_current_device(self) -> int:
-        return self.arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
 
 
 def resources(cubin: bytes) -> dict[str, int]:
@@ -53,24 +38,17 @@ def resources(cubin: bytes) -> dict[str, int]:
 def compile_launches(launches, archs: list[int]) -> list[dict]:
     """Compile every kernel that any of `launches` starts, for every compute capability."""
     compiled: list[dict] = []
-    absent, run = Absent(), JITFunction.run
-    driver.set_active(absent)
 
-    def run_nothing(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+    def keep(kernel, launch: str, arch: int) -> None:
         meta = kernel.metadata
-        line = {"launch": name, "kernel": meta.name, "arch": absent.arch}
+        line = {"launch": launch, "kernel": meta.name, "arch": arch}
         line |= {"num_warps": meta.num_warps, "num_stages": meta.num_stages}
         compiled.append(line | resources(kernel.asm["cubin"]) | {"shared_bytes": meta.shared})
-        return kernel
 
-    JITFunction.run = run_nothing
-    try:
-        for absent.arch in archs:
-            for name, launch in launches.items():  # noqa: B007  # run_nothing reads it
+    for arch in archs:
+        for name, launch in launches.items():
+            with compiling(arch, partial(keep, launch=name, arch=arch)):
                 launch()
-    finally:
-        JITFunction.run = run
     return compiled
 
 

@@ -35,16 +35,11 @@ def to_row(candidate: Candidate, source: bytes, context_chars: int | None) -> di
         if len(suffix) > context_chars:
             suffix = suffix[: suffix.rfind("\n", 0, context_chars) + 1 or context_chars]
     return {
-        "task_id": f"{file.full_name}:{line}:{column}:{hole.scenario}",
-        "language": file.language,
-        "scenario": hole.scenario,
-        **({"repository": file.repository} if file.repository else {}),
-        "path": file.name,
-        "prefix": prefix,
-        "suffix": suffix,
-        "reference": source[hole.start : hole.end].decode(),
+        "task_id": f"{file.full_name}:{line}:{column}:{hole.scenario}", "language": file.language,
+        "scenario": hole.scenario, **({"repository": file.repository} if file.repository else {}), "path": file.name,
+        "prefix": prefix, "suffix": suffix, "reference": source[hole.start : hole.end].decode(),
         "source_sha256": candidate.sha256,
-    }
+    }  # fmt: skip
 
 
 def write_rows(out: Path, candidates: Sequence[Candidate], context_chars: int | None) -> None:
@@ -90,14 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     plan = Plan(
         _names(args.languages, tuple(load_grammars()), "--languages"),
-        _names(args.scenarios, tuple(SCENARIOS), "--scenarios"),
-        args.per_scenario,
-        args.seed,
-        (args.min_reference_chars, args.max_reference_chars),
-        args.max_context_chars,
-        _share(args.held_out),
+        _names(args.scenarios, tuple(SCENARIOS), "--scenarios"), args.per_scenario, args.seed,
+        (args.min_reference_chars, args.max_reference_chars), args.max_context_chars, _share(args.held_out),
         args.split or "test",
-    )
+    )  # fmt: skip
     out = Path(args.out)
     if args.split and plan.held_out is None:
         raise ValueError("--split chooses a side; give --held_out too, the share of the files on side test")

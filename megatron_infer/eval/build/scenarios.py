@@ -1,4 +1,4 @@
-"""The 13 kinds of holes (SCENARIOS says what each is) and where a file has them, by its syntax tree.
+"""The 13 kinds of holes (kinds.json says what each is) and where a file has them, by its syntax tree.
 
 Owns the definitions; scenarios.json holds the node types of every grammar. Knows no files, no sampling, no output.
 """
@@ -15,23 +15,7 @@ from tree_sitter import Node
 
 from megatron_infer.eval.syntax import parser
 
-SCENARIOS = {
-    "method_signature": "a method's head: from its first modifier (annotations stay) to before its body or the list of "
-    "initializers; in Python with the colon",
-    "method_body": "all statements between the braces, or below the def; in Python of methods without a docstring",
-    "single_line": "a statement in a method that has one line to itself",
-    "method_with_comment": "what a comment announces: the whole method, with annotations, right below a comment; in "
-    "Python also all statements below a docstring",
-    "empty": "nothing: the cursor stands behind a statement in a method that ends its line",
-    "method_body_top": "the first third of a body's statements, of three or more; a docstring is no statement",
-    "method_body_mid": "what lies between the first third and the last",
-    "method_body_bottom": "the last third of a body's statements",
-    "if_statement": "a whole if with all its branches; not the `if` of an `else if`",
-    "for_statement": "a whole for, counting or over elements",
-    "while_statement": "a whole while; in Go a for with a condition only, or without one",
-    "try_statement": "a whole try with what catches and ends it",
-    "switch_statement": "a whole switch, match (Python, Rust) or select (Go)",
-}
+SCENARIOS: dict[str, str] = json.loads(Path(__file__).with_name("kinds.json").read_text(encoding="utf-8"))
 """Scenario -> what the hole is. A hole is made of whole nodes of the tree and neither starts nor ends with white space.
 
 Statements are those that stand in a block: branches without braces, and an if or switch that is a value, do not count.

@@ -6,7 +6,7 @@ Holds one file at a time, and of the holes only those in the running. Knows no o
 from __future__ import annotations
 
 import hashlib
-import heapq
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -81,28 +81,27 @@ class Selection:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._best: dict[bytes, tuple[tuple[int, int], Candidate]] = {}
-        self._worst_first: list[tuple[int, int, bytes]] = []
+        self._bound = (sys.maxsize, 0)
 
     def wants(self, order: tuple[int, int]) -> bool:
         """Whether a candidate of this order could still be among the first."""
-        if len(self._best) < self._limit:
-            return True
-        turn, rank, _ = self._worst_first[0]
-        return order < (-turn, -rank)
+        return order < self._bound
 
     def offer(self, content: bytes, order: tuple[int, int], candidate: Candidate) -> None:
         known = self._best.get(content)
-        if known is not None and known[0] <= order:
-            return
-        self._best[content] = (order, candidate)
-        heapq.heappush(self._worst_first, (-order[0], -order[1], content))
-        while len(self._best) > self._limit:
-            turn, rank, worst = heapq.heappop(self._worst_first)
-            # An entry that a better one of the same content has replaced is left in the heap, and means nothing.
-            if worst in self._best and self._best[worst][0] == (-turn, -rank):
-                del self._best[worst]
+        if known is None or order < known[0]:
+            self._best[content] = (order, candidate)
+        if len(self._best) >= 2 * self._limit:
+            self._drop_the_last()
+
+    def _drop_the_last(self) -> None:
+        first = sorted(self._best.items(), key=lambda item: item[1][0])[: self._limit]
+        self._best = dict(first)
+        if len(first) == self._limit:
+            self._bound = first[-1][1][0]
 
     def candidates(self) -> list[Candidate]:
+        self._drop_the_last()
         return [candidate for _, candidate in self._best.values()]
 
 

@@ -11,8 +11,8 @@ import base64
 import hashlib
 import re
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,19 @@ from megatron_infer.eval.cases import Case
 from megatron_infer.eval.files import replacing
 from megatron_infer.eval.report import plots
 from megatron_infer.eval.report.side_by_side import MAX_CASES, CaseView, outcome_column, view, visible
+from megatron_infer.eval.run.records import differences, key_of, run_on_warning
 from megatron_infer.eval.score.results import Run, Scores, is_error, read_run, read_run_cases, read_scores, task_of
 from megatron_infer.eval.score.statistics import Comparison, compare
-from megatron_infer.eval.score.tables import GROUPINGS, headline, shown, values_by_case
+from megatron_infer.eval.score.tables import (
+    clusters_of,
+    counted,
+    headline,
+    shown,
+    shown_groupings,
+    shown_interval,
+    values_by_case,
+)
+from megatron_infer.eval.tasks.truncation import raw_text
 from megatron_infer.world import World
 
 REPORT = "report.html"
@@ -38,20 +48,6 @@ _OUTCOME_WORDS = (
 _SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Speed:
-    """Of the last attempt's completions. Latencies are from hand-over to the engine, waiting included."""
-
-    num_completions: int
-    num_failed: int
-    seconds: float
-    cases_per_second: float
-    tokens_per_second: float
-    cached_share: float
-    first_token_seconds: list[float]
-    total_seconds: list[float]
 
 
 @dataclass(frozen=True)
@@ -101,12 +97,9 @@ def _read_other(run: Run, scores: Scores, directory: str) -> tuple[Run, Scores]:
 def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run, Scores] | None) -> str:
     """The report as HTML. Every text from the data or the model is escaped by the template engine."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters["visible"] = visible
     source = (Path(__file__).parent / REPORT).read_text(encoding="utf-8")
     scripts = [hashlib.sha256(body.encode()).digest() for body in _SCRIPT.findall(source)]
@@ -114,6 +107,8 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
     outcome = outcome_column(headline(columns))
     speed = measure_speed(run)
     comparisons = list(_comparisons(scores, other[1])) if other else []
+    runs = [(run, scores), other] if other else [(run, scores)]
+    setups = [{**each.fingerprint, "truncation": next(iter(own.tables["truncations"]))} for each, own in runs]
     return environment.get_template(REPORT).render(
         # The browser runs the page's own script and no other, even if something slipped through the escaping.
         script_hashes=" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in scripts),
@@ -122,14 +117,18 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
         model=Path(run.manifest["model_dir"]).name,
         data=Path(run.manifest["data"]).name,
         command=shlex.join(run.manifest["command"]),
-        attempts=[_attempt(attempt) for attempt in run.manifest["attempts"]],
+        attempts=run.manifest["attempts"],
         tables=scores.tables,
         overall=scores.tables["tables"]["overall"][0],
         columns=columns,
         headline=headline(columns),
-        groupings={name: fields for name, fields in GROUPINGS.items() if fields},
+        groupings=shown_groupings(scores.tables),
         shown=shown,
-        figures=dict(_figures(scores, speed, comparisons)),
+        shown_interval=shown_interval,
+        counted=counted,
+        duration=duration,
+        warning=run_on_warning(scores.tables["tables"]["overall"][0]["num_by_finish_reason"]),
+        figures=dict(_figures(scores, comparisons)),
         speed=speed,
         percentiles=[("median", 50), ("95%", 95), ("99%", 99)],
         percentile=percentile,
@@ -137,10 +136,10 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
         max_listed=_MAX_LISTED,
         other=other[0] if other else None,
         other_model=Path(other[0].manifest["model_dir"]).name if other else "",
-        differences=_differences(run, other[0]) if other else [],
+        differences=list(differences(setups[-1], setups[0])),
         comparisons=comparisons,
         changed=_changed_cases(scores, other[1]) if other else {},
-        cases=list(_views(scores, cases, other[1] if other else None)),
+        cases=list(_views(runs, cases)),
         num_samples=run.fingerprint["num_samples"],
         outcome=outcome,
         outcome_words=_OUTCOME_WORDS[outcome == "passed"],
@@ -150,38 +149,40 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
 # ---- numbers --------------------------------------------------------------------------------------------------------
 
 
-def measure_speed(run: Run) -> Speed | None:
-    """How fast the last attempt was; None if it completed nothing. Earlier attempts' wall time is not known."""
+def measure_speed(run: Run) -> Row | None:
+    """How fast the last attempt's completions were; None if it completed nothing, or the run is not our own.
+
+    Earlier attempts' wall time is not known. Latencies are from hand-over to the engine, waiting included.
+    """
     rows = run.timings()
-    last = max(row["attempt"] for row in rows)
-    failed = {(row["task_id"], row["sample_idx"]) for row in run.completions if is_error(row)}
-    own = [row for row in rows if row["attempt"] == last]
-    done = [row for row in own if (row["task_id"], row["sample_idx"]) not in failed]
+    last = max((row["attempt"] for row in rows), default=0)
+    failed = {key_of(row) for row in run.completions if is_error(row)}
+    done = [row for row in rows if row["attempt"] == last and key_of(row) not in failed]
     seconds = run.success["seconds"]
     if not done or seconds <= 0:
         return None
-    return Speed(
-        num_completions=len(done),
-        num_failed=len(own) - len(done),
-        seconds=seconds,
-        cases_per_second=len(done) / seconds,
-        tokens_per_second=sum(row["num_new_tokens"] for row in done) / seconds,
-        cached_share=sum(row["num_cached_tokens"] for row in done) / max(1, sum(r["num_prompt_tokens"] for r in done)),
-        first_token_seconds=[row["first_token_seconds"] for row in done],
-        total_seconds=[row["total_seconds"] for row in done],
-    )
+    return {
+        "num_completions": len(done), "seconds": seconds, "cases_per_second": len(done) / seconds,
+        "tokens_per_second": sum(row["num_new_tokens"] for row in done) / seconds,
+        "cached_share": sum(row["num_cached_tokens"] for row in done)
+        / max(1, sum(row["num_prompt_tokens"] for row in done)),
+        "first_token_seconds": [row["first_token_seconds"] for row in done],
+        "total_seconds": [row["total_seconds"] for row in done],
+    }  # fmt: skip
 
 
-def _attempt(attempt: Mapping[str, Any]) -> Row:
-    size = attempt.get("tensor_parallel_size") or attempt.get("engine", {}).get("tensor_parallel_size")
-    return {**attempt, "tensor_parallel_size": size}
+def duration(seconds: float) -> str:
+    """Seconds as they are read: 12 ms, 1.23 s, 6 min 46 s."""
+    if seconds < 1:
+        return f"{1000 * seconds:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 100 else f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
 
 
 def _comparisons(scores: Scores, other: Scores) -> Iterator[Compared]:
     """Every shared metric that is a share over all cases, then the headline ones per scenario and per language."""
-    known = {column["name"] for column in other.tables["columns"]}
-    shares = [column for column in scores.tables["columns"] if column["full"] is not None]
-    columns = [column for column in shares if column["name"] in known]
+    known = {column["name"] for column in other.tables["columns"]} - {"perplexity"}  # which no single case has
+    shared = [column for column in scores.tables["columns"] if column["name"] in known]
+    columns = [column for column in shared if column["full"] is not None] or shared
     for column in columns:
         yield from _compared("", column, scores.rows, other.rows)
     for field in ("scenario", "language"):
@@ -192,10 +193,10 @@ def _comparisons(scores: Scores, other: Scores) -> Iterator[Compared]:
                 yield from _compared(group or "(none)", column, ours, theirs)
 
 
-def _compared(group: str, column: Row, rows: Iterable[Row], other_rows: Iterable[Row]) -> Iterator[Compared]:
+def _compared(group: str, column: Row, rows: Sequence[Row], other_rows: Sequence[Row]) -> Iterator[Compared]:
     ours, theirs = (values_by_case(each, column["name"]) for each in (rows, other_rows))
     if ours.keys() & theirs.keys():
-        yield Compared(group, column, compare(ours, theirs))
+        yield Compared(group, column, compare(ours, theirs, clusters_of(rows)))
 
 
 def _changed_cases(scores: Scores, other: Scores) -> dict[str, list[str]]:
@@ -211,77 +212,52 @@ def _changed_cases(scores: Scores, other: Scores) -> dict[str, list[str]]:
     }
 
 
-def _differences(run: Run, other: Run) -> list[tuple[str, str, str]]:
-    """Where the fingerprints differ: name, this run's value, the other's."""
-    ours, theirs = dict(_leaves(run.fingerprint)), dict(_leaves(other.fingerprint))
-    return [
-        (name, ours.get(name, "-"), theirs.get(name, "-"))
-        for name in sorted({*ours, *theirs})
-        if ours.get(name) != theirs.get(name)
-    ]
-
-
-def _leaves(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    for name, item in value.items():
-        if isinstance(item, Mapping):
-            yield from _leaves(item, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", str(item)
-
-
 # ---- figures and cases ----------------------------------------------------------------------------------------------
 
 
-def _figures(scores: Scores, speed: Speed | None, comparisons: Sequence[Compared]) -> Iterator[tuple[str, Markup]]:
-    columns = headline(scores.tables["columns"])
-    for name in ("scenario", "language", "language_scenario"):
+def _figures(scores: Scores, comparisons: Sequence[Compared]) -> Iterator[tuple[str, Markup]]:
+    columns = [column for column in headline(scores.tables["columns"]) if column["full"] is not None]
+    for name, fields in shown_groupings(scores.tables).items():
         groups = scores.tables["tables"][name]
-        panels = [_panel(groups, GROUPINGS[name], column) for column in columns]
+        panels = [_panel(groups, fields, column) for column in columns]
         panels = [panel for panel in panels if panel.estimates]
-        if panels and len(groups) > 1:
-            about = f"Mean and confidence interval of each metric per {name.replace('_', ' and ')}, in percent"
-            yield name, Markup(plots.interval_plot(f"plot-{name}", about, panels))
-    if speed is not None:
-        series = (
-            ("time to first token", [1e3 * value for value in speed.first_token_seconds]),
-            ("total time", [1e3 * value for value in speed.total_seconds]),
-        )
-        about = "Distribution of the time to the first token and of the total time per completion"
-        yield "latency", Markup(plots.distribution_plot("plot-latency", about, series, "milliseconds"))
-    if comparisons:
-        panels = []
-        for column in headline([compared.column for compared in comparisons if not compared.group]):
-            own = [compared for compared in comparisons if compared.column == column]
-            panels.append(plots.Panel(column["name"], tuple(_difference_estimate(compared) for compared in own)))
-        about = "Difference between the two runs with confidence interval, in percentage points"
         if panels:
-            yield "comparison", Markup(plots.interval_plot("plot-comparison", about, panels, is_difference=True))
+            about = f"Mean and confidence interval of each metric per {' and '.join(fields)}, in percent"
+            yield name, Markup(plots.interval_plot(f"plot-{name}", about, panels))
+    panels = []
+    shares = [each.column for each in comparisons if not each.group and each.column["full"] is not None]
+    for column in headline(shares):
+        own = [compared for compared in comparisons if compared.column == column]
+        estimates = (_estimate(compared.group or "all", asdict(compared.result.difference), column) for compared in own)
+        panels.append(plots.Panel(column["name"], tuple(estimates)))
+    if panels:
+        about = "Difference between the two runs with confidence interval, in percentage points"
+        yield "comparison", Markup(plots.interval_plot("plot-comparison", about, panels, is_difference=True))
 
 
 def _panel(groups: Sequence[Row], fields: Sequence[str], column: Row) -> plots.Panel:
     estimates = []
     for group in groups:
-        cell = group["metrics"][column["name"]]
-        if cell is not None:
-            label = visible(" / ".join(group[field] or "(none)" for field in fields)) + f" ({group['num_cases']})"
-            mean, low, high = (100 * cell[key] / column["full"] for key in ("mean", "low", "high"))
-            estimates.append(plots.Estimate(label, mean, low, high))
+        label = " / ".join(group[field] or "(none)" for field in fields) + f" ({group['num_cases']})"
+        if (cell := group["metrics"][column["name"]]) is not None:
+            estimates.append(_estimate(label, cell, column))
     return plots.Panel(column["name"], tuple(estimates))
 
 
-def _difference_estimate(compared: Compared) -> plots.Estimate:
-    interval = compared.result.difference
-    mean, low, high = (100 * value / compared.column["full"] for value in (interval.mean, interval.low, interval.high))
-    return plots.Estimate(visible(compared.group or "all"), mean, low, high)
+def _estimate(label: str, interval: Row, column: Row) -> plots.Estimate:
+    """In percent of the value of a perfect prediction."""
+    scale = 100 / column["full"]
+    low, high = (None if interval[key] is None else scale * interval[key] for key in ("low", "high"))
+    return plots.Estimate(visible(label), scale * interval["mean"], low, high)
 
 
-def _views(scores: Scores, cases: Mapping[str, Case], other: Scores | None) -> Iterator[CaseView]:
-    """The first cases in the dataset's order, whatever they scored, each with its first sample."""
-    others = {row["task_id"]: row for row in other.rows if row["sample_idx"] == 0} if other else {}
-    first = [row for row in scores.rows if row["sample_idx"] == 0][:MAX_CASES]
-    for row in first:
-        rows = [row, others[row["task_id"]]] if row["task_id"] in others else [row]
-        yield view(cases[row["task_id"]], rows, headline(scores.tables["columns"]))
+def _views(runs: Sequence[tuple[Run, Scores]], cases: Mapping[str, Case]) -> Iterator[CaseView]:
+    """The first cases in the dataset's order, whatever they scored, each with its first sample in every run."""
+    scored = [{row["task_id"]: row for row in scores.rows if row["sample_idx"] == 0} for _, scores in runs]
+    raw = [{row["task_id"]: raw_text(row) for row in run.completions if row["sample_idx"] == 0} for run, _ in runs]
+    for task_id in list(scored[0])[:MAX_CASES]:
+        rows = [(own[task_id], texts[task_id]) for own, texts in zip(scored, raw, strict=True) if task_id in own]
+        yield view(cases[task_id], rows, headline(runs[0][1].tables["columns"]))
 
 
 # ---- options --------------------------------------------------------------------------------------------------------

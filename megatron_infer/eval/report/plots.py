@@ -6,42 +6,24 @@ Owns what a figure looks like. The same numbers give the same bytes. Knows no ru
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter
 
 # Colours that stand for the page's own, and are replaced by them: so one figure suits light, dark and paper.
 _INK, _GRID, _FIRST, _SECOND = "#010101", "#020202", "#030303", "#040404"
 _PAGE_COLORS = {_INK: "currentColor", _GRID: "var(--line)", _FIRST: "var(--first)", _SECOND: "var(--second)"}
 
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be searched, selected and read aloud
-    "text.parse_math": False,  # a $ in a label is a $
-    "font.size": 9.0,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _GRID,
-    "axes.facecolor": "none",
-    "axes.titlesize": 9.0,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": _GRID,
-    "grid.linewidth": 0.7,
-    "xtick.color": _GRID,
-    "ytick.color": _GRID,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-    "figure.facecolor": "none",
-}
+_STYLE: dict[Any, Any] = json.loads(Path(__file__).with_name("plots.json").read_text(encoding="utf-8"))
+"""Text stays text, so that it can be searched, selected and read aloud; a $ in a label is a $."""
 _WIDTH_INCHES = 9.6
 _ROW_INCHES = 0.26
 _IDS = re.compile(r'(\bid="|url\(#|href="#)')
@@ -51,12 +33,12 @@ _STYLE_SHEET = re.compile(r"<style.*?</style>", re.DOTALL)  # inside a page it w
 
 @dataclass(frozen=True)
 class Estimate:
-    """A labelled value with its interval, all in one unit."""
+    """A labelled value with its interval, if it has one, all in one unit."""
 
     label: str
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
 
 
 @dataclass(frozen=True)
@@ -74,18 +56,14 @@ def interval_plot(name: str, about: str, panels: Sequence[Panel], *, is_differen
     """
     labels = list(dict.fromkeys(estimate.label for panel in panels for estimate in panel.estimates))
     places = {label: -i for i, label in enumerate(labels)}
-    with _figure(name, 0.75 + _ROW_INCHES * len(labels)) as (figure, svg):
+    with _figure(name, 0.95 + _ROW_INCHES * len(labels)) as (figure, svg):
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, panel in zip(axes, panels, strict=True):
             heights = [places[estimate.label] for estimate in panel.estimates]
             means = [estimate.mean for estimate in panel.estimates]
-            axis.hlines(
-                heights,
-                [e.low for e in panel.estimates],
-                [e.high for e in panel.estimates],
-                color=_FIRST,
-                linewidth=1.6,
-            )
+            for height, estimate in zip(heights, panel.estimates, strict=True):
+                if estimate.low is not None and estimate.high is not None:
+                    axis.hlines(height, estimate.low, estimate.high, color=_FIRST, linewidth=1.6)
             axis.plot(means, heights, "o", color=_FIRST, markersize=4.5)
             axis.set_title(panel.title)
             axis.grid(axis="x")
@@ -94,39 +72,11 @@ def interval_plot(name: str, about: str, panels: Sequence[Panel], *, is_differen
             if is_difference:
                 axis.axvline(0.0, color=_INK, linewidth=0.8)
             else:
-                axis.set_xlim(-2.0, max(102.0, *(estimate.high for estimate in panel.estimates)))
+                axis.set_xlim(-2.0, max(102.0, *(estimate.high or estimate.mean for estimate in panel.estimates)))
+            axis.set_xlabel("percentage points" if is_difference else "percent")
         axes[0].set_yticks(list(places.values()), labels)
         axes[0].set_ylim(-len(labels) + 0.4, 0.6)
     return _page_svg(svg[0], name, about)
-
-
-def distribution_plot(name: str, about: str, series: Sequence[tuple[str, Sequence[float]]], unit: str) -> str:
-    """Shares of values up to a value, one panel per series, on a logarithmic axis, with median and 95th percentile."""
-    with _figure(name, 2.6) as (figure, svg):
-        for axis, (title, values) in zip(figure.subplots(1, len(series), squeeze=False)[0], series, strict=True):
-            ordered = sorted(max(value, 1e-6) for value in values)
-            shares = [100 * (i + 1) / len(ordered) for i in range(len(ordered))]
-            axis.plot(ordered, shares, color=_FIRST, linewidth=1.6, drawstyle="steps-post")
-            for share, color in ((50, _INK), (95, _SECOND)):
-                axis.axhline(share, color=color, linewidth=0.7, linestyle=":")
-            axis.set_title(title)
-            axis.set_xlabel(unit)
-            axis.set_ylabel("% of completions")
-            axis.set_ylim(0, 101)
-            _logarithmic(axis)
-    return _page_svg(svg[0], name, about)
-
-
-def _logarithmic(axis: Axes) -> None:
-    axis.set_xscale("log")
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    low, high = axis.get_xlim()
-    if high / low < 30:
-        # Within one or two decades, the decades alone would leave the axis almost without numbers.
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else ""))
-    else:
-        axis.xaxis.set_minor_formatter(NullFormatter())
-    axis.grid()
 
 
 @contextmanager

@@ -23,15 +23,18 @@ _DIFF_TOKENS = 3000
 
 _TOKEN = re.compile(r"\n|[^\S\n]+|\w+|[^\w\s]")
 
+Row = Mapping[str, Any]
 Pieces = tuple[tuple[str, bool], ...]
 """Consecutive pieces of a text, each with whether the other text lacks it."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One completion of a case. reference: the reference's pieces beside this completion."""
+    """One completion of a case. reference: the reference's pieces beside it. removed: what the truncation cut off."""
 
     completion: Pieces
+    removed: str
+    finish_reason: str
     reference: Pieces
     metrics: tuple[tuple[str, str], ...]
     outcome: str
@@ -53,29 +56,26 @@ class CaseView:
     answers: tuple[Answer, ...]
 
 
-def view(case: Case, rows: Sequence[Mapping[str, Any]], columns: Sequence[Mapping[str, Any]]) -> CaseView:
-    """A case with one row of scores.jsonl per run."""
+def view(case: Case, rows: Sequence[tuple[Row, str]], columns: Sequence[Row]) -> CaseView:
+    """A case with, per run, a row of scores.jsonl and all that the model wrote."""
     before = "".join(case.prompt.prefix.splitlines(keepends=True)[-_BEFORE_LINES:])[-_CONTEXT_CHARACTERS:]
     after = "".join(case.prompt.suffix.splitlines(keepends=True)[:_AFTER_LINES])[:_CONTEXT_CHARACTERS]
     return CaseView(
-        task_id=visible(case.task_id),
-        language=visible(case.language),
-        scenario=visible(case.scenario),
-        path=visible(case.prompt.path),
-        before=visible(before),
-        after=visible(after),
-        has_reference=case.reference is not None,
-        answers=tuple(_answer(case, row, columns) for row in rows),
-    )
+        task_id=visible(case.task_id), language=visible(case.language), scenario=visible(case.scenario),
+        path=visible(case.prompt.path), before=visible(before), after=visible(after),
+        has_reference=case.reference is not None, answers=tuple(_answer(case, row, raw, columns) for row, raw in rows),
+    )  # fmt: skip
 
 
-def outcome_column(columns: Sequence[Mapping[str, Any]]) -> str:
+def outcome_column(columns: Sequence[Row]) -> str:
     """The value of a row by which the report says right or wrong: of the tests, else of the first column, if any."""
     first = str(columns[0]["name"]) if columns else ""
     return "passed" if first.startswith("pass@") else first
 
 
-def _answer(case: Case, row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> Answer:
+def _answer(case: Case, row: Row, raw: str, columns: Sequence[Row]) -> Answer:
+    at = raw.find(row["completion"])
+    removed = raw[at + len(row["completion"]) :] if at >= 0 else ""
     completion, reference = _cut(row["completion"]), _cut(case.reference or "")
     if case.reference is None:
         pieces: tuple[Pieces, Pieces] = ((), ((visible(completion), False),))
@@ -83,27 +83,23 @@ def _answer(case: Case, row: Mapping[str, Any], columns: Sequence[Mapping[str, A
         pieces = differences(visible(reference), visible(completion))
     test = row.get("test") or {"status": "", "error": ""}
     return Answer(
-        completion=pieces[1],
-        reference=pieces[0],
-        metrics=tuple(_shown_metrics(row["metrics"], columns)),
-        outcome=_outcome(row, columns),
+        completion=pieces[1], removed=visible(_cut(removed)), finish_reason=row["finish_reason"], reference=pieces[0],
+        metrics=tuple(_shown_metrics(row["metrics"], columns)), outcome=_outcome(row, columns),
         error=visible(row["error"] or ""),
         test=visible(": ".join(part for part in (test["status"].replace("_", " "), test["error"]) if part)),
-    )
+    )  # fmt: skip
 
 
-def _outcome(row: Mapping[str, Any], columns: Sequence[Mapping[str, Any]]) -> str:
+def _outcome(row: Row, columns: Sequence[Row]) -> str:
     if row["error"] is not None:
         return "error"
     value = row["metrics"].get(outcome_column(columns))
-    if value is None:
+    if value is None or columns[0]["full"] is None:
         return "unscored"
     return "right" if value >= columns[0]["full"] else "wrong"
 
 
-def _shown_metrics(
-    metrics: Mapping[str, float | None], columns: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, str]]:
+def _shown_metrics(metrics: Mapping[str, float | None], columns: Sequence[Row]) -> Iterator[tuple[str, str]]:
     """The shares among a row's metrics, in percent; pass@k is no property of one completion."""
     for column in columns:
         value = metrics.get(column["name"])

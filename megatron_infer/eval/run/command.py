@@ -37,7 +37,7 @@ from megatron_infer.commands.options import (
 from megatron_infer.config import EngineConfig
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.run.plan import Job, plan_attempt, prompts_sha256
-from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory
+from megatron_infer.eval.run.records import AttemptLog, Key, RunDirectory, run_on_warning
 from megatron_infer.eval.run.replica import Progress, Replica, Settings
 from megatron_infer.eval.run.work_queue import WorkQueue
 from megatron_infer.eval.tasks import registry as tasks
@@ -46,15 +46,6 @@ from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.text.fim import FimOptions
 from megatron_infer.world import World
 
-_FIELDS = {
-    "id_field": "unique text or number of a case (default: task_id, else a hash of the prompt)",
-    "prefix_field": "code before the hole (default: prefix)",
-    "suffix_field": "code after it (default: suffix)",
-    "path_field": "path told to the model (default: path, if there)",
-    "reference_field": "what stood in the hole (default: reference, if there)",
-    "language_field": "language (default: language, else by the path)",
-    "scenario_field": "kind of hole (default: scenario, if there)",
-}
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -67,33 +58,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _job(args: argparse.Namespace, world: World) -> Job:
     if not args.out:
         raise ValueError("--out is empty; name a directory for the results")
-    if args.limit is not None and args.limit < 1:
-        raise ValueError(f"--limit must be at least 1, got {args.limit}")
+    for name in ("limit", "sample"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise ValueError(f"--{name} must be at least 1, got {number}")
     if args.source_tree and args.task != "fim":
         raise ValueError(f"--source_tree goes with --task fim; {args.task!r} brings its own context, or has none")
-    fields = {name: value for name in _FIELDS if (value := getattr(args, name)) is not None}
+    fields = {name: value for name in tasks.FIELDS if (value := getattr(args, name)) is not None}
     if fields and args.task != "fim":
         raise ValueError(f"--{next(iter(fields))} goes with --task fim; the fields of {args.task!r} are its own")
     task = tasks.generic_task(**fields) if fields else tasks.task(args.task)
     sampling = build(SamplingParams, args, task.sampling)
+    is_likelihood = args.metric == "likelihood"
+    if is_likelihood and sampling.n > 1:
+        raise ValueError("--metric likelihood has one value per case; leave out --n")
+    if is_likelihood:
+        sampling = SamplingParams(max_new_tokens=0, prompt_logprobs=0, seed=sampling.seed)
+    if task.name == "text" and not is_likelihood:
+        raise ValueError("--task text has nothing to complete; give --metric likelihood")
     return Job(
-        world=world,
-        task=task,
-        fields=fields,
-        data=Path(args.data).resolve(),
-        source_tree=Path(args.source_tree) if args.source_tree else None,
-        out=RunDirectory(args.out),
-        limit=args.limit,
-        model_dir=model_dir_of(args),
-        model_name=args.model_name,
-        fim=args.fim,
-        config=build(EngineConfig, args),
+        world=world, task=task, fields=fields, data=Path(args.data).resolve(),
+        source_tree=Path(args.source_tree) if args.source_tree else None, out=RunDirectory(args.out),
+        sample=args.sample, is_shuffled=args.shuffle, limit=args.limit, model_dir=model_dir_of(args),
+        model_name=args.model_name, fim=args.fim, config=build(EngineConfig, args),
         settings=Settings(
             options=build(FimOptions, args, task.options),
             sampling=replace(sampling, seed=None),
             seed=sampling.seed or 0,
+            is_likelihood=is_likelihood,
         ),
-    )
+    )  # fmt: skip
 
 
 def _run(job: Job, command: Sequence[str]) -> int:
@@ -169,6 +162,8 @@ def _finish(job: Job, cases: Sequence[Case], counts: Mapping[str, int], seconds:
 
     def predict(key: Key, row: dict[str, Any]) -> dict[str, Any]:
         case = by_id[key[0]]
+        if job.settings.is_likelihood:
+            return {"task_id": case.task_id, "log_probability": sum(row.get("log_probabilities", ()))}
         return job.task.predict(case, job.task.finish(case, row["text"]))
 
     keys = [(case.task_id, sample_idx) for case, sample_idx in job.work(cases)]
@@ -177,8 +172,11 @@ def _finish(job: Job, cases: Sequence[Case], counts: Mapping[str, int], seconds:
     say(
         f"{counts['completions']} completions in {seconds:.1f} s: {counts['completions'] / seconds:.2f} cases/s, "
         f"{counts['new_tokens'] / seconds:.0f} tokens/s, {cached:.0%} of prompt tokens from the prefix cache; "
-        f"{success['num_errors']} errors, {success['num_quarantined']} of them given up"
+        f"{success['num_errors']} errors, {success['num_quarantined']} of them given up; ended by "
+        + ", ".join(f"{reason}: {count}" for reason, count in success["num_by_finish_reason"].items())
     )
+    if warning := run_on_warning(success["num_by_finish_reason"]):
+        say(warning)
     _show(job, success)
 
 
@@ -244,8 +242,8 @@ def _parser(world: World) -> Parser:
         "any number of ranks. Every option may be spelled with - or _.",
     )
     what = parser.add_argument_group("what to run")
-    add_option(what, "task", required=True, help=f"one of {', '.join(tasks.TASKS)}")
-    add_option(what, "data", required=True, help="the benchmark's .jsonl or .jsonl.gz file")
+    add_option(what, "task", required=True, help=f"one of {', '.join(tasks.TASKS)}; eval tasks tells of each")
+    add_option(what, "data", required=True, help="the benchmark's .jsonl, .jsonl.gz or .parquet file")
     add_option(what, "out", required=True, help="directory for the results; on a disk that all hosts share")
     add_option(
         what,
@@ -253,9 +251,16 @@ def _parser(world: World) -> Parser:
         help="with --task fim: tree of the cases' files; the three most relevant pieces of other files (BM25) "
         "stand before each prefix, as in CrossCodeEval",
     )
-    add_option(what, "limit", type=int, help="only the first so many cases")
+    add_option(
+        what, "metric", choices=("completions", "likelihood"), default="completions",
+        help="what is computed: answers, or the log probability of each reference, one prefill a case (default: "
+        "completions)",
+    )  # fmt: skip
+    add_option(what, "sample", type=int, help="only so many cases, drawn at random by --seed")
+    add_option(what, "shuffle", action="store_true", help="the cases in a random order, by --seed")
+    add_option(what, "limit", type=int, help="only the first so many cases, of what is left")
     names = parser.add_argument_group("names of the data's fields, for --task fim")
-    for name, text in _FIELDS.items():
+    for name, text in tasks.FIELDS.items():
         add_option(names, name, help=text)
     model = add_model_options(parser)
     add_option(model, "fim", help="FIM prompt family (default: from config.json or the tokenizer)")

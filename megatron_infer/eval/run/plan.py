@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -39,6 +40,7 @@ class Job:
 
     world: the processes that share the work.
     fields: names of the data's fields that were given; `task` reads them already.
+    sample, is_shuffled, limit: so many cases drawn at random, in a random order, the first so many of these; None: all.
     source_tree: where to retrieve pieces of other files from, which then stand before the prefix.
     """
 
@@ -48,6 +50,8 @@ class Job:
     data: Path
     source_tree: Path | None
     out: RunDirectory
+    sample: int | None
+    is_shuffled: bool
     limit: int | None
     model_dir: Path
     model_name: str
@@ -57,7 +61,13 @@ class Job:
 
     def cases(self) -> list[Case]:
         """The cases to complete. Raises ValueError as read_cases, read_source_tree and with_context do."""
-        cases = read_cases(self.data, self.task)[: self.limit]
+        found = read_cases(self.data, self.task)
+        indices, seed = list(range(len(found))), self.settings.seed
+        if self.sample is not None:
+            indices = sorted(random.Random(seed).sample(indices, min(self.sample, len(found))))
+        if self.is_shuffled:
+            random.Random(seed).shuffle(indices)
+        cases = [found[i] for i in indices[: self.limit]]
         if self.source_tree is None:
             return cases
         trees = {language: read_source_tree(self.source_tree, language) for language in {c.language for c in cases}}
@@ -95,14 +105,9 @@ def plan_attempt(job: Job, command: Sequence[str]) -> dict[str, Any]:
         job.out.drop_parts()
         return {"success": success}
     manifest = known or {
-        "fingerprint": fingerprint,
-        "data": str(job.data),
-        "model_dir": str(job.model_dir.resolve()),
-        "model_files": files,
-        "versions": _versions(),
-        "command": list(command),
-        "created": _now(),
-    }
+        "fingerprint": fingerprint, "data": str(job.data), "model_dir": str(job.model_dir.resolve()),
+        "model_files": files, "versions": _versions(), "command": list(command), "created": _now(),
+    }  # fmt: skip
     attempt = job.out.begin(manifest, {"started": _now(), "world_size": job.world.size, "engine": asdict(config)})
     return {"success": None, "attempt": attempt, "prompts_sha256": fingerprint["prompts_sha256"], **_left(job, cases)}
 
@@ -131,20 +136,13 @@ def _fingerprint(job: Job, config: EngineConfig, files: Mapping[str, Any], cases
     settings = job.settings
     model = hashlib.sha256("".join(f"{name} {files[name]['sha256']}\n" for name in sorted(files)).encode())
     fingerprint = {
-        "task": job.task.name,
-        "fields": job.fields,
-        "data_sha256": sha256_of(job.data),
-        "prompts_sha256": prompts_sha256(cases),
-        "num_cases": len(cases),
-        "num_samples": settings.sampling.n,
-        "model_sha256": model.hexdigest(),
-        "fim": job.fim,
-        "prompt": asdict(settings.options),
+        "task": job.task.name, "fields": job.fields, "data_sha256": sha256_of(job.data),
+        "prompts_sha256": prompts_sha256(cases), "num_cases": len(cases), "num_samples": settings.sampling.n,
+        "model_sha256": model.hexdigest(), "fim": job.fim, "prompt": asdict(settings.options),
         "sampling": {name: value for name, value in asdict(settings.sampling).items() if name not in ("n", "seed")},
-        "seed": settings.seed,
-        "config": {name: getattr(config, name) for name in _DECISIVE},
-        "engine_version": megatron_infer.__version__,
-    }
+        "seed": settings.seed, "config": {name: getattr(config, name) for name in _DECISIVE},
+        "engine_version": megatron_infer.__version__, **({"metric": "likelihood"} if settings.is_likelihood else {}),
+    }  # fmt: skip
     return cast("dict[str, Any]", json.loads(json.dumps(fingerprint)))
 
 

@@ -36,6 +36,9 @@ LONE_CRASHES = 3
 GIVEN_UP = f"given up: {LONE_CRASHES} times the process died while it computed this prompt and no other"
 """The error of such a key."""
 
+RUN_ON_SHARE = 0.2
+"""So many completions that were cut at max_new_tokens say more about the cut than about the model."""
+
 Key = tuple[str, int]
 """task_id and sample_idx: what is done once, whichever process does it."""
 
@@ -85,9 +88,8 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Create the directory and keep other runs out of it.
 
-        Raises:
-            ValueError: it cannot be written to or locked, or another run is at work there and does not end within
-                15 s, as the orphans of a killed launcher do.
+        Raises ValueError: it cannot be written to or locked, or another run is at work there and does not end within 15
+        s, as the orphans of a killed launcher do.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -112,22 +114,22 @@ class RunDirectory:
             foreign = sorted(p.name for p in self.path.iterdir() if p.name != _PARTS and not p.name.startswith("."))
             if foreign:
                 raise ValueError(
-                    f"{self.path} is not empty and not a run ({foreign[0]}); choose another --out"
+                    f"{self.path} is not empty and not a run ({foreign[0]}); choose another directory"
                 ) from None
             return None
         except ValueError as error:
-            raise ValueError(f"{path} is damaged ({error}); choose another --out") from None
+            raise ValueError(f"{path} is damaged ({error}); choose another directory") from None
         if not isinstance(raw, dict) or (raw.get("format"), raw.get("format_version")) != (FORMAT, FORMAT_VERSION):
-            raise ValueError(f"{path} was not written by this version of eval run; choose another --out")
+            raise ValueError(f"{path} was not written by this version of eval run; choose another directory")
         return raw
 
     def check(self, known: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
         """Refuse to go on with other parameters (ValueError that lists the differences)."""
-        differences = list(_differences(known["fingerprint"], fingerprint))
-        if differences:
+        found = differences(known["fingerprint"], fingerprint)
+        if changes := "; ".join(f"{name}: was {was!r}, now {now!r}" for name, was, now in found):
             raise ValueError(
-                f"{self.path} holds a run with other parameters, and a run is never continued with others. "
-                f"{'; '.join(differences)}. Repeat the old parameters or choose another --out"
+                f"{self.path} holds a run with other parameters, and a run is never continued with others. {changes}. "
+                "Repeat the old parameters or choose another --out"
             )
 
     def begin(self, manifest: Mapping[str, Any], attempt: Mapping[str, Any]) -> int:
@@ -165,8 +167,7 @@ class RunDirectory:
         Args:
             predict: the official output row of a key, given its completion. seconds: the last attempt took, once the
                 model was loaded.
-        Raises:
-            ValueError: a key is missing: the parts of some replica are not in this directory.
+        Raises ValueError: a key is missing: the parts of some replica are not in this directory.
         """
         state = self.state()
         missing = [key for key in keys if key not in state.done]
@@ -175,22 +176,20 @@ class RunDirectory:
                 f"{len(missing)} of {len(keys)} completions are not in {self.path} (first: {missing[0]}); all replicas "
                 "must write to one directory, on a disk that all hosts share"
             )
-        num_errors = num_given_up = 0
+        num_given_up, reasons = 0, Counter[str]()
         with ExitStack() as stack:
             outputs = [stack.enter_context(replacing(self.path / name)) for name in (COMPLETIONS, TIMINGS, PREDICTIONS)]
             for key, row in zip(keys, _rows(state, keys), strict=True):
-                num_errors += row["done"]["finish_reason"] == "error"
+                reasons[row["done"]["finish_reason"]] += 1
                 num_given_up += row["done"]["error"] == GIVEN_UP
                 for output, value in zip(outputs, (row["done"], row["timing"], predict(key, row["done"])), strict=True):
                     output.write(to_line(value))
         success = {
-            "num_cases": len({task_id for task_id, _ in keys}),
-            "num_completions": len(keys),
-            "num_errors": num_errors,
-            "num_quarantined": num_given_up,
-            "seconds": seconds,
+            "num_cases": len({task_id for task_id, _ in keys}), "num_completions": len(keys),
+            "num_errors": reasons["error"], "num_by_finish_reason": dict(sorted(reasons.items())),
+            "num_quarantined": num_given_up, "seconds": seconds,
             "sha256": {name: sha256_of(self.path / name) for name in (COMPLETIONS, TIMINGS, PREDICTIONS)},
-        }
+        }  # fmt: skip
         write_json(self.path / SUCCESS, success)
         self.drop_parts()
         return success
@@ -230,6 +229,18 @@ class AttemptLog:
 def key_of(row: Mapping[str, Any]) -> Key:
     """The key that a row of any of the final files names."""
     return row["task_id"], row["sample_idx"]
+
+
+def run_on_warning(num_by_finish_reason: Mapping[str, int]) -> str | None:
+    """What to tell the user where too many completions ended at max_new_tokens; None where they did not."""
+    count, total = num_by_finish_reason.get("length", 0), sum(num_by_finish_reason.values())
+    if count <= RUN_ON_SHARE * total:
+        return None
+    return (
+        f"warning: {count} of {total} completions ended at max_new_tokens: the model ran on past the hole, or had too "
+        "little room. eval score --truncate raw,line,suffix,ending,official compares where to cut; eval run --ending "
+        "auto ends answers while they are written"
+    )
 
 
 def _lock(descriptor: int) -> bool:
@@ -285,10 +296,11 @@ def _rows(state: State, keys: Iterable[Key]) -> Iterator[dict[str, Any]]:
             yield json.loads(files[place.part].readline())
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Where two fingerprints differ: a setting's path, its old and its new value, None where there is none."""
     for name in sorted({*old, *new}):
         was, now = old.get(name), new.get(name)
         if isinstance(was, Mapping) and isinstance(now, Mapping):
-            yield from _differences(was, now, f"{path}{name}.")
+            yield from differences(was, now, f"{path}{name}.")
         elif was != now:
-            yield f"{path}{name}: was {was!r}, now {now!r}"
+            yield f"{path}{name}", was, now

@@ -17,15 +17,7 @@ from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 from megatron_infer.eval import syntax
 
 _MAX_ORDER = 4
-_CODEBLEU_NAMES = {
-    "python": "python",
-    "java": "java",
-    "cpp": "cpp",
-    "javascript": "javascript",
-    "csharp": "c_sharp",
-    "go": "go",
-    "rust": "rust",
-}
+_CODEBLEU_NAMES = {name: name for name in ("python", "java", "cpp", "javascript", "go", "rust")} | {"csharp": "c_sharp"}
 """Our names of languages -> codebleu's. FIM-Eval scores the first four; codebleu has no TypeScript."""
 
 _tokenizer = Tokenizer13a()  # type: ignore[no-untyped-call]

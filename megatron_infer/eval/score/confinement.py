@@ -39,35 +39,14 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _REFUSED_EVENTS = (
-    "socket.bind",
-    "socket.connect",
-    "socket.sendto",
-    "socket.sendmsg",
-    "socket.getaddrinfo",
-    "socket.gethostbyname",
-    "subprocess.Popen",
-    "os.exec",
-    "os.fork",
-    "os.forkpty",
-    "os.kill",
-    "os.killpg",
-    "os.posix_spawn",
-    "os.spawn",
-    "os.startfile",
-    "os.system",
-)
+    "socket.bind", "socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostbyname",
+    "subprocess.Popen", "os.exec", "os.fork", "os.forkpty", "os.kill", "os.killpg", "os.posix_spawn", "os.spawn",
+    "os.startfile", "os.system",
+)  # fmt: skip
 _PATH_EVENTS = (
-    "os.chmod",
-    "os.chown",
-    "os.link",
-    "os.mkdir",
-    "os.remove",
-    "os.rename",
-    "os.rmdir",
-    "os.symlink",
-    "os.truncate",
+    "os.chmod", "os.chown", "os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.truncate",
     "os.utime",
-)
+)  # fmt: skip
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -128,12 +107,10 @@ def limit_resources(settings: dict[str, Any]) -> None:
     """Hard limits of this process and its children. RLIMIT_AS is counted per process, as there is none for a group."""
     cpu_seconds = math.ceil(settings["timeout_seconds"]) + 1
     limits = {
-        resource.RLIMIT_CPU: cpu_seconds,
-        resource.RLIMIT_AS: settings["memory_bytes"],
-        resource.RLIMIT_FSIZE: settings["file_bytes"],
-        resource.RLIMIT_NOFILE: settings["num_files"],
+        resource.RLIMIT_CPU: cpu_seconds, resource.RLIMIT_AS: settings["memory_bytes"],
+        resource.RLIMIT_FSIZE: settings["file_bytes"], resource.RLIMIT_NOFILE: settings["num_files"],
         resource.RLIMIT_CORE: 0,
-    }
+    }  # fmt: skip
     if settings["namespaces"]:
         # Counted per user: within a user namespace of its own, that is this program alone (Linux 5.14 and later).
         # Elsewhere the count would take in everything else this user runs, and the guard refuses new processes anyway.

@@ -147,8 +147,7 @@ def _visible() -> list[str]:
 def find_isolation() -> Isolation:
     """The strongest isolation that works here: a small program is run under each.
 
-    Raises:
-        ValueError: not even a limited process can be started here; the message has the reason.
+    Raises ValueError: not even a limited process can be started here; the message has the reason.
     """
     outcome = Outcome("refused")
     for candidate in (bubblewrap(), namespaces(), GUARD)[os.geteuid() == 0 :]:
@@ -195,14 +194,9 @@ def run_program(program: str, limits: Limits, isolation: Isolation, is_over: thr
         try:
             process = subprocess.Popen(
                 [*isolation.command_for(directory, limits), sys.executable, "-s", "-B", "-c", confine],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                cwd=directory,
-                env=_environment(directory),
-                pass_fds=(source.fileno(),),
-                start_new_session=True,
-            )
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=directory,
+                env=_environment(directory), pass_fds=(source.fileno(),), start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
             return Outcome("refused", f"{error.filename or isolation.name}: {error.strerror}")
         theirs.close()
@@ -217,14 +211,9 @@ def run_program(program: str, limits: Limits, isolation: Isolation, is_over: thr
 def _environment(directory: str) -> dict[str, str]:
     """All that a program sees of the environment. Hashes are fixed so that scoring twice gives the same results."""
     return {
-        "PATH": "/usr/local/bin:/usr/bin:/bin",
-        "LANG": "C.UTF-8",
-        "HOME": directory,
-        "TMPDIR": directory,
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
+        "PATH": "/usr/local/bin:/usr/bin:/bin", "LANG": "C.UTF-8", "HOME": directory, "TMPDIR": directory,
+        "PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
+    }  # fmt: skip
 
 
 class _Watch:

@@ -8,22 +8,33 @@ from __future__ import annotations
 
 import ast
 import difflib
+import json
+import keyword
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 from rapidfuzz import fuzz
 from rapidfuzz.distance import Levenshtein
 
 from megatron_infer.eval.cases import Case
 from megatron_infer.eval.score import bleu
-from megatron_infer.eval.score.identifiers import IDENTIFIER_LANGUAGES, identifiers, match_identifiers
 from megatron_infer.eval.tasks import postprocess
 
 _SPACE = re.compile(r"\s+")
-_IDENTIFIER_VALUES = ("identifier_exact_match", "identifier_precision", "identifier_recall", "identifier_f1")
+_STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"' + r"|'[^'\\]*(?:\\.[^'\\]*)*'")
+_WORD = re.compile(r"\w+")
+_FIRST = re.compile(r"[_a-zA-Z]")
+
+_WORDS: dict[str, str] = json.loads(Path(__file__).with_name("keywords.json").read_text(encoding="utf-8"))
+_KEYWORDS = {language: frozenset(words.split()) for language, words in _WORDS.items()}
+_KEYWORDS |= {"typescript": _KEYWORDS["javascript"], "python": frozenset(keyword.kwlist) - {"True", "False"}}
+"""The lists of CrossCodeEval (scripts/keywords, after microsoft/dpu-utils). Literals such as true are not in them."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,15 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
         raise ValueError(f"pass@{k} needs at least {max(k, 1)} samples per case and k >= 1; there are {num_samples}")
     total = math.comb(num_samples, k)
     return (total - math.comb(num_samples - num_correct, k)) / total
+
+
+def likelihood(log_probabilities: Sequence[float], text: str) -> dict[str, float]:
+    """Of a text's tokens, one by one: their sum, that per token and, in bits, per character of `text`."""
+    total, num_tokens = math.fsum(log_probabilities), len(log_probabilities)
+    return {
+        "log_probability": total, "log_probability_per_token": total / num_tokens,
+        "bits_per_character": -total / math.log(2) / len(text), "reference_tokens": float(num_tokens),
+    }  # fmt: skip
 
 
 def edit_similarity_difflib(prediction: str, reference: str) -> float:
@@ -119,21 +139,40 @@ def _arguments(call: ast.Call) -> tuple[list[str], dict[str | None, str]]:
     return [ast.dump(item) for item in call.args], {item.arg: ast.dump(item.value) for item in call.keywords}
 
 
+def identifiers(code: str, language: str) -> list[str]:
+    """Words outside string literals that begin as an identifier and are no keyword, in order, repeated if repeated.
+
+    Raises KeyError for a language whose keywords are not known. Source: CrossCodeEval, eval_utils.py.
+    """
+    words = _WORD.findall(_STRING.sub("", code))
+    return [word for word in words if _FIRST.match(word) and word not in _KEYWORDS[language]]
+
+
+def match_identifiers(predicted: Sequence[str], expected: Sequence[str]) -> dict[str, float]:
+    """How far predicted identifiers agree with the expected ones, each value in [0, 1].
+
+    identifier_exact_match: 1 if both lists are equal, order and repetitions included. The rest is over the sets, and 0
+    where the divisor is 0. Source: CrossCodeEval, eval_metric.py.
+    """
+    found, wanted = set(predicted), set(expected)
+    common = len(found & wanted)
+    return {
+        "identifier_exact_match": float(list(predicted) == list(expected)),
+        "identifier_precision": common / len(found) if found else 0.0,
+        "identifier_recall": common / len(wanted) if wanted else 0.0,
+        "identifier_f1": 2 * common / (len(found) + len(wanted)) if found or wanted else 0.0,
+    }
+
+
 def _crosscodeeval(case: Case, prediction: str) -> dict[str, float] | None:
-    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
-        return None
     statement = postprocess.crosscodeeval_statement(case.language, case.prompt.prefix, prediction)
-    predicted = postprocess.remove_line_comments(statement, case.language)
-    expected = postprocess.remove_line_comments(case.reference, case.language)
-    return _crosscodeeval_values("crosscodeeval", predicted, expected, case.language)
+    values = partial(_crosscodeeval_values, "crosscodeeval")
+    return _without_comments(case, statement, postprocess.remove_line_comments, values)
 
 
 def _crosscodeeval_bug_compatible(case: Case, prediction: str) -> dict[str, float] | None:
-    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
-        return None
-    predicted = postprocess.remove_line_comments_bug_compatible(prediction)
-    expected = postprocess.remove_line_comments_bug_compatible(case.reference)
-    return _crosscodeeval_values("crosscodeeval_bug_compatible", predicted, expected, case.language)
+    values = partial(_crosscodeeval_values, "crosscodeeval_bug_compatible")
+    return _without_comments(case, prediction, postprocess.remove_line_comments_bug_compatible, values)
 
 
 def _crosscodeeval_values(name: str, predicted: str, expected: str, language: str) -> dict[str, float]:
@@ -147,150 +186,72 @@ def _crosscodeeval_values(name: str, predicted: str, expected: str, language: st
 
 
 def _identifier_match(case: Case, prediction: str) -> dict[str, float] | None:
-    if case.reference is None or case.language not in IDENTIFIER_LANGUAGES:
+    return _without_comments(case, prediction, postprocess.remove_line_comments, _identifier_scores)
+
+
+def _without_comments(
+    case: Case, prediction: str, remove: Callable[[str, str], str], judge: Callable[[str, str, str], dict[str, float]]
+) -> dict[str, float] | None:
+    """`judge` of prediction and reference without comments; None where the keywords of the language are not known."""
+    if case.reference is None or case.language not in _KEYWORDS:
         return None
-    predicted = postprocess.remove_line_comments(prediction, case.language)
-    expected = postprocess.remove_line_comments(case.reference, case.language)
-    return _identifier_scores(predicted, expected, case.language)
+    return judge(remove(prediction, case.language), remove(case.reference, case.language), case.language)
 
 
 def _identifier_scores(predicted: str, expected: str, language: str) -> dict[str, float]:
-    match = match_identifiers(identifiers(predicted, language), identifiers(expected, language))
-    scores = (match.exact, match.precision, match.recall, match.f1)
-    return dict(zip(_IDENTIFIER_VALUES, scores, strict=True))
+    return match_identifiers(identifiers(predicted, language), identifiers(expected, language))
 
 
 def _length(case: Case, prediction: str) -> dict[str, float] | None:
     if case.reference is None:
         return None
-    return {
-        "prediction_characters": float(len(prediction.strip())),
-        "reference_characters": float(len(case.reference)),
-    }
+    return {"prediction_characters": float(len(prediction.strip())), "reference_characters": float(len(case.reference))}
 
 
-def _length_ratio(case: Case, prediction: str) -> dict[str, float] | None:
-    if not case.reference:
+def _repoeval(case: Case, prediction: str) -> dict[str, float] | None:
+    if case.reference is None:
         return None
-    return {"length_ratio": len(prediction.strip()) / len(case.reference)}
+    found, wanted = ([line for each in t.splitlines() if (line := each.strip())] for t in (prediction, case.reference))
+    found = found[: len(wanted)]
+    similarity = edit_similarity_levenshtein("\n".join(found), "\n".join(wanted))
+    return {"repoeval_exact_match": float(found == wanted), "repoeval_edit_similarity": similarity}
 
 
-def _of_texts(name: str, about: str, function: Callable[[str, str], float | bool], full: float = 1.0) -> Metric:
-    """A metric of one value of its own name, from the prediction and the reference alone."""
-
-    def judge(case: Case, prediction: str) -> dict[str, float] | None:
-        return None if case.reference is None else {name: float(function(prediction, case.reference))}
-
-    return Metric(name, about, {name: full}, judge)
-
-
-def _of_code(name: str, about: str, function: Callable[[str, str, str], float | bool | None]) -> Metric:
-    """A metric of one value of its own name, from the prediction, the reference and the language."""
+def _of(
+    name: str, function: Callable[[str, str, str], float | bool | None]
+) -> Callable[[Case, str], dict[str, float] | None]:
+    """A metric of one value, which has its own name, from the prediction, the reference and the language."""
 
     def judge(case: Case, prediction: str) -> dict[str, float] | None:
         value = None if case.reference is None else function(prediction, case.reference, case.language)
         return None if value is None else {name: float(value)}
 
-    return Metric(name, about, {name: 1.0}, judge)
+    return judge
 
 
-def _crosscodeeval_metric(name: str, about: str, function: Callable[[Case, str], dict[str, float] | None]) -> Metric:
-    fractions = ("exact_match", *_IDENTIFIER_VALUES)
-    values = {f"{name}_edit_similarity_difflib": 100.0} | {f"{name}_{value}": 1.0 for value in fractions}
-    return Metric(name, about, values, function)
-
-
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        _of_texts(
-            "exact_match",
-            "1 if prediction and reference are equal, both stripped (FIM-Eval run_evaluate.py; SantaCoder FIM in "
-            "bigcode-evaluation-harness, santacoder_fim.py)",
-            lambda prediction, reference: prediction.strip() == reference.strip(),
-        ),
-        _of_texts(
-            "exact_match_verbatim",
-            "1 if prediction and reference are equal to the character; SAFIM counts that as passed without running it "
-            "(evaluate.py)",
-            lambda prediction, reference: prediction == reference,
-        ),
-        _of_texts(
-            "exact_match_no_whitespace",
-            "1 if prediction and reference are equal without any whitespace; SAFIM's API completion outside Python",
-            lambda prediction, reference: _SPACE.sub("", prediction) == _SPACE.sub("", reference),
-        ),
-        _of_code(
-            "safim_syntax_match",
-            "SAFIM's API completion: equal without whitespace; in Python, equal calls, keyword arguments in any order",
-            safim_syntax_match,
-        ),
-        _of_code(
-            "safim_syntax_match_bug_compatible",
-            "SAFIM's API completion as its evaluate.py computes it: of Python calls, only the arguments are compared",
-            safim_syntax_match_bug_compatible,
-        ),
-        _of_texts(
-            "edit_similarity_difflib",
-            "fuzz.ratio of pure-Python fuzzywuzzy, 0 to 100, rounded: difflib's matching blocks (CrossCodeEval)",
-            edit_similarity_difflib,
-            100.0,
-        ),
-        _of_texts(
-            "edit_similarity_indel",
-            "fuzz.ratio of rapidfuzz and thefuzz, 0 to 100, not rounded: insertions and deletions",
-            edit_similarity_indel,
-            100.0,
-        ),
-        _of_texts(
-            "edit_similarity_levenshtein",
-            "100 * (1 - Levenshtein distance / length of the longer text): RepoEval's formula",
-            edit_similarity_levenshtein,
-            100.0,
-        ),
-        _of_texts(
-            "bleu_4",
-            "sentence BLEU without smoothing, tokens as mteval-v13a, order min(4, reference tokens); 1 for equal "
-            "texts, 0 if one is empty (FIM-Eval)",
-            bleu.bleu_4,
-        ),
-        _of_code(
-            "codebleu",
-            "CodeBLEU of the codebleu package, a quarter each, tokens as mteval-v13a, a data flow of 0 counts as 1 "
-            "(FIM-Eval)",
-            bleu.codebleu,
-        ),
-        Metric(
-            "identifier_match",
-            "identifiers outside line comments: equal lists; precision, recall and F1 of the sets (CrossCodeEval's "
-            "definition, of the whole prediction)",
-            dict.fromkeys(_IDENTIFIER_VALUES, 1.0),
-            _identifier_match,
-        ),
-        _crosscodeeval_metric(
-            "crosscodeeval",
-            "CrossCodeEval's scores as they are meant: of the first statement, without the language's line comments; "
-            "equal lists of stripped lines that are not empty, difflib's edit similarity, identifier match",
-            _crosscodeeval,
-        ),
-        _crosscodeeval_metric(
-            "crosscodeeval_bug_compatible",
-            "CrossCodeEval's scores as its eval_metric.py computes them: text is cut from any # or // on in every "
-            "language and inside strings; outside Python, a completion that begins with ; { or } is judged whole",
-            _crosscodeeval_bug_compatible,
-        ),
-        Metric(
-            "length",
-            "characters of the stripped prediction and of the reference; FIM-Eval prints the means of both",
-            {"prediction_characters": None, "reference_characters": None},
-            _length,
-        ),
-        Metric(
-            "length_ratio",
-            "characters of the stripped prediction over characters of the reference; none for an empty reference",
-            {"length_ratio": None},
-            _length_ratio,
-        ),
-    )
+_SINGLE: dict[str, Callable[[str, str, str], float | bool | None]] = {
+    "exact_match": lambda prediction, reference, _: prediction.strip() == reference.strip(),
+    "exact_match_verbatim": lambda prediction, reference, _: prediction == reference,
+    "exact_match_no_whitespace": lambda a, b, _: _SPACE.sub("", a) == _SPACE.sub("", b),
+    "safim_syntax_match": safim_syntax_match,
+    "safim_syntax_match_bug_compatible": safim_syntax_match_bug_compatible,
+    "edit_similarity_difflib": lambda a, b, _: edit_similarity_difflib(a, b),
+    "edit_similarity_indel": lambda a, b, _: edit_similarity_indel(a, b),
+    "edit_similarity_levenshtein": lambda a, b, _: edit_similarity_levenshtein(a, b),
+    "bleu_4": lambda a, b, _: bleu.bleu_4(a, b),
+    "codebleu": bleu.codebleu,
+    "length_ratio": lambda prediction, reference, _: len(prediction.strip()) / len(reference) if reference else None,
 }
-"""Every metric by its name."""
+_FUNCTIONS: dict[str, Callable[[Case, str], dict[str, float] | None]] = {
+    **{name: _of(name, function) for name, function in _SINGLE.items()},
+    "identifier_match": _identifier_match,
+    "crosscodeeval": _crosscodeeval,
+    "crosscodeeval_bug_compatible": _crosscodeeval_bug_compatible,
+    "repoeval": _repoeval,
+    "length": _length,
+    "likelihood": lambda case, prediction: None,  # of no text, but of what likelihood() is given
+}
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("metrics.json").read_text(encoding="utf-8"))
+
+METRICS: dict[str, Metric] = {name: Metric(name, function=_FUNCTIONS[name], **entry) for name, entry in _DATA.items()}
+"""Every metric by its name; metrics.json has their definitions in words, and the value of a perfect prediction."""

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_infer.eval.cases import Case, Task, read_cases, read_rows
-from megatron_infer.eval.run.records import (
-    COMPLETIONS,
-    FORMAT,
-    FORMAT_VERSION,
-    GIVEN_UP,
-    MANIFEST,
-    SUCCESS,
-    TIMINGS,
-    key_of,
-)
+from megatron_infer.eval.run.records import COMPLETIONS, GIVEN_UP, MANIFEST, SUCCESS, TIMINGS, RunDirectory, key_of
 from megatron_infer.eval.tasks import registry as tasks
+from megatron_infer.eval.tasks.fields import content_id
 from megatron_infer.files import sha256_of
 
 SCORES, TABLES = "scores.jsonl", "scores.json"
-SCORES_FORMAT, SCORES_FORMAT_VERSION = "megatron_infer-eval-scores", 1
+SCORES_FORMAT, SCORES_FORMAT_VERSION = "megatron_infer-eval-scores", 2
 
 
 @dataclass(frozen=True)
@@ -54,7 +46,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Scores:
-    """What `eval score` wrote. rows: of scores.jsonl. tables: scores.json."""
+    """What `eval score` wrote. rows: of scores.jsonl, those of the first truncation. tables: scores.json."""
 
     rows: list[dict[str, Any]]
     tables: dict[str, Any]
@@ -62,36 +54,32 @@ class Scores:
 
 def read_run(directory: str | Path) -> Run:
     """Raises ValueError: not a finished run, or completions.jsonl is not the file that the run ended with."""
-    directory = Path(directory)
-    if not directory.is_dir():
+    found = RunDirectory(directory)
+    if not found.path.is_dir():
         raise ValueError(f"there is no directory {directory}; give the --out of an eval run")
-    if not (directory / SUCCESS).is_file():
+    success, manifest = found.success, found.manifest()
+    if success is None or manifest is None:
         raise ValueError(
             f"{directory} has no {SUCCESS}, so its run is not finished; run the same eval run command again, and it "
             "goes on where it stopped"
         )
-    manifest, success = (_read_object(directory / name) for name in (MANIFEST, SUCCESS))
-    found = (manifest.get("format"), manifest.get("format_version"))
-    if found != (FORMAT, FORMAT_VERSION):
-        raise ValueError(
-            f"{directory / MANIFEST} has format {found[0]!r}, version {found[1]!r}; this program reads {FORMAT!r}, "
-            f"version {FORMAT_VERSION}"
-        )
-    _check_hash(directory, COMPLETIONS, success)
-    return Run(directory, manifest, success, [row for _, row in read_rows(directory / COMPLETIONS)])
+    _check_hash(found.path, COMPLETIONS, success)
+    return Run(Path(directory), manifest, success, [row for _, row in read_rows(found.path / COMPLETIONS)])
 
 
 def task_of(run: Run) -> Task:
-    """The task that a run completed, with the field names it was given."""
+    """The task that a run completed, with the field names it was given; one of likelihoods has no other metric."""
     fields = run.fingerprint.get("fields") or {}
-    return tasks.generic_task(**fields) if fields else tasks.task(run.fingerprint["task"])
+    task = tasks.generic_task(**fields) if fields else tasks.task(run.fingerprint["task"])
+    if run.fingerprint.get("metric") != "likelihood":
+        return task
+    return replace(task, metrics=("likelihood",), program=None, cuts=tasks.task("text").cuts)
 
 
 def read_run_cases(run: Run, task: Task, data: str | None = None) -> dict[str, Case]:
     """The cases of a run by task_id, from `data` or from where the run found them.
 
-    Raises:
-        ValueError: the file is gone or is not what the run completed.
+    Raises ValueError: the file is gone or is not what the run completed.
     """
     path = Path(data or run.manifest["data"])
     if not path.is_file():
@@ -101,7 +89,10 @@ def read_run_cases(run: Run, task: Task, data: str | None = None) -> dict[str, C
             f"{path} is not the data that {run.directory} completed (its sha256 differs from {MANIFEST}'s); give the "
             "original file with --data"
         )
-    cases = {case.task_id: case for case in read_cases(path, task)}
+    found = read_cases(path, task)
+    # Some runs have names for their cases that are older than the data's own.
+    cases = {f"{case.language}/{content_id(case.prompt)}": case for case in found}
+    cases |= {case.task_id: case for case in found}
     missing = [task_id for row in run.completions if (task_id := row["task_id"]) not in cases]
     if missing:
         raise ValueError(f"{path} has no case {missing[0]!r}, which {run.directory / COMPLETIONS} completes")
@@ -113,12 +104,16 @@ def read_scores(run: Run) -> Scores:
     remedy = f"run `eval score {run.directory}` first"
     if not (run.directory / TABLES).is_file():
         raise ValueError(f"{run.directory} has no {TABLES}; {remedy}")
-    tables = _read_object(run.directory / TABLES)
+    try:
+        tables = json.loads((run.directory / TABLES).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{run.directory / TABLES} is damaged ({error}); {remedy}") from None
     found = (tables.get("format"), tables.get("format_version"))
     if found != (SCORES_FORMAT, SCORES_FORMAT_VERSION):
         raise ValueError(f"{run.directory / TABLES} was not written by this version of eval score; {remedy}")
     _check_hash(run.directory, SCORES, tables, remedy)
-    rows = [row for _, row in read_rows(run.directory / SCORES)]
+    first = next(iter(tables["truncations"]))
+    rows = [row for _, row in read_rows(run.directory / SCORES) if row["truncation"] == first]
     if tables["completions_sha256"] != run.completions_sha256 or [key_of(row) for row in rows] != [
         key_of(row) for row in run.completions
     ]:
@@ -144,13 +139,3 @@ def _check_hash(
         raise ValueError(f"{path} is missing; {remedy}")
     if sha256_of(path) != record.get("sha256", {}).get(name):
         raise ValueError(f"{path} was changed after it was written (its sha256 differs); {remedy}")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value

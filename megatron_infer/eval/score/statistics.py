@@ -16,19 +16,22 @@ Array = NDArray[np.float64]
 NUM_RESAMPLES = 2000
 CONFIDENCE = 0.95
 SEED = 0
+LEAST_CLUSTERS = 5
+"""An interval from fewer independent observations would say nothing, and none is given."""
 
 _CHUNK_ELEMENTS = 1 << 22
-"""Case numbers drawn at a time, so that memory does not grow with the number of resamples."""
+"""Numbers drawn at a time, so that memory does not grow with the number of resamples."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over cases and its confidence interval, in the unit of the values."""
+    """A mean over cases and its confidence interval, in the unit of the values; None from fewer than LEAST_CLUSTERS."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     num_cases: int
+    num_clusters: int
 
 
 @dataclass(frozen=True)
@@ -61,56 +64,53 @@ def case_means(values_by_case: Mapping[str, Sequence[float | None]]) -> dict[str
 
 
 def bootstrap_mean(
-    values: Sequence[float],
-    *,
-    seed: int = SEED,
-    num_resamples: int = NUM_RESAMPLES,
-    confidence: float = CONFIDENCE,
-) -> Interval:
-    """The mean of one value per case with its percentile bootstrap interval.
+    values: Sequence[float], clusters: Sequence[str] | None = None, weights: Sequence[float] | None = None, *,
+    seed: int = SEED, num_resamples: int = NUM_RESAMPLES,
+) -> Interval:  # fmt: skip
+    """The mean of one value per case, weighted or not, with its percentile bootstrap interval.
 
-    As many cases as there are are drawn with replacement, `num_resamples` times; the interval runs between the
-    quantiles (1 - confidence) / 2 and (1 + confidence) / 2 of the drawn means, interpolated linearly. Of few cases it
-    is too narrow, and of a single one it has no width. Source: Efron and Tibshirani 1993, An Introduction to the
-    Bootstrap, chapter 13. Raises ValueError without a value.
+    As many clusters as there are, each with all its cases, are drawn with replacement, `num_resamples` times; the
+    interval runs between the quantiles (1 - CONFIDENCE) / 2 and (1 + CONFIDENCE) / 2 of the drawn means, interpolated
+    linearly. clusters: what each case is of, None where every case stands for itself. Of few clusters the interval is
+    too narrow. Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 13; Davison and Hinkley
+    1997, Bootstrap Methods and their Application, section 3.8, for clusters. Raises ValueError without a value.
     """
     if not values:
         raise ValueError("a mean needs at least one value")
-    array = np.asarray(values, dtype=np.float64)
-    means = _resampled_means(array, np.random.default_rng(seed), num_resamples)
-    tail = (1 - confidence) / 2
+    weighed = np.ones(len(values)) if weights is None else np.asarray(weights, dtype=np.float64)
+    _, places = np.unique(range(len(values)) if clusters is None else np.asarray(clusters, object), return_inverse=True)
+    sums: Array = np.bincount(places, weighed * np.asarray(values, dtype=np.float64)).astype(np.float64)
+    totals: Array = np.bincount(places, weighed).astype(np.float64)
+    mean, num_clusters = float(sums.sum() / totals.sum()), len(sums)
+    if num_clusters < LEAST_CLUSTERS:
+        return Interval(mean, None, None, len(values), num_clusters)
+    means = _resampled_means(sums, totals, np.random.default_rng(seed), num_resamples)
+    tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(means, (tail, 1 - tail))
-    return Interval(float(array.mean()), float(low), float(high), len(array))
+    return Interval(mean, float(low), float(high), len(values), num_clusters)
 
 
 def compare(
-    values: Mapping[str, float],
-    against: Mapping[str, float],
-    *,
-    seed: int = SEED,
-    num_resamples: int = NUM_RESAMPLES,
-    confidence: float = CONFIDENCE,
+    values: Mapping[str, float], against: Mapping[str, float], clusters: Mapping[str, str] | None = None
 ) -> Comparison:
     """Compare two runs on the cases that both have, pair by pair; a positive difference favours `values`.
 
-    The paired bootstrap draws cases, each with both its values, which is a bootstrap of the differences. Source: Koehn
-    2004, Statistical Significance Tests for Machine Translation Evaluation. Raises ValueError if no case is shared.
+    The paired bootstrap draws cases, or clusters of them, each with both its values, which is a bootstrap of the
+    differences. Source: Koehn 2004, Statistical Significance Tests for Machine Translation Evaluation. Raises
+    ValueError if no case is shared.
     """
     shared = [task_id for task_id in values if task_id in against]
     if not shared:
         raise ValueError("the two runs share no case")
     pairs = [(values[task_id], against[task_id]) for task_id in shared]
     differences = [ours - theirs for ours, theirs in pairs]
+    of = None if clusters is None else [clusters[task_id] for task_id in shared]
     num_won, num_lost = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
     return Comparison(
-        difference=bootstrap_mean(differences, seed=seed, num_resamples=num_resamples, confidence=confidence),
-        mean=sum(ours for ours, _ in pairs) / len(pairs),
-        mean_against=sum(theirs for _, theirs in pairs) / len(pairs),
-        num_won=num_won,
-        num_lost=num_lost,
-        num_tied=len(pairs) - num_won - num_lost,
-        p_value=sign_test(num_won, num_lost),
-    )
+        difference=bootstrap_mean(differences, of), mean=sum(ours for ours, _ in pairs) / len(pairs),
+        mean_against=sum(theirs for _, theirs in pairs) / len(pairs), num_won=num_won, num_lost=num_lost,
+        num_tied=len(pairs) - num_won - num_lost, p_value=sign_test(num_won, num_lost),
+    )  # fmt: skip
 
 
 def sign_test(num_won: int, num_lost: int) -> float:
@@ -128,11 +128,12 @@ def sign_test(num_won: int, num_lost: int) -> float:
     return min(1.0, p_value)
 
 
-def _resampled_means(values: Array, generator: np.random.Generator, num_resamples: int) -> Array:
-    num_cases = len(values)
-    rows = max(1, _CHUNK_ELEMENTS // num_cases)
+def _resampled_means(sums: Array, totals: Array, generator: np.random.Generator, num_resamples: int) -> Array:
+    num_clusters = len(sums)
+    rows = max(1, _CHUNK_ELEMENTS // num_clusters)
     means = np.empty(num_resamples)
     for start in range(0, num_resamples, rows):
-        drawn = generator.integers(0, num_cases, size=(min(rows, num_resamples - start), num_cases), dtype=np.int32)
-        means[start : start + rows] = values[drawn].mean(axis=1)
+        size = (min(rows, num_resamples - start), num_clusters)
+        drawn = generator.integers(0, num_clusters, size=size, dtype=np.int32)
+        means[start : start + rows] = sums[drawn].sum(axis=1) / totals[drawn].sum(axis=1)
     return means

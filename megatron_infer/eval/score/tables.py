@@ -5,50 +5,62 @@ Knows the rows of scores.jsonl, not how they came about.
 
 from __future__ import annotations
 
+import math
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from megatron_infer.eval.cases import Task
+from megatron_infer.eval.score.judging import Row
 from megatron_infer.eval.score.metrics import METRICS, pass_at_k
 from megatron_infer.eval.score.results import SCORES_FORMAT, SCORES_FORMAT_VERSION, TABLES, Run
-from megatron_infer.eval.score.statistics import CONFIDENCE, NUM_RESAMPLES, SEED, bootstrap_mean, case_means
+from megatron_infer.eval.score.statistics import (
+    CONFIDENCE,
+    LEAST_CLUSTERS,
+    NUM_RESAMPLES,
+    SEED,
+    bootstrap_mean,
+    case_means,
+)
+from megatron_infer.eval.tasks import truncation
 
-Row = dict[str, Any]
-
-GROUPINGS: dict[str, tuple[str, ...]] = {
-    "overall": (),
-    "language": ("language",),
-    "scenario": ("scenario",),
-    "language_scenario": ("language", "scenario"),
-}
-"""The tables, and the fields of a case that make a row of each."""
+_FIELDS = ("truncation", "language", "scenario", "language/scenario", "finish_reason", "hole_lines", "prompt_tokens")
+GROUPINGS: dict[str, tuple[str, ...]] = {"overall": ()} | {f.replace("/", "_"): tuple(f.split("/")) for f in _FIELDS}
+"""The tables, and the fields of a row of scores.jsonl that make a row of each."""
 
 _NUM_COLUMNS = 4
+_INTERVAL = {
+    "method": "percentile bootstrap over clusters of cases, which share a problem or a file",
+    "confidence": CONFIDENCE, "num_resamples": NUM_RESAMPLES, "seed": SEED, "least_clusters": LEAST_CLUSTERS,
+}  # fmt: skip
 
 
-def make_tables(run: Run, task: Task, rows: Sequence[Row], execution: Row | None, ks: Sequence[int]) -> Row:
-    """The content of scores.json: for every group of cases, the mean of each metric and its confidence interval."""
+def make_tables(
+    run: Run, task: Task, rows: Sequence[Row], rules: Sequence[str], execution: Row | None, ks: Sequence[int]
+) -> Row:
+    """The content of scores.json: for every group of cases, the mean of each metric and its confidence interval.
+
+    All tables but that of truncations are about the first of `rules`.
+    """
     columns = list(_columns(task, ks))
+    first = [row for row in rows if row["truncation"] == rules[0]]
     return {
         "format": SCORES_FORMAT,
         "format_version": SCORES_FORMAT_VERSION,
         "task": task.name,
         "completions_sha256": run.completions_sha256,
-        "interval": {
-            "method": "percentile bootstrap over cases",
-            "confidence": CONFIDENCE,
-            "num_resamples": NUM_RESAMPLES,
-            "seed": SEED,
-        },
+        "truncations": {rule: truncation.about(rule, task) for rule in rules},
+        "interval": _INTERVAL,
         "columns": columns,
         "execution": execution,
         "python_hash_seed": os.environ.get("PYTHONHASHSEED", "random"),
         "tables": {
             name: [
                 {**dict(zip(fields, group, strict=True)), **_summary(members, columns)}
-                for group, members in _grouped(rows, fields)
+                for group, members in _grouped(rows if name == "truncation" else first, fields)
             ]
             for name, fields in GROUPINGS.items()
         },
@@ -64,6 +76,19 @@ def _columns(task: Task, ks: Iterable[int]) -> Iterator[Row]:
         metric = METRICS[name]
         for value, full in metric.values.items():
             yield {"name": value, "metric": name, "about": metric.about, "full": full}
+    if "likelihood" in task.metrics:
+        yield {"name": "perplexity", "metric": "", "about": "of a token, over all tokens of the cases", "full": None}
+
+
+def _perplexity(rows: Sequence[Row]) -> Row | None:
+    """Of all tokens together, long references weighing more: exp of minus the mean log probability of a token."""
+    per_token, tokens = (values_by_case(rows, name) for name in ("log_probability_per_token", "reference_tokens"))
+    if not per_token:
+        return None
+    clusters = clusters_of(rows)
+    found = bootstrap_mean(list(per_token.values()), [clusters[key] for key in per_token], list(tokens.values()))
+    low, high = (None if bound is None else math.exp(-bound) for bound in (found.high, found.low))
+    return {**asdict(found), "mean": math.exp(-found.mean), "low": low, "high": high}
 
 
 def values_by_case(rows: Iterable[Row], column: str) -> dict[str, float]:
@@ -80,23 +105,54 @@ def values_by_case(rows: Iterable[Row], column: str) -> dict[str, float]:
 
 def _summary(rows: Sequence[Row], columns: Sequence[Row]) -> Row:
     metrics: dict[str, Row | None] = {}
+    clusters = clusters_of(rows)
     for column in columns:
-        values = list(values_by_case(rows, column["name"]).values())
-        metrics[column["name"]] = asdict(bootstrap_mean(values)) if values else None
+        if column["name"] == "perplexity":
+            metrics["perplexity"] = _perplexity(rows)
+            continue
+        values = values_by_case(rows, column["name"])
+        of = [clusters[task_id] for task_id in values]
+        metrics[column["name"]] = asdict(bootstrap_mean(list(values.values()), of)) if values else None
     return {
-        "num_cases": len({row["task_id"] for row in rows}),
-        "num_completions": len(rows),
+        "num_cases": len(clusters), "num_clusters": len(set(clusters.values())), "num_completions": len(rows),
+        "num_by_finish_reason": dict(sorted(Counter(row["finish_reason"] for row in rows).items())),
+        "num_cut": sum(row["num_removed_characters"] > 0 for row in rows),
+        "mean_removed_characters": sum(row["num_removed_characters"] for row in rows) / len(rows),
         "num_errors": sum(row["error"] is not None for row in rows),
-        "num_quarantined": sum(row["is_quarantined"] for row in rows),
-        "metrics": metrics,
-    }
+        "num_quarantined": sum(row["is_quarantined"] for row in rows), "metrics": metrics,
+    }  # fmt: skip
+
+
+def clusters_of(rows: Iterable[Row]) -> dict[str, str]:
+    """The cluster of every case."""
+    return {row["task_id"]: row["cluster"] for row in rows}
 
 
 def _grouped(rows: Sequence[Row], fields: Sequence[str]) -> list[tuple[tuple[str, ...], list[Row]]]:
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row[field] for field in fields), []).append(row)
-    return sorted(groups.items())
+    return (
+        list(groups.items()) if "truncation" in fields else sorted(groups.items(), key=lambda group: _order(group[0]))
+    )
+
+
+def _order(names: Iterable[str]) -> list[list[tuple[int, str]]]:
+    """Sorts names of groups, numbers in them by their size."""
+    parts = (re.findall(r"\d+|\D+", name) for name in names)
+    return [[(int(part), "") if part.isdecimal() else (-1, part) for part in name] for name in parts]
+
+
+def shown_groupings(tables: Row) -> dict[str, tuple[str, ...]]:
+    """The tables that say more than those before them: of more than one group, and of other groups than before."""
+    found: dict[str, tuple[str, ...]] = {}
+    sizes = {1}
+    for name, fields in GROUPINGS.items():
+        size = len(tables["tables"][name])
+        if size > 1 and (len(fields) == 1 or size not in sizes):
+            found[name] = fields
+        sizes.add(size)
+    return found
 
 
 # ---- showing it -----------------------------------------------------------------------------------------------------
@@ -109,50 +165,61 @@ def show_tables(tables: Row) -> Iterator[str]:
         f"task {tables['task']}: {overall['num_cases']} cases, {overall['num_completions']} completions, of which "
         f"{overall['num_errors']} errors ({overall['num_quarantined']} given up), each worth 0"
     )
+    yield f"ended by {counted(overall['num_by_finish_reason'])}"
     if tables["execution"] is not None:
-        counts = ", ".join(f"{count} {status}" for status, count in tables["execution"]["num_by_status"].items())
-        yield f"tests: {counts}; isolation: {tables['execution']['isolation']}"
+        execution = tables["execution"]
+        yield f"tests: {counted(execution['num_by_status'])}; isolation: {execution['isolation']}"
+        yield f"errors of failed tests: {counted(execution['num_by_error']) or 'none'}"
     interval = tables["interval"]
     yield (
         "Shares are in percent of a perfect prediction's value. In brackets the "
-        f"{100 * interval['confidence']:g}% interval: {interval['method']}, {interval['num_resamples']} resamples."
+        f"{100 * interval['confidence']:g}% interval: {interval['method']}, {interval['num_resamples']} resamples; "
+        f"none from fewer than {interval['least_clusters']} clusters."
     )
+    for rule, about in tables["truncations"].items():
+        yield f"truncation {rule}: {about}"
     yield ""
-    yield f"{'overall':<44} {'mean':>9}  {'interval':<18} {'cases':>6}"
-    for column in columns:
-        cell = overall["metrics"][column["name"]]
-        if cell is not None:
-            mean, low, high = (shown(cell[key], column) for key in ("mean", "low", "high"))
-            yield f"{column['name']:<44} {mean:>9}  {f'[{low}, {high}]':<18} {cell['num_cases']:>6}"
-    for name, fields in GROUPINGS.items():
-        groups = tables["tables"][name]
-        if fields and any(group[field] for group in groups for field in fields):
-            yield from _show_groups(groups, fields, columns)
+    rows = [("overall", "mean", "interval", "cases")]
+    for c in columns:
+        if (cell := overall["metrics"][c["name"]]) is not None:
+            rows.append((c["name"], shown(cell["mean"], c), shown_interval(cell, c), str(cell["num_cases"])))
+    yield from _aligned(rows)
+    for name, fields in shown_groupings(tables).items():
+        yield from _show_groups(tables["tables"][name], fields, headline(columns))
+    if (num_more := len(columns) - len(headline(columns))) and shown_groupings(tables):
+        yield f"({num_more} more metrics in {TABLES})"
+
+
+def counted(counts: Mapping[str, int]) -> str:
+    """Counts as they are printed."""
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
 
 
 def _show_groups(groups: Sequence[Row], fields: Sequence[str], columns: Sequence[Row]) -> Iterator[str]:
-    first = headline(columns)
-    labels = [" / ".join(group[field] or "(none)" for field in fields) for group in groups]
-    width = max(map(len, [*labels, " / ".join(fields)]))
-    widths = [max(22, len(column["name"])) for column in first]
     yield ""
-    heads = "".join(f"  {column['name']:>{size}}" for column, size in zip(first, widths, strict=True))
-    yield f"{' / '.join(fields):<{width}} {'cases':>6} {'errors':>6}{heads}"
-    for label, group in zip(labels, groups, strict=True):
-        cells = "".join(
-            f"  {_show_cell(group['metrics'][column['name']], column):>{size}}"
-            for column, size in zip(first, widths, strict=True)
-        )
-        yield f"{label:<{width}} {group['num_cases']:>6} {group['num_errors']:>6}{cells}"
-    if len(columns) > len(first):
-        yield f"({len(columns) - len(first)} more metrics in {TABLES})"
+    rows = [(" / ".join(fields), "cases", "errors", "cut", *(column["name"] for column in columns))]
+    for group in groups:
+        cells = (_show_cell(group["metrics"][column["name"]], column) for column in columns)
+        counts = (str(group[name]) for name in ("num_cases", "num_errors", "num_cut"))
+        rows.append((" / ".join(group[field] or "(none)" for field in fields), *counts, *cells))
+    yield from _aligned(rows)
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """A table's rows as lines: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for first, *others in rows:
+        cells = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        yield "  ".join([first.ljust(widths[0]), *cells])
 
 
 def _show_cell(cell: Row | None, column: Row) -> str:
-    if cell is None:
-        return "-"
-    mean, low, high = (shown(cell[key], column) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return "-" if cell is None else f"{shown(cell['mean'], column)} {shown_interval(cell, column)}".rstrip()
+
+
+def shown_interval(cell: Mapping[str, Any], column: Mapping[str, Any]) -> str:
+    """An interval as it is printed; nothing where there are too few clusters for one."""
+    return "" if cell["low"] is None else f"[{shown(cell['low'], column)}, {shown(cell['high'], column)}]"
 
 
 def shown(value: float, column: Mapping[str, Any]) -> str:
@@ -169,4 +236,4 @@ def headline(columns: Sequence[Row]) -> list[Row]:
     for column in columns:
         if column["full"] is not None:
             kinds.setdefault(column["name"].removeprefix(f"{column['metric']}_").split("_")[0], column)
-    return list(kinds.values())[:_NUM_COLUMNS]
+    return list(kinds.values())[:_NUM_COLUMNS] or list(columns)[-_NUM_COLUMNS:]

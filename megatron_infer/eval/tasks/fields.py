@@ -1,4 +1,4 @@
-"""A row's fields as typed values: text, ids, names of languages; and the row that most scorers read. No benchmark.
+"""A row's fields as typed values: text, ids, names of languages. No benchmark.
 
 What reads a field raises KeyError for a missing field and ValueError for one of the wrong kind, naming it.
 """
@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
 
-from megatron_infer.eval.cases import Case, Row
+from megatron_infer.eval.cases import Row
 from megatron_infer.text.fim import FimPrompt
 
 _LANGUAGES = {
@@ -52,8 +51,3 @@ def language_named(name: str) -> str:
     """Our name of a language, from any other; a name that is not known stays, in small letters."""
     name = name.strip().lower()
     return _LANGUAGES.get(name, name)
-
-
-def completion_row(case: Case, completion: str) -> dict[str, Any]:
-    """The output row of HumanEval and of the benchmarks that follow it."""
-    return {"task_id": case.task_id, "completion": completion}

@@ -1,17 +1,21 @@
 """What the benchmarks cut from a completion before they judge it.
 
-Owns the truncators of SAFIM, the statement of CrossCodeEval, stop strings, and the removal of line comments. Works on
-text and syntax trees; knows no task and no metric. Where an official cut has a bug, both ways are here, by name.
+Owns CUTS, the published cuts by name, among them SAFIM's truncators and CrossCodeEval's statement; and the removal of
+line comments. Where an official cut has a bug, both ways are here, by name. Knows no metric.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tree_sitter import Node
 
 from megatron_infer.eval import syntax
+from megatron_infer.eval.cases import Case, Row
+from megatron_infer.eval.tasks.fields import text_of
+
+SAFIM_HOLE = "{{completion}}"
 
 _STATEMENT_ENDS = frozenset(";{}")
 _STRING = r'"(?:[^"\\\n]|\\.)*"' + r"|'(?:[^'\\\n]|\\.)*'" + r"|`(?:[^`\\]|\\.)*`"
@@ -37,7 +41,7 @@ def remove_line_comments(code: str, language: str) -> str:
     return _LINE_COMMENTS[comment_mark(language)].sub(lambda match: match[1] or "", code)
 
 
-def remove_line_comments_bug_compatible(code: str) -> str:
+def remove_line_comments_bug_compatible(code: str, language: str = "") -> str:
     """As CrossCodeEval's scorer: from any `#` or `//` on, whatever the language, inside string literals too.
 
     Python's floor division and C#'s `#region` are lost by it. Source: eval_utils.py, `remove_comments`.
@@ -161,3 +165,40 @@ def _common_ends(empty: Sequence[tuple[bool, str]], filled: Sequence[tuple[bool,
     head = next((i for i in range(limit) if empty[i] != filled[i]), limit)
     tail = next((i for i in range(limit) if empty[-1 - i] != filled[-1 - i]), limit)
     return head, tail
+
+
+def parts(row: Row, field: str, separator: str) -> tuple[str, str]:
+    """A field's text before and after `separator`. Raises ValueError where that is not there once."""
+    found = text_of(row, field).split(separator)
+    if len(found) != 2:
+        raise ValueError(f"field {field!r} must have {separator!r} once, not {len(found) - 1} times")
+    return found[0], found[1]
+
+
+def first_line(text: str) -> str:
+    """The first line; the second where the text begins with a line break, or with a space and one."""
+    return text.split("\n")[text.startswith(("\n", " \n"))]
+
+
+def as_many_lines(text: str, reference: str) -> str:
+    """As many lines that are not blank as the reference has, without the blank ones."""
+    num_lines = sum(1 for line in reference.split("\n") if line.strip())
+    return "\n".join([line for line in text.split("\n") if line.strip()][:num_lines])
+
+
+CUTS: dict[str, Callable[[Case, str], str]] = {
+    "whole": lambda case, text: text,
+    "openai": lambda case, text: text,
+    "bigcode": lambda case, text: cut_at(text, ("<|endoftext|>",)),
+    "qwen": lambda case, text: first_line(text),
+    "qwen-lines": lambda case, text: as_many_lines(text, case.reference or ""),
+    "safim-block": lambda case, text: truncate_line_until_block(
+        case.language, *parts(case.row, "eval_prompt", SAFIM_HOLE), text
+    ),
+    "safim-control": lambda case, text: truncate_control(case.language, text),
+    "safim-api": lambda case, text: truncate_api_call(text),
+    "cceval": lambda case, text: crosscodeeval_statement_bug_compatible(case.language, str(case.row["prompt"]), text),
+    "cceval-meant": lambda case, text: crosscodeeval_statement(case.language, str(case.row["prompt"]), text),
+    "fim-eval": lambda case, text: cut_at(text, ("</s>",)),
+}
+"""The published cuts by name; tasks.json says what each does. Those at a task's stop strings are its own."""

@@ -1,41 +1,37 @@
-"""TASKS: the benchmarks' fields, prompts, settings, post-processing and output rows, as their own harnesses have them.
+"""TASKS: the benchmarks' fields, prompts, settings, cuts and output rows, as their own harnesses have them.
 
-Owns what a row's fields mean. The prompt's layout is fim.py's, the cuts are postprocess.py's, the scores metrics.py's.
-A benchmark's name stands in several tasks where its harness has several settings.
+Owns what a row's fields mean; what is no program stands in tasks.json. The prompt's layout is fim.py's, the cuts are
+postprocess.py's, the scores metrics.py's. A benchmark has several tasks where its harness has several settings.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from megatron_infer.eval import syntax
 from megatron_infer.eval.cases import Case, Row, Task
-from megatron_infer.eval.tasks import nl2code, postprocess, retrieval
-from megatron_infer.eval.tasks.fields import (
-    completion_row,
-    content_id,
-    id_of,
-    language_named,
-    optional_text_of,
-    text_of,
-)
+from megatron_infer.eval.tasks import retrieval
+from megatron_infer.eval.tasks.fields import content_id, id_of, language_named, optional_text_of, text_of
+from megatron_infer.eval.tasks.postprocess import CUTS, SAFIM_HOLE, cut_at, parts
 from megatron_infer.sampling_params import SamplingParams
 from megatron_infer.text.fim import FimOptions, FimPrompt, load_preset
+
+_DATA: dict[str, Any] = json.loads(Path(__file__).with_name("tasks.json").read_text(encoding="utf-8"))
+CUTS_ABOUT: dict[str, str] = _DATA["cuts"]
+"""What each published cut does, and where it was published."""
+FIELDS: dict[str, str] = _DATA["fields"]
+"""Options that name the fields of the task `fim`, and what these hold."""
 
 _SAFIM_PLACEHOLDERS = {"python": "# TODO: Your code here"} | dict.fromkeys(
     ("java", "cpp", "csharp"), "/* TODO: Your code here */"
 )
-_SAFIM_HOLE = "{{completion}}"
 _FIM_EVAL_PATHS = {"python": "test.py", "java": "test.java", "cpp": "test.cpp", "javascript": "test.js"}
-_TEXT_METRICS = (
-    "exact_match", "edit_similarity_difflib", "edit_similarity_indel", "edit_similarity_levenshtein", "bleu_4",
-    "codebleu", "identifier_match", "length", "length_ratio",
-)  # fmt: skip
-
-
-def _as_it_is(case: Case, text: str) -> str:
-    return text
 
 
 def task(name: str) -> Task:
@@ -45,254 +41,207 @@ def task(name: str) -> Task:
     return TASKS[name]
 
 
-def generic_task(
-    *,
-    prefix_field: str = "prefix",
-    suffix_field: str = "suffix",
-    path_field: str | None = None,
-    id_field: str | None = None,
-    reference_field: str | None = None,
-    language_field: str | None = None,
-    scenario_field: str | None = None,
-) -> Task:
-    """A task over rows with a prefix, a suffix and any field names.
+def generic_task(**fields: str) -> Task:
+    """The task `fim` over rows with other names for some of FIELDS."""
+    return _make("fim", "", lambda kind, row: _read_fim(kind, row, fields))
 
-    A field that is named here must be in every row. One left None is read as path, task_id, reference, language or
-    scenario where a row has that; then the language falls back on the path's extension, and the id on a hash of path,
-    prefix and suffix: it stays the same when lines are added, dropped or reordered, which a line number would not.
+
+# ---- rows to cases: kind is what a task's name adds to that of its benchmark ----------------------------------------
+
+
+def _read_fim(kind: str, row: Row, fields: Mapping[str, str] = MappingProxyType({})) -> Case:
+    """A row with a prefix, a suffix and any field names: `fields` has those of FIELDS that are not the usual ones.
+
+    A field that is named there must be in the row. Without a language, the path's extension tells it. The id falls back
+    on a hash of path, prefix and suffix: it stays the same when lines are added, dropped or reordered, which a line
+    number would not.
     """
 
-    def read(row: Row) -> Case:
-        prompt = FimPrompt(
-            prefix=text_of(row, prefix_field),
-            suffix=text_of(row, suffix_field),
-            path=optional_text_of(row, path_field, "path") or "",
-            repository=optional_text_of(row, None, "repository") or "",
+    def optional(name: str) -> str | None:
+        return optional_text_of(row, fields.get(f"{name}_field"), name)
+
+    prompt = FimPrompt(
+        prefix=text_of(row, fields.get("prefix_field", "prefix")),
+        suffix=text_of(row, fields.get("suffix_field", "suffix")),
+        path=optional("path") or "",
+        repository=optional("repository") or "",
+    )
+    id_field = fields.get("id_field", "task_id")
+    has_id = "id_field" in fields or "task_id" in row
+    return Case(
+        task_id=id_of(row, id_field) if has_id else content_id(prompt), prompt=prompt, reference=optional("reference"),
+        language=language_named(optional("language") or syntax.language_of(prompt.path)),
+        scenario=optional("scenario") or "", row=row,
+        cluster=f"{prompt.repository}/{prompt.path}" if prompt.path else "",
+    )  # fmt: skip
+
+
+def _read_humaneval_infilling(kind: str, row: Row) -> Case:
+    prompt = FimPrompt(text_of(row, "prompt"), text_of(row, "suffix"))
+    reference = optional_text_of(row, None, "canonical_solution")
+    problem = re.search(r"HumanEval/\d+", str(row["task_id"]))
+    return Case(id_of(row, "task_id"), prompt, reference, "python", kind, row, problem[0] if problem else "")
+
+
+def _read_santacoder_fim(kind: str, row: Row) -> Case:
+    prompt = FimPrompt(text_of(row, "prompt"), text_of(row, "suffix"))
+    language = language_named(text_of(row, "language"))
+    name = id_of(row, "name") if "name" in row else content_id(prompt)
+    task_id = id_of(row, "task_id") if "task_id" in row else f"{language}/{name}"
+    problem, _, _ = task_id.rpartition("-L")  # what follows is the line of the hole
+    return Case(task_id, prompt, text_of(row, "canonical_solution"), language, "single_line", row, problem)
+
+
+def _read_safim(kind: str, row: Row) -> Case:
+    language = text_of(row, "lang")
+    if language not in _SAFIM_PLACEHOLDERS:
+        raise ValueError(f"lang must be one of {', '.join(_SAFIM_PLACEHOLDERS)}, not {language!r}")
+    prefix, suffix = parts(row, "prompt", _SAFIM_PLACEHOLDERS[language])
+    parts(row, "eval_prompt", SAFIM_HOLE)
+    return Case(id_of(row, "task_id"), FimPrompt(prefix, suffix), text_of(row, "ground_truth"), language, kind, row)
+
+
+def _metadata_of(row: Row) -> Row:
+    metadata: object = row["metadata"]
+    if not isinstance(metadata, Mapping):
+        raise ValueError("field 'metadata' must be an object, with task_id and more")
+    return metadata
+
+
+def _read_repoeval(kind: str, row: Row) -> Case:
+    metadata = _metadata_of(row)
+    prompt, path = FimPrompt(text_of(row, "prompt") + "\n"), "/".join(metadata.get("fpath_tuple") or ())
+    task_id, reference = id_of(metadata, "task_id"), text_of(metadata, "ground_truth")
+    return Case(task_id, prompt, reference, "python", kind, row, path)
+
+
+def _read_crosscodeeval(kind: str, row: Row) -> Case:
+    """Also the cross-file context that comes with the row, as a comment block before its prompt."""
+    metadata = _metadata_of(row)
+    path = text_of(metadata, "file")
+    language = language_named(syntax.language_of(path))
+    if language not in ("python", "java", "typescript", "csharp"):
+        raise ValueError(f"metadata.file {path!r} is in none of CrossCodeEval's languages")
+    is_left, has_context = kind.startswith("left"), kind.endswith("bm25")
+    top_k = None if is_left else retrieval.TOP_K
+    context = retrieval.dataset_context(row, language, top_k) if has_context else ""
+    prompt = FimPrompt(context + text_of(row, "prompt"), "" if is_left else text_of(row, "right_context"), path)
+    task_id, reference = id_of(metadata, "task_id"), text_of(row, "groundtruth")
+    return Case(task_id, prompt, reference, language, "line", row, f"{metadata.get('repository', '')}/{path}")
+
+
+def _read_fim_eval(kind: str, row: Row) -> Case:
+    if not kind and "language" not in row:
+        raise ValueError(
+            "there is no field 'language'; FIM-Eval's own files tell it by their name: name the task "
+            + ", ".join(f"fim-eval-{language}" for language in _FIM_EVAL_PATHS)
         )
-        language = optional_text_of(row, language_field, "language") or syntax.language_of(prompt.path)
-        has_id = id_field is not None or "task_id" in row
-        return Case(
-            task_id=id_of(row, id_field or "task_id") if has_id else content_id(prompt),
-            prompt=prompt,
-            reference=optional_text_of(row, reference_field, "reference"),
-            language=language_named(language),
-            scenario=optional_text_of(row, scenario_field, "scenario") or "",
-            row=row,
-        )
+    language = kind or language_named(text_of(row, "language"))
+    if language not in _FIM_EVAL_PATHS:
+        raise ValueError(f"language must be one of {', '.join(_FIM_EVAL_PATHS)}, not {language!r}")
+    prompt = FimPrompt(text_of(row, "pre_mask_code"), text_of(row, "post_mask_code"), _FIM_EVAL_PATHS[language])
+    scenario = text_of(row, "task_type")
+    return Case(id_of(row, "task_id"), prompt, text_of(row, "canonical_solution"), language, scenario, row)
+
+
+def _read_text(kind: str, row: Row) -> Case:
+    text, path = text_of(row, "text"), optional_text_of(row, None, "path") or ""
+    task_id = id_of(row, "task_id") if "task_id" in row else content_id(FimPrompt(text, path=path))
+    return Case(task_id, FimPrompt(""), text, language_named(syntax.language_of(path)), "", row, path)
+
+
+def _read_humaneval(kind: str, row: Row) -> Case:
+    """HumanEval of the Codex paper."""
+    reference = optional_text_of(row, None, "canonical_solution")
+    return Case(id_of(row, "task_id"), FimPrompt(text_of(row, "prompt")), reference, "python", "function", row)
+
+
+def _humaneval_program(case: Case, completion: str) -> str:
+    """Prompt, completion and tests."""
+    row = case.row
+    return f"{row['prompt']}{completion}\n{row['test']}\ncheck({row['entry_point']})"
+
+
+def _infilling_program(case: Case, completion: str) -> str:
+    """The same with what follows the hole."""
+    return _humaneval_program(case, completion + case.row["suffix"])
+
+
+def _read_mbpp(kind: str, row: Row) -> Case:
+    """MBPP, the full file or the sanitized one."""
+    description = text_of(row, "text" if "text" in row else "prompt")
+    tests = row["test_list"]
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError("field 'test_list' must be a list of at least one assertion")
+    prompt = FimPrompt(f'"""\n{description}\n{tests[0]}\n"""\n')
+    return Case(id_of(row, "task_id"), prompt, optional_text_of(row, None, "code"), "python", "function", row)
+
+
+def _mbpp_program(case: Case, completion: str) -> str:
+    """The row's own set-up stands between the answer and all its tests."""
+    row = case.row
+    setup = [*(row.get("test_imports") or ()), row.get("test_setup_code")]
+    return "\n".join([case.prompt.prefix + completion, *(line for line in setup if line), *row["test_list"]])
+
+
+_READERS: dict[str, Callable[[str, Row], Case]] = {
+    "fim": _read_fim, "humaneval-infilling": _read_humaneval_infilling, "santacoder-fim": _read_santacoder_fim,
+    "safim": _read_safim, "crosscodeeval": _read_crosscodeeval, "repoeval": _read_repoeval, "fim-eval": _read_fim_eval,
+    "humaneval": _read_humaneval, "mbpp": _read_mbpp, "text": _read_text,
+}  # fmt: skip
+_PROGRAMS = {
+    "humaneval-infilling": _infilling_program,
+    "humaneval": _humaneval_program,
+    "mbpp": _mbpp_program,
+}
+
+
+# ---- tasks ---------------------------------------------------------------------------------------------------------
+
+
+def _name(family: str, kind: str) -> str:
+    return f"{family}-{kind}" if kind else family
+
+
+_IDS = {
+    _name(family, kind): own["ids"]
+    for family, shared in _DATA["families"].items()
+    for kind, own in shared["tasks"].items()
+    if "ids" in own
+}
+"""How the ids of a task's own data begin."""
+
+
+def _make(family: str, kind: str, read: Callable[[str, Row], Case]) -> Task:
+    shared = _DATA["families"][family]
+    entry = {**shared, **shared["tasks"][kind]}
+    name = _name(family, kind)
+
+    def checked(row: Row) -> Case:
+        case = read(kind, row)
+        others = [other for other, start in _IDS.items() if case.task_id.startswith(start)]
+        if others and name in _IDS and name not in others:
+            raise ValueError(f"task_id {case.task_id!r} is of the task {others[0]!r}, not of {name!r}; check --data")
+        return case
+
+    sampling = SamplingParams(**entry["sampling"])
+
+    def at_stop_strings(case: Case, text: str) -> str:
+        return cut_at(text, sampling.stop)
 
     return Task(
-        name="fim",
-        about="Any FIM file: prefix and suffix, with path, reference, language and scenario where given. The model "
-        "family's own order and header lines, greedy, nothing cut from the completion.",
-        read=read,
-        options=FimOptions(frame_empty_suffix=True),
-        sampling=SamplingParams(max_new_tokens=512),
-        finish=_as_it_is,
-        predict=completion_row,
-        metrics=_TEXT_METRICS,
-    )
-
-
-# ---- HumanEval-Infilling -------------------------------------------------------------------------------------------
-
-
-def _humaneval_infilling(scenario: str) -> Task:
-    def read(row: Row) -> Case:
-        prompt = FimPrompt(text_of(row, "prompt"), text_of(row, "suffix"))
-        reference = optional_text_of(row, None, "canonical_solution")
-        return Case(id_of(row, "task_id"), prompt, reference, "python", scenario, row)
-
-    def program(case: Case, completion: str) -> str:
-        row = case.row
-        return f"{row['prompt']}{completion}{row['suffix']}\n{row['test']}\ncheck({row['entry_point']})"
-
-    return Task(
-        name=f"humaneval-infilling-{scenario}",
-        about="HumanEval-Infilling (openai/human-eval-infilling; Bavarian et al. 2022, arXiv:2207.14255): no "
-        "post-processing, pass@k. Order and number of samples are left to the evaluator there; here the model family's "
-        "order and one greedy sample. Also where nothing follows the hole, the model is shown that it is a hole.",
-        read=read,
-        options=FimOptions(header="none", frame_empty_suffix=True),
-        sampling=SamplingParams(max_new_tokens=512),
-        finish=_as_it_is,
-        predict=completion_row,
-        metrics=("exact_match", "edit_similarity_difflib", "edit_similarity_indel", "edit_similarity_levenshtein"),
-        program=program,
-    )
-
-
-# ---- SantaCoder FIM ------------------------------------------------------------------------------------------------
-
-
-def _santacoder_fim() -> Task:
-    def read(row: Row) -> Case:
-        prompt = FimPrompt(text_of(row, "prompt"), text_of(row, "suffix"))
-        language = language_named(text_of(row, "language"))
-        task_id = id_of(row, "task_id") if "task_id" in row else f"{language}/{content_id(prompt)}"
-        return Case(task_id, prompt, text_of(row, "canonical_solution"), language, "single_line", row)
-
-    return Task(
-        name="santacoder-fim",
-        about="SantaCoder FIM (bigcode/santacoder-fim-task; bigcode-evaluation-harness, santacoder_fim.py): PSM, no "
-        "header lines, greedy, exact match of the stripped texts per language. Rows have no id; they get a hash of "
-        "prefix and suffix.",
-        read=read,
-        options=FimOptions(order="psm", header="none", frame_empty_suffix=True),
-        sampling=SamplingParams(max_new_tokens=512),
-        finish=_as_it_is,
-        predict=lambda case, completion: {**completion_row(case, completion), "language": case.language},
-        metrics=("exact_match", "edit_similarity_difflib", "edit_similarity_indel", "edit_similarity_levenshtein"),
-    )
-
-
-# ---- SAFIM ---------------------------------------------------------------------------------------------------------
-
-
-def _safim(scenario: str, finish: Callable[[Case, str], str], metrics: tuple[str, ...]) -> Task:
-    def read(row: Row) -> Case:
-        language = text_of(row, "lang")
-        if language not in _SAFIM_PLACEHOLDERS:
-            raise ValueError(f"lang must be one of {', '.join(_SAFIM_PLACEHOLDERS)}, not {language!r}")
-        prefix, suffix = _parts(row, "prompt", _SAFIM_PLACEHOLDERS[language])
-        _parts(row, "eval_prompt", _SAFIM_HOLE)
-        reference = text_of(row, "ground_truth")
-        return Case(id_of(row, "task_id"), FimPrompt(prefix, suffix), reference, language, scenario, row)
-
-    return Task(
-        name=f"safim-{scenario}",
-        about="SAFIM (gonglinyuan/safim; Gong et al. 2024, arXiv:2403.04814): mode infilling (PSM), temperature 0.2, "
-        "top_p 0.95, 128 tokens, syntax-aware truncation. Block and control are judged by unit tests in four languages "
-        "under ExecEval, which is not built in: give predictions.jsonl to SAFIM's evaluate.py for its pass@1.",
-        read=read,
-        options=FimOptions(order="psm", header="none", frame_empty_suffix=True),
-        sampling=SamplingParams(max_new_tokens=128, temperature=0.2, top_p=0.95),
-        finish=finish,
-        predict=completion_row,
-        metrics=metrics,
-    )
-
-
-def _parts(row: Row, field: str, separator: str) -> tuple[str, str]:
-    parts = text_of(row, field).split(separator)
-    if len(parts) != 2:
-        raise ValueError(f"field {field!r} must have {separator!r} once, not {len(parts) - 1} times")
-    return parts[0], parts[1]
-
-
-def _finish_block(case: Case, text: str) -> str:
-    before, after = _parts(case.row, "eval_prompt", _SAFIM_HOLE)
-    return postprocess.truncate_line_until_block(case.language, before, after, text)
-
-
-# ---- CrossCodeEval -------------------------------------------------------------------------------------------------
-
-
-def _crosscodeeval(name: str, about: str, options: FimOptions, context: Callable[[Row, str], str]) -> Task:
-    """context: the comment block before a row's prompt, given its language. A prompt framed as a hole has a suffix."""
-
-    def read(row: Row) -> Case:
-        metadata = row["metadata"]
-        if not isinstance(metadata, Mapping):
-            raise ValueError("field 'metadata' must be an object with task_id and file")
-        path = text_of(metadata, "file")
-        language = language_named(syntax.language_of(path))
-        if language not in ("python", "java", "typescript", "csharp"):
-            raise ValueError(f"metadata.file {path!r} is in none of CrossCodeEval's languages")
-        prefix = context(row, language) + text_of(row, "prompt")
-        suffix = text_of(row, "right_context") if options.frame_empty_suffix else ""
-        prompt = FimPrompt(prefix, suffix, path)
-        return Case(id_of(metadata, "task_id"), prompt, text_of(row, "groundtruth"), language, "line", row)
-
-    def finish(case: Case, text: str) -> str:
-        return postprocess.crosscodeeval_statement_bug_compatible(case.language, str(case.row["prompt"]), text)
-
-    return Task(
-        name=name,
-        about=f"CrossCodeEval (amazon-science/cceval; Ding et al. 2023, arXiv:2310.11248): {about} Greedy, 50 tokens, "
-        "cut to one statement. What exceeds the context is cut from the far ends of both sides, retrieved text first.",
-        read=read,
-        options=options,
-        sampling=SamplingParams(max_new_tokens=50),
-        finish=finish,
-        predict=lambda case, completion: {"task_id": case.task_id, "pred": completion},
-        metrics=("crosscodeeval_bug_compatible", "crosscodeeval", "edit_similarity_indel"),
-    )
-
-
-def _crosscodeeval_tasks() -> tuple[Task, ...]:
-    fim, left = FimOptions(order="psm", frame_empty_suffix=True), FimOptions(header="none")
-    as_aixcoder = "as aiXcoder-7B reports it, with the right context as suffix (PSM, 16K tokens),"
-    as_paper = "left to right, as the paper has it,"
-    retrieved = "of its crossfile_context field, from whichever retrieval the file is of."
-    return (
-        _crosscodeeval("crosscodeeval", f"{as_aixcoder} without retrieved context.", fim, lambda row, language: ""),
-        _crosscodeeval(
-            "crosscodeeval-bm25",
-            f"{as_aixcoder} after the first {retrieval.TOP_K} pieces {retrieved}",
-            fim,
-            lambda row, language: retrieval.dataset_context(row, language, retrieval.TOP_K),
-        ),
-        _crosscodeeval("crosscodeeval-left", f"{as_paper} without retrieved context.", left, lambda row, language: ""),
-        _crosscodeeval(
-            "crosscodeeval-left-bm25", f"{as_paper} after the text {retrieved}", left, retrieval.dataset_context
-        ),
-    )
-
-
-# ---- FIM-Eval ------------------------------------------------------------------------------------------------------
-
-
-def _fim_eval(only: str | None) -> Task:
-    """only: the language of a whole file; None reads a row's own `language`."""
-
-    def read(row: Row) -> Case:
-        if only is None and "language" not in row:
-            raise ValueError(
-                "there is no field 'language'; FIM-Eval's own files tell it by their name: name the task "
-                + ", ".join(f"fim-eval-{language}" for language in _FIM_EVAL_PATHS)
-            )
-        language = only or language_named(text_of(row, "language"))
-        if language not in _FIM_EVAL_PATHS:
-            raise ValueError(f"language must be one of {', '.join(_FIM_EVAL_PATHS)}, not {language!r}")
-        prompt = FimPrompt(text_of(row, "pre_mask_code"), text_of(row, "post_mask_code"), _FIM_EVAL_PATHS[language])
-        scenario = text_of(row, "task_type")
-        return Case(id_of(row, "task_id"), prompt, text_of(row, "canonical_solution"), language, scenario, row)
-
-    return Task(
-        name="fim-eval" if only is None else f"fim-eval-{only}",
-        about="aiXcoder FIM-Eval (aixcoder-plugin/aiXcoder-FIM-Evaluation): PSM, language line but no path line, each "
-        "side cut to 7,936 tokens, greedy, 512 tokens, cut at </s>. Both sides, header and control tokens together may "
-        "exceed 16,384 tokens by a few: give a max_model_len of 16,640 so that nothing else is cut.",
-        read=read,
-        options=replace(load_preset("fim-eval"), frame_empty_suffix=True),
-        sampling=SamplingParams(max_new_tokens=512),
-        finish=lambda case, text: postprocess.cut_at(text, ("</s>",)),
-        predict=lambda case, completion: {"task_id": case.task_id, "prediction": completion},
-        metrics=_TEXT_METRICS,
-    )
+        name=name, about=entry["about"].format(variant=entry.get("variant", "")), read=checked,
+        options=replace(load_preset(entry["preset"]) if "preset" in entry else FimOptions(), **entry["options"]),
+        sampling=sampling, cuts={cut: CUTS.get(cut, at_stop_strings) for cut in entry["cuts"]},
+        metrics=tuple(entry["metrics"]), output=tuple(entry.get("output", ("completion",))),
+        program=_PROGRAMS.get(family), source=entry["source"], licence=entry.get("licence", ""),
+        files=entry.get("files", {}),
+    )  # fmt: skip
 
 
 TASKS: dict[str, Task] = {
-    each.name: each
-    for each in (
-        generic_task(),
-        *map(_humaneval_infilling, ("single-line", "multi-line", "random-span", "random-span-light")),
-        _santacoder_fim(),
-        _safim("block", _finish_block, ("exact_match_verbatim", "exact_match", "edit_similarity_levenshtein")),
-        _safim(
-            "control",
-            lambda case, text: postprocess.truncate_control(case.language, text),
-            ("exact_match_verbatim", "exact_match", "edit_similarity_levenshtein"),
-        ),
-        _safim(
-            "api",
-            lambda case, text: postprocess.truncate_api_call(text),
-            ("safim_syntax_match_bug_compatible", "safim_syntax_match", "exact_match_no_whitespace"),
-        ),
-        *_crosscodeeval_tasks(),
-        *map(_fim_eval, (None, *_FIM_EVAL_PATHS)),
-        nl2code.humaneval(),
-        nl2code.mbpp(),
-    )
+    _name(family, kind): _make(family, kind, _READERS[family])
+    for family, shared in _DATA["families"].items()
+    for kind in shared["tasks"]
 }
 """Every task by its name."""

@@ -44,8 +44,7 @@ def with_context(case: Case, files: Mapping[str, str], top_k: int = TOP_K) -> Ca
     Args:
         files: every source text of the repository by path, relative to its root with forward slashes; the case's own
             file is among them, under the path of the case's prompt.
-    Raises:
-        ValueError: `files` does not have the case's file; its text would then be retrieved under another name.
+    Raises ValueError: `files` does not have the case's file; its text would then be retrieved under another name.
     """
     if case.prompt.path not in files:
         raise ValueError(
