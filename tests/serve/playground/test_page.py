@@ -319,3 +319,12 @@ def test_the_curl_command_carries_the_same_code(playground: Playground, server: 
     text = json.dumps(body)
     assert json.dumps(code + "5") in text
     assert '"example.py"' in text and '"python"' in text
+
+
+def test_a_long_wait_is_said_and_so_is_its_end(playground: Playground, server: FakeServer) -> None:
+    server.answering = server.hold
+    playground.suggest("x = 1")
+    expect(playground.status).to_have_text("The model is still reading the text.")
+    playground.keyboard.press("Escape")
+    assert server.next_gone() == "x = 1"
+    expect(playground.status).to_have_text("Given up.")

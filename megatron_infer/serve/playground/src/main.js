@@ -16,6 +16,7 @@ import {theme} from "./theme.js"
 
 const NUM_PROBABILITIES = 5
 const NUM_ALTERNATIVES = 4
+const SLOW_MS = 1000
 const KEY = "megatron_infer.api_key" // In this tab's sessionStorage only.
 const SESSION = Array.from(crypto.getRandomValues(new Uint32Array(4)), (word) => word.toString(16)).join("-")
 
@@ -92,10 +93,21 @@ async function suggest(signal) {
   forget()
   const request = body()
   const answer = new Answer(performance.now(), request.input_prefix)
-  for await (const event of infill(request, key(), signal)) {
-    answer.add(event)
-    answers = [answer]
-    if (answer.text) showGhost(view, place(), answer)
+  let isSlow = false
+  const slow = setTimeout(() => {
+    isSlow = true
+    say("The model is still reading the text.")
+  }, SLOW_MS)
+  try {
+    for await (const event of infill(request, key(), signal)) {
+      clearTimeout(slow)
+      answer.add(event)
+      answers = [answer]
+      if (answer.text) showGhost(view, place(), answer)
+    }
+  } finally {
+    clearTimeout(slow)
+    if (isSlow && signal.aborted) say("Given up.")
   }
   showFacts(answer)
   showCurl()
