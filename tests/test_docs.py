@@ -54,7 +54,7 @@ def test_named_files_exist(page: str) -> None:
     assert not {path for path in named if not any(list(base.glob(path)) for base in (ROOT, ROOT / "megatron_infer"))}
 
 
-@pytest.mark.parametrize(("command", "options"), commands().items(), ids=str)
+@pytest.mark.parametrize(("command", "options"), commands().items(), ids=[" ".join(key) for key in commands()])
 def test_options_of_commands_exist(
     command: tuple[str, str], options: set[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ Tensors of device "meta" do for arguments: they have no memory, so they may be o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,3 +48,20 @@ def compiling(arch: int, use: Callable[[Any], object] = lambda kernel: None) -> 
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
         driver._active = before  # to ask for it would look for a GPU
+
+
+@contextmanager
+def counting(arch: int, launches: Counter[str]) -> Iterator[None]:
+    """Within it kernels are neither compiled nor run; `launches` counts them by name."""
+    run, before = JITFunction.run, driver._active
+
+    def count(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        launches[self.__name__] += 1
+
+    driver.set_active(Absent(arch))
+    JITFunction.run = count  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+        driver._active = before

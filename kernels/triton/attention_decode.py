@@ -285,11 +285,11 @@ def cut_work(row_tiles: int, table_tiles: int, num_sms: int, *, is_prompt: bool 
     """Fewer partials are fewer to write and read: single tiles only while spans keep less than every other SM busy.
 
     Args:
-        row_tiles: of the launch, over all KV heads and sequences. Two on every SM need no splitting at all.
+        row_tiles: of the launch, over all KV heads and sequences. One on every SM needs no splitting at all.
         table_tiles: of the longest sequence that the block table has room for.
         is_prompt: too many rows for partial results.
     """
-    if is_prompt or row_tiles >= 2 * num_sms:
+    if is_prompt or row_tiles >= num_sms:
         return WorkCut(partials=1, single_tiles=0, tiles_per_partial=table_tiles)
     single_tiles = FOLD * (triton.cdiv(num_sms, 2 * row_tiles) - 1)
     return WorkCut(max(min(single_tiles, table_tiles), triton.cdiv(table_tiles, FOLD)), single_tiles, FOLD)

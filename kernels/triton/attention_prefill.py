@@ -33,12 +33,12 @@ def _attend_tiles(
         # Zeros where nothing is written: a NaN there would pass through a weight of zero.
         k_JH = tl.load(k_ptr + offset_JH, mask=mask_JH, other=0.0).to(q_MH.dtype)
         v_JH = tl.load(v_ptr + offset_JH, mask=mask_JH, other=0.0).to(q_MH.dtype)
-        score_MJ = tl.dot(q_MH, tl.trans(k_JH), input_precision="tf32x3") * scale_log2
+        score_MJ = tl.dot(q_MH, tl.trans(k_JH), input_precision="tf32x3")
         if MASKED:
             score_MJ = tl.where(position_J[None, :] <= position_M[:, None], score_MJ, float("-inf"))
         # Rows see position 0, which is in the first tile: the maximum is finite from there on.
-        top_M = tl.maximum(max_M, tl.max(score_MJ, axis=1))
-        p_MJ = tl.exp2(score_MJ - top_M[:, None])
+        top_M = tl.maximum(max_M, tl.max(score_MJ, axis=1) * scale_log2)
+        p_MJ = tl.exp2(tl.fma(score_MJ, scale_log2, -top_M[:, None]))
         old_M = tl.exp2(max_M - top_M)
         sum_M = sum_M * old_M + tl.sum(p_MJ, axis=1)
         o_MH = tl.dot(p_MJ.to(q_MH.dtype), v_JH, o_MH * old_M[:, None], input_precision="tf32x3")

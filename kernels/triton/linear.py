@@ -32,7 +32,8 @@ def linear(x_TK: Tensor, packed: PackedLinear) -> Tensor:
 
     Products: up to 4 tokens, exact. More: plain ones as the tensor cores give them (exact for 16-bit weights), of a
     quantised weight those of value * scale rounded to the dtype of x, of an fp8 weight those with x rounded to fp8 row
-    by row. Beside int8 and int4, activations are not rounded.
+    by row. Beside int8 and int4, activations are not rounded. Sums of int4 beside 16-bit activations, for 1 and 2
+    tokens, are of larger numbers: to within 2^-12 of scale * sum |x| in each group, less than x's own rounding.
     A row's bits do not depend on the other rows, nor on their number within each of 1, 2, 3, 4, 5 .. 16 tokens (plain)
     or 1, 2, 3, 4, 5 .. 16, 17 .. 64, 65 and more (quantised; fp32 activations: 17 and more).
     """

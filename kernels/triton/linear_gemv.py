@@ -13,7 +13,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from megatron_infer.kernels.triton import target
-from megatron_infer.kernels.triton.linear_storage import k_of_word, weight_of_word
+from megatron_infer.kernels.triton.linear_storage import (
+    BITS_OF_256,
+    k_of_word,
+    offset_of_weight,
+    offset_weight_of_word,
+    weight_of_word,
+)
 from megatron_infer.ops import PackedLinear
 
 MAX_TOKENS = 4
@@ -102,30 +108,43 @@ def _prefetch(ptrs):
 
 @triton.jit
 def _add_tile(
-    sums, squares, words, scales, start, x_ptr, norm_ptr, in_dim,
+    sums, squares, words, scales, start, x_ptr, norm_ptr, in_dim, bits_of_256,
     NUM_TOKENS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, FIELDS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The sums [rows, vectors] of all tokens and parts, and the squares of x for its norm, with one tile's added."""
     BLOCK_N: tl.constexpr = words[0].shape[0]
     BLOCK_W: tl.constexpr = words[0].shape[1]
+    # Of int4, x times the weights' offsets: the same for all rows, so that it costs less than an addition per weight.
+    # For more tokens there are fewer rows per program, and it would cost more; fp32 activations want exacter sums.
+    HAS_OFFSETS: tl.constexpr = FIELDS > 1 and PLANES == 1 and NUM_TOKENS <= 2 and x_ptr.dtype.element_ty != tl.float32
     products = ()
+    offsets = (tl.zeros((BLOCK_W,), tl.float32),) * NUM_TOKENS
     for i in tl.static_range(FIELDS):
         k = k_of_word(start + tl.arange(0, BLOCK_W), i, FIELDS)
         new_products = ()
         new_squares = ()
+        new_offsets = ()
         for t in tl.static_range(NUM_TOKENS):
             x = tl.load(x_ptr + t * in_dim + k, mask=k < in_dim, other=0.0).to(tl.float32)
             if norm_ptr is not None:
                 square = tl.sum(tl.reshape(x * x, (BLOCK_W // VECTOR, VECTOR)), axis=1)
                 new_squares += (squares[t] + square,)
                 x = x * tl.load(norm_ptr + k, mask=k < in_dim, other=0.0).to(tl.float32)
+            if HAS_OFFSETS:
+                new_offsets += (offsets[t] + x * offset_of_weight(i),)
             for part in tl.static_range(PARTS):
                 word = words[part * PLANES + i * PLANES // FIELDS]
-                product = x[None, :] * weight_of_word(word, i % (FIELDS // PLANES), FIELDS // PLANES)
+                if HAS_OFFSETS:
+                    weight = offset_weight_of_word(word, i, bits_of_256)
+                else:
+                    weight = weight_of_word(word, i % (FIELDS // PLANES), FIELDS // PLANES)
+                product = x[None, :] * weight
                 if i > 0:
                     product = products[t * PARTS + part] + product
                 new_products += (product,)
         products = new_products
+        if HAS_OFFSETS:
+            offsets = new_offsets
         if norm_ptr is not None:
             squares = new_squares
     new_sums = ()
@@ -133,6 +152,8 @@ def _add_tile(
         for part in tl.static_range(PARTS):
             product = tl.reshape(products[t * PARTS + part], (BLOCK_N, BLOCK_W // VECTOR, VECTOR))
             total = tl.sum(product, axis=2)
+            if HAS_OFFSETS:
+                total = total - tl.sum(tl.reshape(offsets[t], (BLOCK_W // VECTOR, VECTOR)), axis=1)[None, :]
             if FIELDS > 1:
                 total = total * scales[part]
             new_sums += (sums[t * PARTS + part] + total,)
@@ -142,7 +163,7 @@ def _add_tile(
 @triton.jit
 def multiply_rows(
     row, part_rows, x_ptr, w_ptr, scales_ptr, row_scales_ptr, bias_ptr, norm_ptr, in_dim, num_vectors, scale_stride,
-    eps, NUM_TOKENS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, FIELDS: tl.constexpr,
+    eps, bits_of_256, NUM_TOKENS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, FIELDS: tl.constexpr,
     VECTOR: tl.constexpr, BLOCK_W: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """A tuple of x[t] . w[row + part_rows * p] + bias, fp32 [rows], at t * PARTS + p. `row` is int64 and in range.
@@ -182,8 +203,9 @@ def multiply_rows(
         if FIELDS > 1:
             words, scales = loaded, loaded_scales
         sums, squares = _add_tile(
-            sums, squares, words, scales, start, x_ptr, norm_ptr, in_dim, NUM_TOKENS, PARTS, PLANES, FIELDS, VECTOR
-        )
+            sums, squares, words, scales, start, x_ptr, norm_ptr, in_dim, bits_of_256,
+            NUM_TOKENS, PARTS, PLANES, FIELDS, VECTOR,
+        )  # fmt: skip
         if FIELDS == 1:
             words, scales = loaded, loaded_scales
     outputs = ()
@@ -204,7 +226,7 @@ def multiply_rows(
 @triton.jit(do_not_specialize_on_alignment=("scale_stride",))
 def gemv_kernel(
     x_ptr, w_ptr, scales_ptr, row_scales_ptr, bias_ptr, norm_ptr, residual_ptr, y_ptr,
-    out_dim, in_dim, num_vectors, scale_stride, eps,
+    out_dim, in_dim, num_vectors, scale_stride, eps, bits_of_256,
     NUM_TOKENS: tl.constexpr, PARTS: tl.constexpr, PLANES: tl.constexpr, FIELDS: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
@@ -214,7 +236,8 @@ def gemv_kernel(
     row = tl.minimum(n, out_dim - 1).to(tl.int64)
     outputs = multiply_rows(
         row, out_dim.to(tl.int64), x_ptr, w_ptr, scales_ptr, row_scales_ptr, bias_ptr, norm_ptr,
-        in_dim, num_vectors, scale_stride, eps, NUM_TOKENS, PARTS, PLANES, FIELDS, VECTOR, BLOCK_W, OVERLAPS,
+        in_dim, num_vectors, scale_stride, eps, bits_of_256,
+        NUM_TOKENS, PARTS, PLANES, FIELDS, VECTOR, BLOCK_W, OVERLAPS,
     )  # fmt: skip
     for t in tl.static_range(NUM_TOKENS):
         y = outputs[t * PARTS]
@@ -243,6 +266,7 @@ def operands(
         "row_scales_ptr": storage.scales_N, "bias_ptr": packed.bias, "norm_ptr": norm_K,
         "in_dim": packed.in_dim, "num_vectors": num_vectors,
         "scale_stride": 0 if storage.scales_NG is None else storage.scales_NG.shape[1], "eps": eps,
+        "bits_of_256": BITS_OF_256,
         "NUM_TOKENS": num_tokens, "PLANES": storage.planes, "FIELDS": storage.fields, "VECTOR": vector,
         "BLOCK_N": tile.block_n, "BLOCK_W": tile.vectors * vector, "OVERLAPS": overlaps,
         "num_warps": tile.num_warps, "maxnreg": tile.max_registers, "launch_pdl": overlaps,

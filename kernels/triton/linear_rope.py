@@ -18,7 +18,7 @@ from megatron_infer.ops import PackedLinear
 def gemv_rope_kernel(
     x_ptr, w_ptr, scales_ptr, row_scales_ptr, bias_ptr, norm_ptr,
     cos_ptr, sin_ptr, positions_ptr, slots_ptr, k_cache_ptr, v_cache_ptr, q_ptr,
-    in_dim, num_vectors, scale_stride, eps,
+    in_dim, num_vectors, scale_stride, eps, bits_of_256,
     NUM_HEADS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     NUM_TOKENS: tl.constexpr, PLANES: tl.constexpr, FIELDS: tl.constexpr, VECTOR: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -31,7 +31,7 @@ def gemv_rope_kernel(
     row = (last_pair // HALF * (2 * HALF) + last_pair % HALF).to(tl.int64)
     outputs = multiply_rows(
         row, HALF, x_ptr, w_ptr, scales_ptr, row_scales_ptr, bias_ptr, norm_ptr,
-        in_dim, num_vectors, scale_stride, eps, NUM_TOKENS, 2, PLANES, FIELDS, VECTOR, BLOCK_W, OVERLAPS,
+        in_dim, num_vectors, scale_stride, eps, bits_of_256, NUM_TOKENS, 2, PLANES, FIELDS, VECTOR, BLOCK_W, OVERLAPS,
     )  # fmt: skip
     for t in tl.static_range(NUM_TOKENS):
         rotate_and_store(

@@ -14,6 +14,8 @@ from torch import Tensor
 from megatron_infer.ops import GROUP, INT4, QUANTIZED, PackedLinear
 from megatron_infer.ops.fp8 import FP8, quantize_rows
 
+BITS_OF_256 = 135 << 23
+"""Of the float, with the last bit of the integer part at bit 15."""
 _PADDING = 16
 """Rows of plain weights start at multiples of this many elements, whatever K: every load can be 16 bytes wide."""
 
@@ -106,6 +108,28 @@ def weight_of_word(word, i: tl.constexpr, PER_WORD: tl.constexpr):
         with_exponents = (word >> SHIFT) | (0xFF << 23)
         bits = with_exponents & ((((1 << WIDTH) - 1) << BIT) | ((150 - BIT) << 23))
         return bits.to(tl.float32, bitcast=True) - ((1 << (23 - BIT)) + (1 << (WIDTH - 1)))
+
+
+@triton.jit
+def offset_weight_of_word(word, i: tl.constexpr, bits_of_256):
+    """The i-th of the 8 int4 weights in each word plus `offset_of_weight(i)`, in fp32, exact.
+
+    As weight_of_word, but what is subtracted there is left in, for a sum over many weights to lose at once. Fields
+    stand at bits 15 and 19 of the mantissa, where the offset is too small to cost the sum its precision, and two of
+    them share a shift. bits_of_256: BITS_OF_256 as an argument of the kernel. An instruction holds one constant; with
+    the other in a register, the AND and the OR are one instruction.
+    """
+    SHIFT: tl.constexpr = 15 - i // 2 * 8
+    BIT: tl.constexpr = 15 + i % 2 * 4
+    shifted = (word << SHIFT) if SHIFT > 0 else (word >> -SHIFT)
+    bits = (shifted & (15 << BIT)) | (bits_of_256 - ((BIT - 15) << 23))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def offset_of_weight(i: tl.constexpr):
+    """What offset_weight_of_word adds: the float's leading one, and what makes fields unsigned."""
+    return (1 << (8 - i % 2 * 4)) + 8.0
 
 
 @triton.jit

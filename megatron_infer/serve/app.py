@@ -52,13 +52,15 @@ def make_app(service: Service, keys: tuple[str, ...] = ()) -> ASGIApp:
     document["components"] = {"schemas": {}}
     for operation in (operation for path in document["paths"].values() for operation in path.values()):
         document["components"]["schemas"] |= operation.get("requestBody", {}).pop("$defs", {})
-    if (PLAYGROUND / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
+    app.mount("/", StaticFiles(directory=PLAYGROUND, html=True))
     return Gate(app, keys, service.settings.max_body_bytes)
 
 
 async def _answer(request: Request, error: Exception) -> Response:
     dialect = getattr(request.state, "dialect", dialect_of(request.scope["path"]))
     if isinstance(error, HTTPException):
-        error = Refusal(error.status_code, str(error.detail))
+        # The page's files stand behind every path that is no route, and they refuse the method first.
+        is_route = request.scope["path"] in {getattr(route, "path", None) for route in request.app.routes}
+        is_nowhere = error.status_code == 405 and not is_route
+        error = Refusal(404, "there is no such route") if is_nowhere else Refusal(error.status_code, str(error.detail))
     return error_response(dialect, Refusal.of(error))

@@ -17,10 +17,7 @@ _NAMELESS = "filename"
 
 
 def with_context(llm: LLM, prompt: FimPrompt, max_new_tokens: int) -> tuple[FimPrompt, int]:
-    """`prompt` with those of its extra_files that fit, as files or as comment lines of the prefix; how many did not.
-
-    Takes its time: it tokenizes.
-    """
+    """`prompt` with those of its extra_files that fit, as files or as comment lines of the prefix; how many did not."""
     as_files = llm.fim.takes_extra_files
     wanted = [(path or _NAMELESS, text) for path, text in prompt.extra_files if text.strip()]
     paths = [prompt.path, *(path for path, _ in reversed(wanted))]

@@ -22,8 +22,8 @@ from megatron_infer.serve.metrics import Metrics
 from megatron_infer.serve.settings import Settings
 from megatron_infer.text.fim_prompt import MAX_PROMPT_BYTES, FimOptions, FimPrompt
 
-_SUBMITTERS = 4
-"""Threads that tokenize prompts; each may have to wait for the step in progress."""
+_SUBMITTERS = 16
+"""Threads that tokenize prompts. Each waits for the step in progress: of a burst, so many prompts join at each step."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ class Update:
 
 
 class Call:
-    """An Ask in hand. For the event loop. pause_seconds: after so long without news `updates` yields None."""
+    """An Ask in hand. For the event loop."""
 
-    def __init__(self, ask: Ask, cancel: Callable[[Handle], None], pause_seconds: float) -> None:
-        self.ask, self._cancel, self._pause_seconds = ask, cancel, pause_seconds
+    def __init__(self, ask: Ask, cancel: Callable[[Handle], None]) -> None:
+        self.ask, self._cancel = ask, cancel
         self.began = time.monotonic()
         self.handles: list[Handle] = []
         self.num_dropped_snippets = 0
         self.failure: Exception | None = None
         self._waiter: asyncio.Future[bool] | None = None
-        self._has_news = False
+        self._has_news = self._is_quiet = False
 
     @property
     def growing(self) -> list[GrowingCompletion]:
@@ -91,7 +91,7 @@ class Call:
         self.tell()
 
     async def updates(self) -> AsyncIterator[Update | None]:
-        """News of every completion, until all have ended; None where there was none for a while.
+        """News of every completion, until all have ended; None where somebody said that there is none.
 
         Raises EngineDeadError; Refusal where it was superseded, or a completion failed by itself.
         """
@@ -117,28 +117,19 @@ class Call:
             limit = self.ask.predict_seconds
             if limit is not None and seen == "\n" and time.monotonic() - first_at > limit:
                 self.cancel()
-            if not await self._news():
-                yield None
+            if not self._has_news:
+                self._waiter = asyncio.get_running_loop().create_future()
+                if not await self._waiter:
+                    yield None
+            self._has_news = False
 
     def tell(self, is_news: bool = True) -> None:
-        """Wake whoever waits for updates; without news, to say so."""
-        if self._waiter is not None and not self._waiter.done():
+        """Wake whoever waits for updates; without news, to say so, if there was none since that was said last."""
+        was_quiet, self._is_quiet = self._is_quiet, not is_news
+        if self._waiter is not None and not self._waiter.done() and (is_news or was_quiet):
             self._waiter.set_result(is_news)
         elif is_news:
             self._has_news = True
-
-    async def _news(self) -> bool:
-        """Cheaper than an Event with a timeout, which makes a task of every wait: one for each token."""
-        if not self._has_news:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            pause = loop.call_later(self._pause_seconds, self.tell, False)
-            try:
-                return await self._waiter
-            finally:
-                pause.cancel()
-        self._has_news = False
-        return True
 
 
 class Service:
@@ -163,6 +154,7 @@ class Service:
     def start(self) -> None:
         """Begin, on the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._ping()
         self.engine.thread.start()
 
     def stop(self) -> bool:
@@ -178,7 +170,7 @@ class Service:
 
         Raises ValueError, Refusal or EngineDeadError: nothing was queued.
         """
-        call, outcome, num_admitted = Call(ask, self.llm.session.cancel, self.settings.ping_seconds), "refused", 0
+        call, outcome, num_admitted = Call(ask, self.llm.session.cancel), "refused", 0
         try:
             if self.engine.failure is not None:
                 raise EngineDeadError(self.engine.failure)
@@ -259,6 +251,12 @@ class Service:
         self._is_told = False
         while self._grown:
             self._grown.popleft().tell()
+
+    def _ping(self) -> None:
+        """One timer for all: to set and to cancel one at each token would cost as much as to write it."""
+        for call in list(self._calls):
+            call.tell(False)
+        self._loop.call_later(self.settings.ping_seconds, self._ping)
 
     def _fail_all(self) -> None:
         for call in list(self._calls):

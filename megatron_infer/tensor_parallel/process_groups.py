@@ -28,6 +28,7 @@ from megatron_infer.tensor_parallel.rendezvous import (
     Rendezvous,
     Wait,
     first_line,
+    listening_addresses,
 )
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 
@@ -35,6 +36,7 @@ Result = TypeVar("Result")
 _TICK = timedelta(seconds=0.25)
 _DIAGNOSIS_SECONDS = 3.0
 _ABORT_SECONDS = 5.0
+_CONNECT_SECONDS = 30.0
 _UNLIMITED = timedelta(days=365)
 # Bounds the staging memory of an all_reduce to (ranks + 1) x 4 MiB.
 _CHUNK_ELEMENTS = 1 << 20
@@ -66,12 +68,20 @@ class GlooBackend(Backend):
         self._own = ProcessIdentity.own()
         self._peers = [ProcessIdentity.parse(text) for text in meeting.exchange("identity", str(self._own))]
         options = c10d.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
-        options._timeout = timedelta(seconds=meeting.patience.limit_seconds)
-        # Ranks of one host have no business on the network; between hosts GLOO_SOCKET_IFNAME chooses the interface.
-        is_local = all(peer.host == self._own.host for peer in self._peers)
+        # All ranks are here by now, and only have to connect.
+        options._timeout = timedelta(seconds=min(_CONNECT_SECONDS, meeting.patience.limit_seconds))
+        addresses = listening_addresses(meeting, {peer.host for peer in self._peers})
         make = c10d.ProcessGroupGloo
-        options._devices = [make.create_device(hostname="127.0.0.1") if is_local else make.create_default_device()]
-        self._group: Any = make(PrefixStore("gloo", meeting.store), meeting.rank, meeting.size, options)
+        try:
+            options._devices = [make.create_device(hostname=address) for address in addresses[self._rank].split(" ")]
+            self._group: Any = make(PrefixStore("gloo", meeting.store), meeting.rank, meeting.size, options)
+        except RuntimeError as error:
+            raise self._record(
+                UNKNOWN_RANK,
+                f"ranks 0 to {self._size - 1} cannot connect at {', '.join(addresses)}; open the firewall between "
+                "them, or set GLOO_SOCKET_IFNAME on each host to the interface that leads to the others "
+                f"({first_line(error)})",
+            ) from None
 
     def all_reduce(self, x: Tensor) -> Tensor:
         # gloo refuses inference tensors (github.com/pytorch/pytorch/issues/86830), hence ordinary staging tensors.

@@ -7,14 +7,18 @@ processes and hosts apart.
 from __future__ import annotations
 
 import faulthandler
+import ipaddress
 import logging
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from socket import AF_INET, AF_INET6, SOCK_DGRAM
 
+import psutil
 from torch._C._distributed_c10d import PrefixStore, Store
 
 log = logging.getLogger("megatron_infer")
@@ -84,7 +88,7 @@ class ProcessIdentity:
     """What the other ranks know about a process."""
 
     host: str
-    """boot id and PID namespace: equal where processes can see each other's /proc entries"""
+    """boot id, PID and network namespace: equal where processes see each other's /proc entries and sockets"""
     pid: int
     started: int
     """start time in clock ticks, so that a reused pid is not taken for the old process"""
@@ -93,7 +97,7 @@ class ProcessIdentity:
     def own(cls) -> ProcessIdentity:
         try:
             boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            host = f"{boot}:{os.stat('/proc/self/ns/pid').st_ino}"
+            host = ":".join([boot, *(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("pid", "net"))])
         except OSError:
             host = f"{os.uname().nodename}:no-proc:{os.getpid()}"
         state = _process_state(os.getpid())
@@ -178,6 +182,54 @@ class Rendezvous:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.05)
         return str(self.store.get(key).decode())
+
+
+def listening_addresses(meeting: Rendezvous, hosts: set[str]) -> list[str]:
+    """Where every rank of these hosts listens for the others, the same on every rank; one may have several, with blanks
+    between. Ranks of one host have no business on the network. Raises ValueError, on every rank alike."""
+    if len(hosts) == 1:
+        return ["127.0.0.1"] * meeting.size
+    try:
+        own, refusal = " ".join(_addresses_for_other_hosts(meeting.store)), ""
+    except ValueError as error:
+        own, refusal = "", str(error)
+    told = [text.split("\n") for text in meeting.exchange("addresses", f"{own}\n{refusal}")]
+    if why := first(f"rank {q}: {refusal}" for q, (_, refusal) in enumerate(told) if refusal):
+        raise ValueError(why)
+    return [addresses for addresses, _ in told]
+
+
+def _addresses_for_other_hosts(store: Store) -> list[str]:
+    """Where other hosts reach this one: at the interfaces that GLOO_SOCKET_IFNAME names; else at the address from which
+    this host reaches the store; else where its own name leads.
+
+    Raises:
+        ValueError: no such interface, or there is only loopback.
+    """
+    interfaces = psutil.net_if_addrs()
+    others = ", ".join(sorted(name for name in interfaces if name != "lo"))
+    if names := os.environ.get("GLOO_SOCKET_IFNAME"):
+        found = [
+            next((a.address for a in interfaces.get(name, ()) if a.family in (AF_INET, AF_INET6)), "")
+            for name in names.split(",")
+        ]
+        if not all(found):
+            raise ValueError(f"GLOO_SOCKET_IFNAME={names}: no such interface, or it has no address; there are {others}")
+        return found
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    for host in (getattr(store, "host", ""), socket.gethostname()):
+        with suppress(OSError):
+            family, kind, _, _, target = socket.getaddrinfo(host, 1, type=SOCK_DGRAM)[0]
+            with socket.socket(family, kind) as probe:
+                probe.connect(target)  # nothing is sent
+                address = str(probe.getsockname()[0])
+            if not ipaddress.ip_address(address).is_loopback:
+                return [address]
+    raise ValueError(
+        f"other hosts cannot reach {socket.gethostname()}: MASTER_ADDR and its name lead to loopback there; set "
+        f"GLOO_SOCKET_IFNAME to the interface that leads to the other hosts ({others}), or MASTER_ADDR to an address"
+    )
 
 
 def first(values: Iterable[str]) -> str:

@@ -59,7 +59,7 @@ class SharedMemoryBackend(Backend):
             if reason := first(f"rank {q}: {why}" for q, (_, why, _) in enumerate(told) if why):
                 return reason
             if len({host for host, _, _ in told}) > 1:
-                return "the ranks run on several hosts (or in several PID namespaces)"
+                return "the ranks run on several hosts (or in several PID or network namespaces)"
             assert library is not None
             memory, error = _share_file(meeting, library, mailbox, [address for _, _, address in told])
         if reason := first(meeting.exchange("shm-attached", error)):

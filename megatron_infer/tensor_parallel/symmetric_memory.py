@@ -151,7 +151,7 @@ class SymmetricMemory:
         if reason := first(f"rank {q}: {why}" for q, (_, _, why) in enumerate(told) if why):
             return reason
         if len({host for host, _, _ in told}) > 1:
-            return "the ranks run on several hosts (or in several PID namespaces)"
+            return "the ranks run on several hosts (or in several PID or network namespaces)"
         assert memory is not None
         addresses, error = _map(memory, meeting.rank, address, [exported for _, exported, _ in told])
         with contextlib.ExitStack() as on_failure:

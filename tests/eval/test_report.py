@@ -309,6 +309,12 @@ def test_two_runs_are_compared_case_by_case(tmp_path: Path, run: Path) -> None:
     assert text.count("completion of the other run") == 3
 
 
+def test_runs_under_different_truncations_say_so(tmp_path: Path, run: Path) -> None:
+    other = simple_run(tmp_path, "other", {"a": "x = 1\nmore", "b": "y", "c": "z"})
+    assert score.main([str(other), "--truncate", "line,official"]) == 0
+    assert "truncationofficialline" in re.sub(r"\s+", "", write_report(run, "--against", str(other)).text)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_infer.eval.report import command as report
 from megatron_infer.eval.score import command as score
+from megatron_infer.eval.score.judging import bucket
 from megatron_infer.eval.score.results import is_quarantined, read_run
 from megatron_infer.eval.score.statistics import bootstrap_mean, case_means, compare, sign_test
 from megatron_infer.eval.score.tables import GROUPINGS
@@ -97,6 +98,43 @@ def test_tables_by_language_and_scenario(run: Path) -> None:
         ("python", "if_statement"): 0.5,
         ("python", "single_line"): 0.5,
     }
+
+
+def printed_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> list[str]:
+    assert score.main([str(run)]) == 0
+    heads = [line for line in capsys.readouterr().out.splitlines() if "  cases" in line]
+    return [head.split("  ")[0] for head in heads]
+
+
+def test_a_table_that_says_nothing_new_is_not_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    kinds = {
+        "one": [("python", "single_line")] * 3,
+        "languages": [("python", "single_line"), ("go", "single_line")],
+        "pairs": [("python", "single_line"), ("go", "method_body")],
+        "both": [("python", "single_line"), ("go", "single_line"), ("go", "method_body")],
+    }
+    found = {}
+    for name, cases in kinds.items():
+        rows = [fim_row(str(i), language=lang, scenario=scenario) for i, (lang, scenario) in enumerate(cases)]
+        texts = {row["task_id"]: ["x"] for row in rows}
+        found[name] = printed_tables(write_run(tmp_path / name, tmp_path / f"{name}.jsonl", rows, texts), capsys)
+    assert found == {
+        "one": ["overall"],
+        "languages": ["overall", "language"],
+        "pairs": ["overall", "language", "scenario"],
+        "both": ["overall", "language", "scenario", "language / scenario"],
+    }
+
+
+def test_groups_by_size_stand_in_the_order_of_their_size(tmp_path: Path) -> None:
+    assert [bucket(n, (0, 1, 2, 4, 16)) for n in (0, 1, 3, 9, 99)] == ["0", "1", "2-3", "4-15", "16 or more"]
+    rows = [fim_row(str(n), "\n".join(["x"] * n)) for n in (20, 3, 9, 1)]
+    run = write_run(tmp_path / "o", tmp_path / "d.jsonl", rows, {row["task_id"]: ["x"] for row in rows})
+    assert score.main([str(run)]) == 0
+    groups = json.loads((run / "scores.json").read_text())["tables"]["hole_lines"]
+    assert [(group["hole_lines"], group["num_cases"]) for group in groups] == [
+        ("1", 1), ("2-3", 1), ("8-15", 1), ("16 or more", 1),
+    ]  # fmt: skip
 
 
 def test_a_metric_that_does_not_apply_is_null_and_averaged_over_the_others(run: Path) -> None:
@@ -261,7 +299,8 @@ def test_predictions_of_another_engine_are_judged_as_our_own(run: Path, tmp_path
     assert [row["error"] for row in theirs[:5]] == [None, None, None, *["there is no prediction"] * 2]
     assert report.main([str(tmp_path / "theirs")]) == 0
     assert report.main([str(run), "--against", str(tmp_path / "theirs")]) == 0
-    # Scored again, with other rules: the same run.
+    # Scored again, with other rules, and after an interruption: the same run.
+    (tmp_path / "theirs" / "_SUCCESS").unlink()
     assert judged(tmp_path / "theirs", tmp_path / "data.jsonl", predictions, "fim") == 0
 
 

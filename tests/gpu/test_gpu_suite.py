@@ -348,6 +348,31 @@ def test_sections_come_in_order_of_worth() -> None:
         assert (sections._ROOT / name).is_file()
 
 
+def test_a_dry_run_counts_what_the_arithmetic_says() -> None:
+    """docs/gpu.md: launches, bytes and messages of a token, on one rank and on eight."""
+    pytest.importorskip("triton")
+    script = (
+        "import json; from benchmarks.gpu.plan import *; from dataclasses import asdict\n"
+        "model = ModelConfig.aixcoder_7b()\n"
+        "asked = (('none', 0, 1), ('int4', 0, 1), ('none', 7, 8))\n"
+        "print(json.dumps([asdict(plan_rank(model, *each)) for each in asked]))"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, cwd=sections._ROOT, check=True, capture_output=True, text=True
+    )
+    one, int4, eight = json.loads(done.stdout)
+    assert one["weight_bytes"] == streamed_bytes(FULL.model, "none")
+    assert one["cache_bytes_per_position"] == 131_072 == 8 * eight["cache_bytes_per_position"]
+    assert sum(one["launches"].values()) == 5 * 32 + 14 and one["sent"] == []
+    assert int4["weight_bytes"] == pytest.approx(streamed_bytes(FULL.model, "int4"), rel=1e-3)
+    assert eight["weight_bytes"] == pytest.approx(one["weight_bytes"] / 8, rel=1e-3)
+    ours = sum(count for name, count in eight["launches"].items() if name.endswith(("_kernel", "all_reduce")))
+    # An all-reduce of the embedding, a second argmax over the ranks' best, the last norm and the head.
+    assert ours == 7 * 32 + 1 + 4 + 2
+    assert eight["sent"] == [["all_reduce", 8192]] * (2 * 32 + 1) + [["all_gather", 8]]
+
+
 def test_the_switch_turns_dependent_launch_off_in_every_kernel() -> None:
     pytest.importorskip("triton")
     script = (

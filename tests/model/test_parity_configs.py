@@ -24,7 +24,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
-ABSENT = object()
+ABSENT = ...
 MISTRAL = {"model_type": "mistral", "sliding_window": None}
 QWEN2 = {"model_type": "qwen2"}
 QWEN3 = {"model_type": "qwen3", "head_dim": 16}

@@ -320,3 +320,19 @@ def test_a_bias_that_is_none_is_refused_by_its_name(running: Running, bias: Any)
     answer = running.client.post("/v1/completions", json={"prompt": PREFIX, "logit_bias": bias})
     assert answer.status_code == 400
     assert "logit_bias" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/metrics", "/"])
+def test_head_is_get_without_the_body(running: Running, path: str) -> None:
+    answer = running.client.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+
+
+def test_a_wrong_path_is_not_found_and_a_wrong_method_not_allowed(running: Running) -> None:
+    for path in ("/v1/completions/", "/v1/v1/completions", "/infil"):
+        assert running.client.post(path, json={"prompt": PREFIX}).status_code == 404, path
+    assert running.client.delete("/v1/completions").status_code == 405
+
+
+def test_segments_that_are_null_are_none(running: Running) -> None:
+    assert running.post("/v1/completions", segments=None, prompt=PREFIX, max_tokens=1)["usage"]

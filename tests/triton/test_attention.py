@@ -181,4 +181,9 @@ def test_how_the_work_is_cut() -> None:
     assert cut(8, 32, 132) == attention_decode.WorkCut(32, 64, 8)
     assert cut(8, 256, 132) == attention_decode.WorkCut(64, 64, 8)
     assert cut(128, 256, 132) == attention_decode.WorkCut(32, 0, 8)
-    assert cut(264, 256, 132) == cut(8, 256, 132, is_prompt=True) == attention_decode.WorkCut(1, 0, 256)
+    assert (
+        cut(136, 256, 132)
+        == cut(264, 256, 132)
+        == cut(8, 256, 132, is_prompt=True)
+        == attention_decode.WorkCut(1, 0, 256)
+    )

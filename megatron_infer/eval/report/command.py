@@ -107,6 +107,8 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
     outcome = outcome_column(headline(columns))
     speed = measure_speed(run)
     comparisons = list(_comparisons(scores, other[1])) if other else []
+    runs = [(run, scores), other] if other else [(run, scores)]
+    setups = [{**each.fingerprint, "truncation": next(iter(own.tables["truncations"]))} for each, own in runs]
     return environment.get_template(REPORT).render(
         # The browser runs the page's own script and no other, even if something slipped through the escaping.
         script_hashes=" ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in scripts),
@@ -134,10 +136,10 @@ def render(run: Run, scores: Scores, cases: Mapping[str, Case], other: tuple[Run
         max_listed=_MAX_LISTED,
         other=other[0] if other else None,
         other_model=Path(other[0].manifest["model_dir"]).name if other else "",
-        differences=list(differences(other[0].fingerprint, run.fingerprint)) if other else [],
+        differences=list(differences(setups[-1], setups[0])),
         comparisons=comparisons,
         changed=_changed_cases(scores, other[1]) if other else {},
-        cases=list(_views([(run, scores), other] if other else [(run, scores)], cases)),
+        cases=list(_views(runs, cases)),
         num_samples=run.fingerprint["num_samples"],
         outcome=outcome,
         outcome_words=_OUTCOME_WORDS[outcome == "passed"],

@@ -155,6 +155,7 @@ class Replica:
     def give_up(self, work: Sequence[Work]) -> None:
         """Record keys that are not tried again."""
         for case, sample_idx in work:
+            self._progress.begin()
             self._refuse(case, sample_idx, GIVEN_UP)
 
     def run_alone(self, work: Sequence[Work]) -> None:

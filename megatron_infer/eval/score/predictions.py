@@ -47,7 +47,11 @@ def import_predictions(path: Path, task: Task, data: Path, out: Path) -> None:
     with directory.locked():
         if (known := directory.manifest()) is not None:
             directory.check(known, fingerprint)
+        if directory.success is not None:
             return
+        about = {"data": str(data.resolve()), "model_dir": str(path), "versions": {}, "attempts": []}
+        value = {"format": FORMAT, "format_version": FORMAT_VERSION, "fingerprint": fingerprint, **about}
+        write_json(out / MANIFEST, {**value, "command": sys.argv})
         missing = sum(num_samples - len(samples.get(task_id, ())) for task_id in ids)
         if missing:
             say(f"{missing} of {num_samples * len(ids)} completions are not in {path}; they count as errors, worth 0")
@@ -58,9 +62,6 @@ def import_predictions(path: Path, task: Task, data: Path, out: Path) -> None:
                 for index, row in enumerate(rows):
                     file.write(to_line({"task_id": task_id, "sample_idx": index, **row}))
         (out / TIMINGS).touch()
-        about = {"data": str(data.resolve()), "model_dir": str(path), "versions": {}, "attempts": []}
-        value = {"format": FORMAT, "format_version": FORMAT_VERSION, "fingerprint": fingerprint, **about}
-        write_json(out / MANIFEST, {**value, "command": sys.argv})
         hashes = {name: sha256_of(out / name) for name in (COMPLETIONS, TIMINGS)}
         write_json(out / SUCCESS, {"num_completions": num_samples * len(ids), "seconds": 0.0, "sha256": hashes})
 

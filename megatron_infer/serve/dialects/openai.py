@@ -132,7 +132,7 @@ def add_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/beta/completions", openapi_extra=described)
     async def completions(request: Request) -> Response:
         raw = await read_json(request)
-        if isinstance(raw, dict) and "segments" in raw:
+        if isinstance(raw, dict) and raw.get("segments") is not None:
             return tabby.completions(request, service, raw)
         body = CompletionBody.model_validate(raw)
         return body.reply(CompletionWire(service, body), body.parts(service))
