@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from checkpoints_convert.export import save_sharded
-from tests.support.tiny_models import random_tensors, tiny_config
+from megatron_infer.model_config import ModelConfig
+from tests.support.tiny_models import Tensors, random_tensors, tiny_config
 from tests.support.tiny_tokenizer import build_tiny_tokenizer
 
 
@@ -23,6 +24,17 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = root / "checkpoint"
     save_sharded(tensors.read, config, out, 2, extra_files=[tokenizer])
     return out
+
+
+@pytest.fixture(scope="session")
+def config() -> ModelConfig:
+    return tiny_config()
+
+
+@pytest.fixture(scope="session")
+def tensors(config: ModelConfig) -> Tensors:
+    """Weights for tests that start engines without a checkpoint; nobody writes to them."""
+    return random_tensors(config, seed=3, dtype=torch.bfloat16)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -32,7 +32,6 @@ from tests.support.tiny_models import (
     make_engine,
     make_runner,
     random_tensors,
-    tiny_config,
 )
 
 GREEDY = SamplingParams(max_new_tokens=24, logprobs=3, ignore_eos=True)
@@ -45,16 +44,6 @@ EDITED = replace(
 )  # fmt: skip
 SAMPLINGS = (GREEDY, SEEDED, EDITED)
 EVERY = pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded", "edited"])
-
-
-@pytest.fixture(scope="module")
-def config() -> ModelConfig:
-    return tiny_config()
-
-
-@pytest.fixture(scope="module")
-def tensors(config: ModelConfig) -> Tensors:
-    return random_tensors(config, seed=3, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

@@ -35,8 +35,6 @@ from tests.support.tiny_models import (
     make_engine,
     make_runner,
     on_ranks,
-    random_tensors,
-    tiny_config,
 )
 
 PLAIN = SamplingParams(max_new_tokens=24, logprobs=3, ignore_eos=True)
@@ -48,16 +46,6 @@ EVERY = pytest.mark.parametrize("sampling", [SCORED, SEEDED, ALONE], ids=["greed
 Answer = tuple[list[Sampled], Output]
 """Of one request: the scores of its prompt, and what was generated."""
 _ids = itertools.count()
-
-
-@pytest.fixture(scope="module")
-def config() -> ModelConfig:
-    return tiny_config()
-
-
-@pytest.fixture(scope="module")
-def tensors(config: ModelConfig) -> Tensors:
-    return random_tensors(config, seed=3, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")

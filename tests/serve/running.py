@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,14 +81,6 @@ class Steps:
     def restore(self) -> None:
         self.free()
         del self._session.step
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Give up after a time that decides nothing but how long a failure takes."""
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="session")

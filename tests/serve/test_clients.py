@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from megatron_infer import FimPrompt, SamplingParams
-from tests.serve.running import PREFIX, SUFFIX, Running, wait_until
+from tests.serve.running import PREFIX, SUFFIX, Running
+from tests.support.processes import wait_until
 
 
 @pytest.fixture(scope="module")

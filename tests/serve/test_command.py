@@ -17,7 +17,8 @@ import pytest
 
 from megatron_infer.serve import command
 from megatron_infer.serve.command import listen
-from tests.serve.running import FOREVER, PREFIX, wait_until
+from tests.serve.running import FOREVER, PREFIX
+from tests.support.processes import wait_until
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ["--port", "0", "--device", "cpu", "--kv_cache_memory_bytes", str(4 << 20)]

@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from megatron_infer import LLM, FimPrompt, SamplingParams
-from tests.serve.running import Running, Steps, wait_until
+from tests.serve.running import Running, Steps
+from tests.support.processes import wait_until
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 CODE = json.loads((DEMO / "example.json").read_text(encoding="utf-8"))

@@ -17,7 +17,8 @@ from megatron_infer import LLM
 from megatron_infer.serve import app
 from megatron_infer.serve.metrics import JsonLines
 from megatron_infer.serve.settings import Settings
-from tests.serve.running import PREFIX, Running, wait_until
+from tests.serve.running import PREFIX, Running
+from tests.support.processes import wait_until
 
 KEY = "secret-key"
 POSTS = (

@@ -13,7 +13,8 @@ from megatron_infer import LLM, FimPrompt, SamplingParams
 from megatron_infer.llm import EngineDeadError
 from megatron_infer.serve.admission import Admission
 from megatron_infer.serve.errors import Refusal
-from tests.serve.running import FOREVER, PREFIX, Running, Steps, wait_until
+from tests.serve.running import FOREVER, PREFIX, Running, Steps
+from tests.support.processes import wait_until
 
 LONG = "x = [1, 2, 3]\n" * 30
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -20,11 +21,13 @@ from megatron_infer.tensor_parallel import rendezvous
 from megatron_infer.tensor_parallel.group import TPGroup
 from megatron_infer.tensor_parallel.rendezvous import Patience, RankFailure, Wait
 from tests.eval.killed_runs import command_of, shapes, write_cases
-from tests.session.test_sockets import ranks_of, running, wait_for_progress
-from tests.session.test_torchrun import ROOT, torchrun
+from tests.session.test_torchrun import torchrun
+from tests.support.processes import ROOT, ranks_of, running, wait_for_progress
 
 QUICK = {"tensor_parallel_size": 2, "device": "cpu", "kv_cache_memory_bytes": 4 << 20}
 LONG = SamplingParams(max_new_tokens=300, ignore_eos=True)
+HALF = r"(0\.[5-9]|1\.\d)"
+"""Of a patience of 1 s, as it is measured: a busy machine looks at its clock later."""
 
 
 def gone(processes: list[psutil.Process], within_seconds: float = 10.0) -> bool:
@@ -41,14 +44,14 @@ def test_a_stopped_follower_ends_the_engine_with_its_name(tiny_checkpoint: Path,
             follower.suspend()
             with pytest.raises(EngineDeadError, match=r"rank 1 .* did not reach .* within 1 s"):
                 list(stream)
-        assert any("rank 0 has waited 0.5 s for rank 1" in message for message in caplog.messages), caplog.messages
+        assert re.search(rf"rank 0 has waited {HALF} s for rank 1", caplog.text)
         assert "Current thread" in capfd.readouterr().err, "the stack of rank 0"
         with pytest.raises(EngineDeadError):
             llm.complete("x = ")
     assert gone([follower])
 
 
-def test_the_time_in_which_a_rank_itself_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_in_which_a_rank_itself_was_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch, caplog) -> None:
     now = 0.0
     monkeypatch.setattr(rendezvous.time, "monotonic", lambda: now)
     wait = Wait(0, "reach all_reduce", Patience(5.0, 2.5))
@@ -59,6 +62,7 @@ def test_the_time_in_which_a_rank_itself_was_stopped_does_not_count(monkeypatch:
         assert wait.over(1) == ""
     now += 1.0
     assert wait.over(1) == "it did not reach all_reduce within 5 s"
+    assert caplog.messages == ["rank 0 has waited 3.0 s for rank 1 to reach all_reduce; it gives up after 5 s"]
 
 
 def test_a_rank_that_does_not_start_is_given_up_ten_times_later(tiny_checkpoint: Path) -> None:
@@ -103,7 +107,7 @@ def test_a_stopped_leader_is_not_waited_for(tiny_checkpoint: Path, tmp_path: Pat
     assert done.returncode == 1
     assert "EngineDeadError: the engine stopped: rank 0" in done.stderr
     assert "did not reach all_reduce within 1 s" in done.stderr
-    assert "rank 1 has waited 0.5 s for rank 0" in done.stderr
+    assert re.search(rf"rank 1 has waited {HALF} s for rank 0", done.stderr)
 
 
 JOBS = {

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,7 +18,8 @@ from megatron_infer.tensor_parallel import shared_memory
 from megatron_infer.tensor_parallel.rendezvous import Rendezvous
 from megatron_infer.tensor_parallel.shared_memory import SharedMemoryBackend
 from tests.eval.killed_runs import command_of, shapes, write_cases
-from tests.session.test_torchrun import ROOT, torchrun
+from tests.session.test_torchrun import torchrun
+from tests.support.processes import ranks_of, running, wait_for_progress
 
 needs_library = pytest.mark.skipif(
     sys.platform != "linux" or not LIBRARY_PATH.exists(), reason="needs Linux and the native library"
@@ -42,36 +39,9 @@ sys.stdin.read()
 """
 
 
-@contextmanager
-def running(command: list[str], **environment: str) -> Iterator[psutil.Popen]:
-    """A command with its standard input open, ended with all its descendants."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    process = psutil.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield process
-    finally:
-        for one in [process, *process.children(recursive=True)]:
-            one.kill()
-        process.communicate()
-
-
 def listening(process: psutil.Process) -> list[str]:
     """Addresses that a process accepts connections at from other hosts or users."""
     return [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-
-
-def ranks_of(process: psutil.Popen) -> list[psutil.Process]:
-    """What the command line started, without torchrun itself."""
-    tree = [process, *process.children(recursive=True)]
-    return [one for one in tree if "torch.distributed.run" not in one.cmdline()]
-
-
-def wait_for_progress(process: psutil.Popen, out: Path) -> None:
-    """Until `eval run` has written a line."""
-    deadline = time.monotonic() + 100
-    while not any(path.stat().st_size for path in out.glob("parts/*.jsonl")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_a_session_with_followers_listens_nowhere(tiny_checkpoint: Path) -> None:
