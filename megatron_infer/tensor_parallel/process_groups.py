@@ -7,12 +7,13 @@ Sums are in tree order from an all_gather: the order inside these libraries depe
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -59,8 +60,6 @@ class GlooBackend(Backend):
     """
 
     name = "gloo"
-    _abandoned: ClassVar[list[Any]] = []
-    """Groups left with a collective under way. Their destructor would wait for it, and it may never end."""
 
     def __init__(self, meeting: Rendezvous) -> None:
         self._rank, self._size, self._store = meeting.rank, meeting.size, meeting.store
@@ -75,7 +74,7 @@ class GlooBackend(Backend):
         make = c10d.ProcessGroupGloo
         try:
             options._devices = [make.create_device(hostname=address) for address in addresses[self._rank].split(" ")]
-            self._group: Any = make(PrefixStore("gloo", meeting.store), meeting.rank, meeting.size, options)
+            self._group: Any = make(PrefixStore("gloo", meeting.store.store), meeting.rank, meeting.size, options)
         except RuntimeError as error:
             raise self._record(
                 UNKNOWN_RANK,
@@ -115,7 +114,7 @@ class GlooBackend(Backend):
 
     def poll(self) -> None:
         try:
-            failure = self._store.get("failure") if self._store.check(["failure"]) else None
+            failure = self._store.get("failure") if self._store.check("failure") else None
         except RuntimeError as error:
             self._raise_for_dead_peers()
             raise RankFailure(UNKNOWN_RANK, f"the store that the ranks met at is gone ({first_line(error)})") from None
@@ -161,7 +160,8 @@ class GlooBackend(Backend):
             self._wait(work, name, limited)
         except BaseException:
             if not work.is_completed():
-                self._abandoned.append(self._group)
+                # Its destructor would wait for this collective, which may never end: not even at exit may it run.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._group))
             raise
 
     def _wait(self, work: Any, name: str, limited: bool) -> None:
@@ -187,7 +187,7 @@ class GlooBackend(Backend):
         calls = f"waits/{self._num_calls}"
         with contextlib.suppress(RuntimeError):  # the store went; poll() says so
             self._store.set(f"{calls}/{self._rank}", "")
-            return next((q for q in range(self._size) if not self._store.check([f"{calls}/{q}"])), UNKNOWN_RANK)
+            return next((q for q in range(self._size) if not self._store.check(f"{calls}/{q}")), UNKNOWN_RANK)
         return UNKNOWN_RANK
 
     def _diagnose(self, error: RuntimeError) -> RankFailure:
@@ -197,7 +197,7 @@ class GlooBackend(Backend):
             try:
                 self.poll()
                 for q in range(self._size):
-                    if q != self._rank and self._store.check([f"closed/{q}"]):
+                    if q != self._rank and self._store.check(f"closed/{q}"):
                         return self._record(q, "it closed the group")
             except RankFailure as failure:
                 return failure
@@ -214,7 +214,7 @@ class GlooBackend(Backend):
 
     def _closed_before_death(self, q: int) -> bool:
         try:
-            return self._store.check([f"closed/{q}"])
+            return self._store.check(f"closed/{q}")
         except RuntimeError:
             return False
 
@@ -250,7 +250,7 @@ class NcclBackend(Backend):
         options = c10d.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=meeting.patience.limit_seconds)
         options.global_ranks_in_group = list(range(meeting.size))
-        store = PrefixStore("nccl", meeting.store)
+        store = PrefixStore("nccl", meeting.store.store)
         self._group: Any = c10d.ProcessGroupNCCL(store, meeting.rank, meeting.size, options)
         self._stop = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="megatron_infer-nccl-watch", daemon=True)

@@ -16,7 +16,10 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from socket import AF_INET, AF_INET6, SOCK_DGRAM
+from threading import Thread
+from typing import Any
 
 import psutil
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -132,6 +135,53 @@ def _process_state(pid: int) -> tuple[str, int] | None:
     return fields[0], int(fields[19])
 
 
+class BoundedStore:
+    """A c10d Store that is given up when it is silent: c10d itself waits a quarter of an hour for a host that is gone.
+
+    Every method raises RuntimeError where the store failed, or did not answer within the patience.
+    """
+
+    def __init__(self, store: Store, rank: int, patience: Patience) -> None:
+        self.store, self._rank, self._patience = store, rank, patience
+        self._is_silent = False
+
+    def set(self, key: str, value: str) -> None:
+        self._ask(self.store.set, key, value)
+
+    def get(self, key: str) -> bytes:
+        value: bytes = self._ask(self.store.get, key)
+        return value
+
+    def check(self, key: str) -> bool:
+        """Whether the key is there."""
+        return bool(self._ask(self.store.check, [key]))
+
+    def compare_set(self, key: str, expected: str, value: str) -> bytes:
+        stored: bytes = self._ask(self.store.compare_set, key, expected, value)
+        return stored
+
+    def _ask(self, method: Callable[..., Any], *arguments: Any) -> Any:
+        answers: SimpleQueue[tuple[Any, Exception | None]] = SimpleQueue()
+
+        def ask() -> None:
+            try:
+                answers.put((method(*arguments), None))
+            except Exception as error:
+                answers.put((None, error))
+
+        with Wait(self._rank, "let the store answer", self._patience) as wait:
+            if not self._is_silent:
+                Thread(target=ask, name="megatron_infer-store", daemon=True).start()
+            while not self._is_silent:
+                with suppress(Empty):
+                    value, error = answers.get(timeout=0.25)
+                    if error is not None:
+                        raise error
+                    return value
+                self._is_silent = bool(wait.over(UNKNOWN_RANK))
+            raise RuntimeError("it does not answer")
+
+
 class Rendezvous:
     """The keys of one group in the store."""
 
@@ -144,7 +194,7 @@ class Rendezvous:
         base = f"megatron_infer/{name}/{size}-ranks"
         # A program may make groups of one name one after the other: each rank counts its own, in the same order.
         number = store.add(f"{base}/rank-{rank}", 1)
-        self.store = PrefixStore(f"{base}/{number}", store)
+        self.store = BoundedStore(PrefixStore(f"{base}/{number}", store), rank, self.patience)
 
     def exchange(self, topic: str, value: str) -> list[str]:
         """What every rank passed under `topic`, in rank order.
@@ -171,10 +221,10 @@ class Rendezvous:
                 self._await(f"done/{q}", q)
 
     def _await(self, key: str, rank: int) -> str:
-        # Polling instead of Store.get: a blocked get cannot be interrupted with Ctrl-C.
+        # Polling instead of Store.get, which waits for the key and not for the rank.
         pause = 0.001
         with Wait(self.rank, f"join the group of {self.size}", self.patience) as wait:
-            while not self.store.check([key]):
+            while not self.store.check(key):
                 if not self.is_alive(rank):
                     raise RankFailure(rank, "its process ended before it joined the group; see its output above")
                 if cause := wait.over(rank):
@@ -190,7 +240,7 @@ def listening_addresses(meeting: Rendezvous, hosts: set[str]) -> list[str]:
     if len(hosts) == 1:
         return ["127.0.0.1"] * meeting.size
     try:
-        own, refusal = " ".join(_addresses_for_other_hosts(meeting.store)), ""
+        own, refusal = " ".join(_addresses_for_other_hosts(meeting.store.store)), ""
     except ValueError as error:
         own, refusal = "", str(error)
     told = [text.split("\n") for text in meeting.exchange("addresses", f"{own}\n{refusal}")]

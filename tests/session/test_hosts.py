@@ -31,6 +31,20 @@ except (RankFailure, ValueError) as error:
     print(type(error).__name__, error)
 """
 
+PARTING = """
+import sys, torch
+from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
+from megatron_infer.world import World
+group = TPGroup.in_world(World.from_env(), torch.device("cpu"), timeout_seconds=30)
+group.set_patience(2.0)
+print("met", flush=True)
+sys.stdin.readline()
+try:
+    group.broadcast_ints(None) if group.rank else group.gather_number(1)
+except RankFailure as error:
+    print(error)
+"""
+
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[list[Host]]:
@@ -89,6 +103,23 @@ def test_containers_that_share_process_ids_but_no_network_are_hosts(hosts: list[
 def test_a_wrong_interface_is_named_on_every_host(hosts: list[Host], interface: str, message: str) -> None:
     printed = meet(hosts[:2], GLOO_SOCKET_IFNAME=interface)
     assert all(message in line for line in printed), printed
+
+
+def test_a_host_that_loses_its_network_is_given_up_and_gives_up(hosts: list[Host]) -> None:
+    """The store is on the first host: the other, idle, is answered by nobody."""
+    ranks = [
+        host.start(
+            [sys.executable, "-c", PARTING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=environment(rank, 2),
+        )
+        for rank, host in enumerate(hosts[:2])
+    ]  # fmt: skip
+    assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2
+    with hosts[1].cut_off():
+        first, second = (rank.communicate("go\n", timeout=180)[0] for rank in ranks)
+    assert "rank 1 of the tensor-parallel group failed: it did not reach all_gather within 2 s" in first
+    assert "the store that the ranks met at is gone (it does not answer)" in second
+    assert [rank.returncode for rank in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize(("count", "size"), [(2, 2), (3, 1)], ids=["one model on two hosts", "three replicas"])

@@ -48,6 +48,16 @@ class Host:
         )  # fmt: skip
 
 
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Without its network, as where its power or its cable went: nobody is told."""
+        _ip("-n", self.namespace, "link", "set", self.interface, "down")
+        try:
+            yield
+        finally:
+            _ip("-n", self.namespace, "link", "set", self.interface, "up")
+
+
 @contextmanager
 def simulated_hosts(count: int) -> Iterator[list[Host]]:
     """host1, host2, ... at 10.77.0.1, ...; the namespaces are gone afterwards."""
