@@ -19,7 +19,7 @@ from megatron_infer.tensor_parallel import group as group_module
 from megatron_infer.tensor_parallel import process_groups
 from megatron_infer.tensor_parallel.group import RankFailure, TPGroup
 from megatron_infer.tensor_parallel.process_groups import NcclBackend
-from megatron_infer.tensor_parallel.rendezvous import Patience, Rendezvous
+from megatron_infer.tensor_parallel.rendezvous import BoundedStore, Patience, Rendezvous
 from megatron_infer.tensor_parallel.symmetric_memory import SymmetricMemory
 from tests.tensor_parallel.test_group import Rank, Ranks, parts_of, same_bits, tree
 
@@ -89,7 +89,9 @@ def nccl_of(monkeypatch: pytest.MonkeyPatch, nccl: Recorder, control: Recorder, 
     make = lambda *_: nccl  # noqa: E731
     make.Options = SimpleNamespace  # type: ignore[attr-defined]
     monkeypatch.setattr(process_groups.c10d, "ProcessGroupNCCL", make, raising=False)
-    meeting: Any = SimpleNamespace(rank=0, size=2, patience=Patience(1.0, 0.5), store=HashStore())
+    patience = Patience(1.0, 0.5)
+    store = BoundedStore(HashStore(), 0, patience)
+    meeting: Any = SimpleNamespace(rank=0, size=2, patience=patience, store=store)
     return NcclBackend(meeting, torch.device("cuda", 0), control, False, symmetric)  # type: ignore[arg-type]
 
 
