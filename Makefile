@@ -25,7 +25,7 @@ serve: $(VENV)/.built $(VENV)/.serve
 	@$(BIN)/python -m megatron_infer serve $(ARGS)
 
 test: $(VENV)/.built $(VENV)/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -43,15 +43,11 @@ def compiled(cache: Path, *arguments: str) -> tuple[list[str], list[str]]:
     return hits, misses
 
 
-@pytest.mark.parametrize(
-    ("quantization", "ops"), [("none", ("linear", "paged_attention", "rope_store_kv")), ("int4", ("linear",))]
-)
-def test_a_run_finds_every_kernel_that_was_compiled_ahead(
-    quantization: str, ops: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_a_run_finds_every_kernel_that_was_compiled_ahead(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    _, ahead = compiled(tmp_path, "meta", quantization, *ops)
-    hits, misses = compiled(tmp_path, "cpu", quantization, *ops)
+    ops = ("linear", "paged_attention", "rope_store_kv")
+    _, ahead = compiled(tmp_path, "meta", "int4", *ops)
+    hits, misses = compiled(tmp_path, "cpu", "int4", *ops)
     assert not misses and sorted(hits) == sorted(ahead) and len(ahead) >= 5
-    _, other = compiled(tmp_path, "meta", "int8", "linear")
+    _, other = compiled(tmp_path, "cpu", "none", "linear")
     assert other, "what was not compiled ahead is missed"

@@ -33,6 +33,13 @@ def counts(running: Running) -> tuple[int, int, int]:
     return num_running, num_waiting, running.service.admission.num_in_hand
 
 
+def num_steps_at_rest(running: Running) -> int:
+    """As /health counts them."""
+    wait_until(lambda: counts(running) == (0, 0, 0))
+    wait_until(lambda: running.client.get("/health").status_code == 200)
+    return int(running.client.get("/health").json()["num_steps"])
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("num_steps", [1, 8], ids=["prefill", "decode"])
 def test_a_client_that_goes_takes_its_request_along(held: Running, steps: Steps, stream: bool, num_steps: int) -> None:
@@ -222,7 +229,6 @@ def test_health_says_when_a_step_is_late(small_llm: LLM, steps: Steps) -> None:
         wait_until(lambda: running.client.get("/health").status_code == 503)
         gone.close()
         steps.free()
-        wait_until(lambda: running.client.get("/health").status_code == 200)
-        before = running.client.get("/health").json()["num_steps"]
+        before = num_steps_at_rest(running)
         running.post("/v1/completions", prompt=PREFIX, max_tokens=3)
-        assert running.client.get("/health").json()["num_steps"] > before
+        assert num_steps_at_rest(running) > before

@@ -97,7 +97,11 @@ def test_containers_that_share_process_ids_but_no_network_are_hosts(hosts: list[
             "nosuch0",
             "ValueError rank 0: GLOO_SOCKET_IFNAME=nosuch0: no such interface, or it has no address; there are",
         ),
-        ("stray0", "cannot connect at 10.78.1.1, 10.78.2.1; open the firewall between them, or set GLOO_SOCKET_IFNAME"),
+        pytest.param(
+            "stray0",
+            "cannot connect at 10.78.1.1, 10.78.2.1; open the firewall between them, or set GLOO_SOCKET_IFNAME",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_wrong_interface_is_named_on_every_host(hosts: list[Host], interface: str, message: str) -> None:
@@ -122,7 +126,10 @@ def test_a_host_that_loses_its_network_is_given_up_and_gives_up(hosts: list[Host
     assert [rank.returncode for rank in ranks] == [0, 0]
 
 
-@pytest.mark.parametrize(("count", "size"), [(2, 2), (3, 1)], ids=["one model on two hosts", "three replicas"])
+@pytest.mark.parametrize(
+    ("count", "size"),
+    [pytest.param(2, 2, id="one model on two hosts"), pytest.param(3, 1, id="three replicas", marks=pytest.mark.slow)],
+)
 def test_hosts_share_an_evaluation_and_change_nothing(
     hosts: list[Host], tiny_checkpoint: Path, tmp_path: Path, count: int, size: int
 ) -> None:

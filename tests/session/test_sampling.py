@@ -205,16 +205,15 @@ def test_sampling_options_of_the_command_line(tiny_checkpoint: Path, llm: LLM) -
     assert refused.returncode == 2 and b"--logit_bias" in refused.stderr
 
 
-@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii", "utf-8"])
-def test_an_answer_survives_any_terminal(tiny_checkpoint: Path, tmp_path: Path, encoding: str) -> None:
+def test_an_answer_survives_any_terminal(tiny_checkpoint: Path) -> None:
     """The example has Chinese, its answer whatever comes, and the brackets are ours."""
     example = ["--model_dir", str(tiny_checkpoint)]
     wanted = run(*example, PYTHONIOENCODING="utf-8").stdout.decode()
-    done = run(*example, PYTHONIOENCODING=encoding)
-    assert done.returncode == 0, done.stderr
-    shown = "⟦" in wanted and encoding == "utf-8"
-    wanted = wanted if shown else wanted.replace("⟦", "[").replace("⟧", "]")
-    assert done.stdout == wanted.encode(encoding, "backslashreplace")
-    as_json = run(*example, "--json", PYTHONIOENCODING=encoding)
-    text = json.loads(as_json.stdout.decode(encoding))["text"]
-    assert f"[{text}]" in wanted.replace("⟦", "[").replace("⟧", "]")
+    assert "⟦" in wanted
+    wanted = wanted.replace("⟦", "[").replace("⟧", "]")
+    for encoding in ("gbk", "ascii"):
+        done = run(*example, PYTHONIOENCODING=encoding)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == wanted.encode(encoding, "backslashreplace")
+    as_json = run(*example, "--json", PYTHONIOENCODING="ascii")
+    assert f"[{json.loads(as_json.stdout.decode('ascii'))['text']}]" in wanted

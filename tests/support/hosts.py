@@ -47,7 +47,6 @@ class Host:
             **options,
         )  # fmt: skip
 
-
     @contextmanager
     def cut_off(self) -> Iterator[None]:
         """Without its network, as where its power or its cable went: nobody is told."""
