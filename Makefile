@@ -12,7 +12,7 @@ NATIVE := $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 GPUS := $(shell nvidia-smi -L 2>/dev/null | grep -c ^GPU)
 RANKS := $(shell n=$(GPUS); [ $$n -gt 0 ] || n=$$(nproc); [ $$n -ge 2 ] && echo 2 || echo 1)
 
-.PHONY: demo serve test lint types clean
+.PHONY: demo serve test slow lint types clean
 
 # OMP_NUM_THREADS is set so that torchrun need not warn; the engine divides the cores among its ranks itself.
 demo: $(VENV)/.built
@@ -26,6 +26,10 @@ serve: $(VENV)/.built $(VENV)/.serve
 
 test: $(VENV)/.built $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+# What takes long: kernels under sanitizers, killed evaluations, compiling ahead, several hosts.
+slow: $(VENV)/.built $(VENV)/.dev
+	$(BIN)/python -m pytest -n 2 -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -15,6 +15,7 @@ QUICKLY = ["-O1", "-g1"]
 GCC_QUICKLY = ["--param", "asan-instrumentation-with-call-threshold=0"]
 
 
+@pytest.mark.slow
 def test_kernels_run_clean_under_the_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     compiler = require_compiler()
     require_working(compiler, SANITIZERS, tmp_path)

@@ -116,6 +116,7 @@ def test_the_number_of_ranks_changes_nothing(
         assert (tmp_path / "out" / name).read_bytes() == (calm / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_ranks_and_launchers_change_nothing(arguments: list[str], calm: Path, tmp_path: Path) -> None:
     script, out = tmp_path / "dying.py", tmp_path / "out"
     script.write_text(DYING)

@@ -43,6 +43,7 @@ def compiled(cache: Path, *arguments: str) -> tuple[list[str], list[str]]:
     return hits, misses
 
 
+@pytest.mark.slow
 def test_a_run_finds_every_kernel_that_was_compiled_ahead(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     ops = ("linear", "paged_attention", "rope_store_kv")
