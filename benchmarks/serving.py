@@ -55,15 +55,14 @@ def request(prompt: FimPrompt, max_tokens: int) -> bytes:
 
 
 @contextmanager
-def server(model_dir: str) -> Iterator[tuple[psutil.Process, int]]:
-    """A server's process and port."""
-    options = [part for name, value in ENGINE.items() for part in (f"--{name}", str(value))]
+def server(model_dir: str, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A server's process and port. `options`: of the command `serve`."""
     command = [sys.executable, "-m", "megatron_infer", "serve", "--model_dir", model_dir, "--port", "0", *options]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
         found = next(filter(None, (re.search(r" at http://.*:(\d+)$", line) for line in process.stdout)), None)
         assert found is not None, "the server did not start"
-        yield psutil.Process(process.pid), int(found[1])
+        yield process, int(found[1])
         process.terminate()
 
 
@@ -177,10 +176,11 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     args = parser.parse_args()
     work = prompts()
-    with server(args.model_dir) as (process, port), LLM(args.model_dir, **ENGINE) as llm:
+    options = [part for name, value in ENGINE.items() for part in (f"--{name}", str(value))]
+    with server(args.model_dir, *options) as (process, port), LLM(args.model_dir, **ENGINE) as llm:
         print("tokens/s and CPU microseconds per token")
         print(f"round  {'library':>12}  {'http':>12}  {'ratio':>6}  {'library CPU':>12}  {'server CPU':>12}")
-        report = throughput(llm, process, port, work, args.rounds)
+        report = throughput(llm, psutil.Process(process.pid), port, work, args.rounds)
         report |= first_token(llm, port, work, args.pairs)
     print(
         json.dumps(

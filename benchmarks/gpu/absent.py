@@ -32,36 +32,38 @@ class Absent:
 
 
 @contextmanager
+def _running_by(arch: int, run: Callable[..., Any]) -> Iterator[None]:
+    """Within it `run` takes the place of JITFunction.run, for a GPU of compute capability `arch`."""
+    original, before = JITFunction.run, driver._active
+    driver.set_active(Absent(arch))
+    JITFunction.run = run  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
+        driver._active = before  # to ask for it would look for a GPU
+
+
+@contextmanager
 def compiling(arch: int, use: Callable[[Any], object] = lambda kernel: None) -> Iterator[None]:
     """Within it kernels are compiled for compute capability `arch` (90: 9.0) instead of run, and handed to `use`."""
-    run, before = JITFunction.run, driver._active
+    run = JITFunction.run
 
     def compile_alone(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         use(kernel)
         return kernel
 
-    driver.set_active(Absent(arch))
-    JITFunction.run = compile_alone  # type: ignore[method-assign]
-    try:
+    with _running_by(arch, compile_alone):
         yield
-    finally:
-        JITFunction.run = run  # type: ignore[method-assign]
-        driver._active = before  # to ask for it would look for a GPU
 
 
 @contextmanager
 def counting(arch: int, launches: Counter[str]) -> Iterator[None]:
     """Within it kernels are neither compiled nor run; `launches` counts them by name."""
-    run, before = JITFunction.run, driver._active
 
     def count(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         launches[self.__name__] += 1
 
-    driver.set_active(Absent(arch))
-    JITFunction.run = count  # type: ignore[method-assign]
-    try:
+    with _running_by(arch, count):
         yield
-    finally:
-        JITFunction.run = run  # type: ignore[method-assign]
-        driver._active = before

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -161,7 +160,7 @@ def main() -> None:
         told = ", ".join(f"{count} {kind}" for kind, count in Counter(kind for kind, _ in rank.sent).items())
         print(
             f"| {size} | {rank.weight_bytes / 1e9:.3f} | {cache / 1e9:.3f} | {floor:.3f} | {ours} + {torchs} | "
-            f"{told or 'none'} | {math.fsum(size for _, size in rank.sent):,.0f} |"
+            f"{told or 'none'} | {sum(num_bytes for _, num_bytes in rank.sent):,} |"
         )
 
 

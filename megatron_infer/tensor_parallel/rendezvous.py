@@ -172,13 +172,13 @@ class BoundedStore:
         with Wait(self._rank, "let the store answer", self._patience) as wait:
             if not self._is_silent:
                 Thread(target=ask, name="megatron_infer-store", daemon=True).start()
-            while not self._is_silent:
+            while not (self._is_silent or wait.over(UNKNOWN_RANK)):
                 with suppress(Empty):
                     value, error = answers.get(timeout=0.25)
                     if error is not None:
                         raise error
                     return value
-                self._is_silent = bool(wait.over(UNKNOWN_RANK))
+            self._is_silent = True
             raise RuntimeError("it does not answer")
 
 

@@ -14,7 +14,6 @@ import random
 import re
 import socket
 import statistics
-import subprocess
 import sys
 import textwrap
 import threading
@@ -28,6 +27,7 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.serving import server
 from megatron_infer import LLM, FimPrompt, SamplingParams
 
 NUM_CLIENTS = 8
@@ -252,25 +252,19 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--model_dir", default="demo")
     args, server_options = parser.parse_known_args()
-    command = [sys.executable, "-m", "megatron_infer", "serve", "--model_dir", args.model_dir, "--port", "0"]
-    with subprocess.Popen(
-        [*command, *server_options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        assert server.stdout is not None
-        found = next(filter(None, (re.search(r" at http://.*:(\d+)$", line) for line in server.stdout)), None)
-        assert found is not None, "the server did not start"
-        load, samples = Load(int(found[1])), []
+    with server(args.model_dir, *server_options) as (process, port):
+        load, samples = Load(port), []
         began = time.monotonic()
         load.start()
         for _ in range(NUM_SAMPLES):
             time.sleep(60 * args.minutes / NUM_SAMPLES)
             with load.pause():
-                sample = measure(psutil.Process(server.pid), load.port)
+                sample = measure(psutil.Process(process.pid), load.port)
             samples.append({"minute": round((time.monotonic() - began) / 60, 2), **sample})
             print(json.dumps(samples[-1]), file=sys.stderr, flush=True)
         load.stop()
-        server.terminate()
-        status = server.wait(timeout=60)
+        process.terminate()
+        status = process.wait(timeout=60)
     first_half, second_half = samples[: NUM_SAMPLES // 2], samples[NUM_SAMPLES // 2 :]
     minutes = [sample["minute"] for sample in second_half]
     slopes = {

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -67,16 +68,21 @@ def torchrun_on(host: Host, index: int, count: int, *program: str) -> psutil.Pop
     return host.start(command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def meet(hosts: list[Host], *, hosts_file: Path | None = None, shares_pids: bool = False, **more: str) -> list[str]:
-    """What a rank on each of the hosts prints."""
-    ranks = [
+def ranks_on(hosts: list[Host], program: str, **options: Any) -> list[psutil.Popen]:
+    """A rank on each of the hosts, with pipes; `options` are Host.start's, and more of the environment."""
+    own = {name: options.pop(name) for name in ("hosts_file", "shares_pids") if name in options}
+    return [
         host.start(
-            [sys.executable, "-c", MEETING], hosts_file=hosts_file, shares_pids=shares_pids, stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, text=True, env=environment(rank, len(hosts), **more),
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env=environment(rank, len(hosts), **options), **own,
         )
         for rank, host in enumerate(hosts)
     ]  # fmt: skip
-    return [rank.communicate(timeout=180)[0].strip() for rank in ranks]
+
+
+def meet(hosts: list[Host], **options: Any) -> list[str]:
+    """What a rank on each of the hosts prints."""
+    return [rank.communicate(timeout=180)[0].strip() for rank in ranks_on(hosts, MEETING, **options)]
 
 
 def test_hosts_meet_though_their_names_lead_to_loopback(hosts: list[Host], tmp_path: Path) -> None:
@@ -111,13 +117,7 @@ def test_a_wrong_interface_is_named_on_every_host(hosts: list[Host], interface: 
 
 def test_a_host_that_loses_its_network_is_given_up_and_gives_up(hosts: list[Host]) -> None:
     """The store is on the first host: the other, idle, is answered by nobody."""
-    ranks = [
-        host.start(
-            [sys.executable, "-c", PARTING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env=environment(rank, 2),
-        )
-        for rank, host in enumerate(hosts[:2])
-    ]  # fmt: skip
+    ranks = ranks_on(hosts[:2], PARTING)
     assert [rank.stdout.readline() for rank in ranks] == ["met\n"] * 2
     with hosts[1].cut_off():
         first, second = (rank.communicate("go\n", timeout=180)[0] for rank in ranks)

@@ -184,20 +184,21 @@ class Replica:
     def _complete(self, work: Iterable[Work]) -> None:
         """Compute work, drawn as room appears; what ends is recorded at once."""
         source = iter(work)
-        in_hand: list[tuple[Work, Handle]] = []
+        in_hand: list[tuple[Work, Handle, int]] = []
         is_exhausted = False
         while in_hand or not is_exhausted:
             while not is_exhausted and len(in_hand) < self._room():
                 if (item := next(source, None)) is None:
                     is_exhausted = True
-                elif (handle := self._submit(*item)) is not None:
-                    in_hand.append((item, handle))
+                elif (submitted := self._submit(*item)) is not None:
+                    in_hand.append((item, *submitted))
             if in_hand:
                 self._llm.session.step()
                 self._num_steps += 1
-            for item, handle in [pair for pair in in_hand if pair[1].is_finished]:
-                self._record(*item, *handle.results())
-            in_hand = [pair for pair in in_hand if not pair[1].is_finished]
+            for item, handle, num_scored in [entry for entry in in_hand if entry[1].is_finished]:
+                (completion,) = handle.results()
+                self._record(*item, completion, num_scored)
+            in_hand = [entry for entry in in_hand if not entry[1].is_finished]
             self._progress.show()
 
     def _room(self) -> int:
@@ -205,25 +206,24 @@ class Replica:
         most = self._llm.session.max_num_seqs
         return min(most, _UNIT_KEYS + most * self._num_steps // _RAMP_STEPS)
 
-    def _submit(self, case: Case, sample_idx: int) -> Handle | None:
-        """Hand a key to the engine; what it refuses is recorded as an error."""
-        settings = self._settings
+    def _submit(self, case: Case, sample_idx: int) -> tuple[Handle, int] | None:
+        """Hand a key to the engine; what it refuses is recorded as an error. Also: how many ids are to be scored."""
+        settings, num_scored = self._settings, 0
         prompt: Prompt = replace(case.prompt, language=case.language)
         sampling = replace(settings.sampling, n=1, seed=seed_of(settings.seed, (case.task_id, sample_idx)))
         self._progress.begin()
         try:
             if settings.is_likelihood:
-                prompt, _ = reference_ids(self._llm, case, settings.options)
-            return self._llm.session.submit(prompt, sampling, settings.options)
+                prompt, num_scored = reference_ids(self._llm, case, settings.options)
+            return self._llm.session.submit(prompt, sampling, settings.options), num_scored
         except ValueError as error:
             self._refuse(case, sample_idx, str(error))
             return None
 
-    def _scored(self, case: Case, completion: Completion) -> dict[str, Any]:
+    def _scored(self, case: Case, completion: Completion, num_scored: int) -> dict[str, Any]:
         """What a line of a likelihood run has instead of an answer."""
         if not self._settings.is_likelihood or completion.prompt_logprobs is None:
             return {}
-        _, num_scored = reference_ids(self._llm, case, self._settings.options)
         scored = [pair for pair in completion.prompt_logprobs[-num_scored:] if pair is not None]
         ids, log_probabilities = [pair.token_id for pair in scored], [pair.logprob for pair in scored]
         scored_as = {"text": case.reference, "token_ids": ids, "finish_reason": "scored"}
@@ -232,7 +232,7 @@ class Replica:
     def _refuse(self, case: Case, sample_idx: int, why: str) -> None:
         self._record(case, sample_idx, Completion("", (), "error", Timings(0.0, 0.0, 0, 0), error=why))
 
-    def _record(self, case: Case, sample_idx: int, completion: Completion) -> None:
+    def _record(self, case: Case, sample_idx: int, completion: Completion, num_scored: int = 0) -> None:
         name, timings = {"task_id": case.task_id, "sample_idx": sample_idx}, completion.timings
         ids = completion.prompt_token_ids
         by_an_ending = {"raw_text": completion.raw_text, "trimmed_by": completion.trimmed_by}
@@ -241,7 +241,7 @@ class Replica:
             "token_ids": completion.token_ids, "finish_reason": completion.finish_reason,
             "num_prompt_tokens": len(ids), "num_dropped_tokens": completion.num_dropped_tokens,
             "prompt_sha256": hashlib.sha256(np.asarray(ids, "<i4").tobytes()).hexdigest(), "error": completion.error,
-            **self._scored(case, completion),
+            **self._scored(case, completion, num_scored),
         }  # fmt: skip
         timing = {
             **name, "first_token_seconds": timings.first_token_seconds, "total_seconds": timings.total_seconds,
